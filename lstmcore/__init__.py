@@ -1,0 +1,32 @@
+"""lstmcore: the LSTM on CPU. Every public name is loaded when it is first used."""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {  # module: the public names that live there
+    "functional": "lstm_forward lstm_backward rnn_forward rnn_backward",
+    "threads": "get_num_threads set_num_threads threads info",
+    "layers": "LSTM RNN Embedding Linear Dropout Tanh Sigmoid ReLU",
+    "losses": "softmax_cross_entropy mse_loss bce_with_logits",
+    "optim": "clip_grad_norm clip_grad_value",
+    "models": "LanguageModel LSTMClassifier LSTMRegressor",
+    "formats": "load convert",
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
+_MODULES = ("reference", "functional", "layers", "losses", "optim", "models", "formats")
+__all__ = ["__version__", *_MODULE_OF, "optim", "reference"]
+
+
+def __getattr__(name):
+    if name in _MODULE_OF:
+        module = importlib.import_module("lstmcore." + _MODULE_OF[name])
+        value = globals()[name] = getattr(module, name)
+        return value
+    if name in _MODULES:
+        return importlib.import_module("lstmcore." + name)
+    raise AttributeError(f"module 'lstmcore' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__, *_MODULES})

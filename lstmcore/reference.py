@@ -1,0 +1,150 @@
+"""The specification: LSTM and vanilla RNN, forward and backward through time, in NumPy.
+
+    a_t = x_t W_ihᵀ + h_{t-1} W_hhᵀ + b        a: (B, 4H), split into a_i, a_f, a_g, a_o
+    i_t = σ(a_i + p_i ∘ c_{t-1})               p_i, p_f, p_o: peepholes (H,), zero unless given
+    f_t = σ(a_f + p_f ∘ c_{t-1})
+    g_t = tanh(a_g)
+    c_t = f_t ∘ c_{t-1} + i_t ∘ g_t
+    o_t = σ(a_o + p_o ∘ c_t)                   the output gate looks at the new cell state
+    h_t = o_t ∘ tanh(c_t)                      with a projection W_hr: h_t = (o_t ∘ tanh(c_t)) W_hrᵀ
+
+The gradient through c is multiplied by f_t alone: that is why an LSTM remembers (Hochreiter and
+Schmidhuber 1997; forget gate: Gers, Schmidhuber and Cummins 2000; peepholes: Gers, Schraudolph and
+Schmidhuber 2002; projection: Sak, Senior and Beaufays 2014).
+
+The kernels are proven against this file, and this file against finite differences. It has the
+signatures of `lstmcore.functional`, checks nothing, knows nothing but NumPy, and is never a
+fallback. Sizes: T steps, B batch, I inputs, H hidden units, P projected units (P = H without W_hr).
+"""
+
+from collections import namedtuple
+
+import numpy as np
+
+Tape = namedtuple("Tape", "x W_ih W_hh peepholes W_hr h0 c0 lengths reverse y gates c")
+RNNTape = namedtuple("RNNTape", "x W_ih W_hh h0 lengths reverse nonlinearity y")
+Gradients = namedtuple("Gradients", "dx dW_ih dW_hh db dpeepholes dh0 dc0 dW_hr")
+RNNGradients = namedtuple("RNNGradients", "dx dW_ih dW_hh db dh0")
+
+
+def sigmoid(a):
+    """σ(a) = 1 / (1 + e^-a), by tanh, which does not overflow."""
+    return 0.5 * (1 + np.tanh(0.5 * a))
+
+
+def cell_forward(a, c_prev, p):
+    """One step of the cell: a (n, 4H), c_prev (n, H), p (3, H) -> gates (n, 4H), c, m (n, H)."""
+    a_i, a_f, a_g, a_o = np.split(a, 4, axis=1)
+    p_i, p_f, p_o = p
+    i = sigmoid(a_i + p_i * c_prev)
+    f = sigmoid(a_f + p_f * c_prev)
+    g = np.tanh(a_g)
+    c = f * c_prev + i * g
+    o = sigmoid(a_o + p_o * c)
+    return np.concatenate([i, f, g, o], axis=1), c, o * np.tanh(c)
+
+
+def cell_backward(gates, c, c_prev, p, dm, dc):
+    """The mirror of cell_forward: dm = ∂L/∂m, dc = ∂L/∂c -> da (n, 4H), dc_prev (n, H)."""
+    i, f, g, o = np.split(gates, 4, axis=1)
+    p_i, p_f, p_o = p
+    tanh_c = np.tanh(c)
+    da_o = dm * tanh_c * o * (1 - o)
+    dc = dc + dm * o * (1 - tanh_c**2) + p_o * da_o
+    da_i = dc * g * i * (1 - i)
+    da_f = dc * c_prev * f * (1 - f)
+    da_g = dc * i * (1 - g**2)
+    return np.concatenate([da_i, da_f, da_g, da_o], axis=1), dc * f + p_i * da_i + p_f * da_f
+
+
+def steps(T, B, lengths, reverse):
+    """The (rows, times, earlier times) of each step: row b takes part in its own lengths[b] steps.
+
+    In reverse a row is read from its own last step to its first.
+    """
+    lengths = np.full(B, T) if lengths is None else np.asarray(lengths)
+    for s in range(T):
+        r = np.flatnonzero(lengths > s)
+        t = lengths[r] - 1 - s if reverse else np.full(len(r), s)
+        yield r, t, (t + 1 if reverse else t - 1) if s > 0 else None
+
+
+def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_hr=None,
+                 lengths=None, reverse=False, keep_tape=True, n_threads=None):
+    """x (T,B,I), W_ih (4H,I), W_hh (4H,P) -> y (T,B,P), (h_n (B,P), c_n (B,H)), tape."""
+    T, B, _ = x.shape
+    H, P = W_hh.shape[0] // 4, W_hh.shape[1]
+    h0 = np.zeros((B, P), x.dtype) if h0 is None else h0
+    c0 = np.zeros((B, H), x.dtype) if c0 is None else c0
+    p = np.zeros((3, H), x.dtype) if peepholes is None else peepholes
+    y, gates, c_all = (np.zeros((T, B, n), x.dtype) for n in (P, 4 * H, H))
+    h, c = h0.copy(), c0.copy()
+    for r, t, _ in steps(T, B, lengths, reverse):
+        a = x[t, r] @ W_ih.T + h[r] @ W_hh.T + (0 if b is None else b)
+        gates[t, r], c[r], m = cell_forward(a, c[r], p)
+        h[r] = m if W_hr is None else m @ W_hr.T
+        y[t, r], c_all[t, r] = h[r], c[r]
+    tape = Tape(x, W_ih, W_hh, peepholes, W_hr, h0, c0, lengths, reverse, y, gates, c_all)
+    return y, (h, c), tape if keep_tape else None
+
+
+def lstm_backward(tape, dy, dh_n=None, dc_n=None, *, n_threads=None):
+    """dy (T,B,P), dh_n (B,P), dc_n (B,H) -> Gradients, every one shaped as what it belongs to."""
+    x, W_ih, W_hh, peepholes, W_hr, h0, c0, lengths, reverse, y, gates, c = tape
+    T, B, _ = x.shape
+    p = np.zeros((3, c.shape[2]), x.dtype) if peepholes is None else peepholes
+    dx, dW_ih, dW_hh = np.zeros_like(x), np.zeros_like(W_ih), np.zeros_like(W_hh)
+    db, dp = np.zeros(len(W_ih), x.dtype), np.zeros_like(p)
+    dW_hr = None if W_hr is None else np.zeros_like(W_hr)
+    dh = np.zeros_like(h0) if dh_n is None else dh_n.copy()
+    dc = np.zeros_like(c0) if dc_n is None else dc_n.copy()
+    for r, t, t_prev in reversed(list(steps(T, B, lengths, reverse))):
+        h_prev, c_prev = (h0[r], c0[r]) if t_prev is None else (y[t_prev, r], c[t_prev, r])
+        dh_t = dh[r] + dy[t, r]
+        if W_hr is None:
+            dm = dh_t
+        else:
+            dm = dh_t @ W_hr
+            dW_hr += dh_t.T @ (gates[t, r, -c.shape[2]:] * np.tanh(c[t, r]))
+        da, dc[r] = cell_backward(gates[t, r], c[t, r], c_prev, p, dm, dc[r])
+        dh[r] = da @ W_hh
+        dx[t, r] = da @ W_ih
+        dW_ih += da.T @ x[t, r]
+        dW_hh += da.T @ h_prev
+        db += da.sum(axis=0)
+        da_i, da_f, _, da_o = np.split(da, 4, axis=1)
+        dp += np.stack([da_i * c_prev, da_f * c_prev, da_o * c[t, r]]).sum(axis=1)
+    return Gradients(dx, dW_ih, dW_hh, db, None if peepholes is None else dp, dh, dc, dW_hr)
+
+
+def rnn_forward(x, W_ih, W_hh, b=None, h0=None, *, nonlinearity="tanh",
+                lengths=None, reverse=False, keep_tape=True, n_threads=None):
+    """h_t = tanh(x_t W_ihᵀ + h_{t-1} W_hhᵀ + b), or relu: x (T,B,I) -> y (T,B,H), h_n (B,H), tape."""
+    T, B, _ = x.shape
+    H = len(W_hh)
+    h0 = np.zeros((B, H), x.dtype) if h0 is None else h0
+    y, h = np.zeros((T, B, H), x.dtype), h0.copy()
+    for r, t, _ in steps(T, B, lengths, reverse):
+        a = x[t, r] @ W_ih.T + h[r] @ W_hh.T + (0 if b is None else b)
+        y[t, r] = h[r] = np.tanh(a) if nonlinearity == "tanh" else np.maximum(a, 0)
+    tape = RNNTape(x, W_ih, W_hh, h0, lengths, reverse, nonlinearity, y)
+    return y, h, tape if keep_tape else None
+
+
+def rnn_backward(tape, dy, dh_n=None, *, n_threads=None):
+    """dy (T,B,H), dh_n (B,H) -> RNNGradients: each step multiplies by W_hhᵀ, and so it vanishes."""
+    x, W_ih, W_hh, h0, lengths, reverse, nonlinearity, y = tape
+    T, B, _ = x.shape
+    dx, dW_ih, dW_hh = np.zeros_like(x), np.zeros_like(W_ih), np.zeros_like(W_hh)
+    db = np.zeros(len(W_ih), x.dtype)
+    dh = np.zeros_like(h0) if dh_n is None else dh_n.copy()
+    for r, t, t_prev in reversed(list(steps(T, B, lengths, reverse))):
+        h_prev = h0[r] if t_prev is None else y[t_prev, r]
+        h = y[t, r]
+        da = (dh[r] + dy[t, r]) * (1 - h**2 if nonlinearity == "tanh" else h > 0)
+        dh[r] = da @ W_hh
+        dx[t, r] = da @ W_ih
+        dW_ih += da.T @ x[t, r]
+        dW_hh += da.T @ h_prev
+        db += da.sum(axis=0)
+    return RNNGradients(dx, dW_ih, dW_hh, db, dh)
