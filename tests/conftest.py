@@ -1,0 +1,57 @@
+"""What every test shares: the one table of tolerances, and the comparison that reads it."""
+
+import numpy as np
+import pytest
+
+# Every figure is the largest |got - want| allowed, divided by the largest |want| of the array:
+# an entry that is small beside its neighbors is only as good as the sums it comes from.
+TOLERANCES = {
+    # Five-point differences at step 1e-4 in float64: the truncation (1e-16 times a fifth
+    # derivative) and the rounding (1e-16 / 1e-4) both stay below 1e-10 of the gradient's scale.
+    "finite difference": {"float64": 1e-9},
+    # Fractions worked out by hand against a dozen operations: a few roundings.
+    "by hand": {"float64": 1e-14},
+    # A fused kernel and the reference round differently (fused multiply-adds, another order of
+    # sums, 2 ulp or 4 ulp activations), and the recurrence carries it on. Want is computed in
+    # float64, so the float32 figure is the kernel's whole error over a few dozen steps.
+    "kernel": {"float64": 1e-11, "float32": 3e-5},
+    # The same formulas on the same kernels, but cut or combined differently (time split in two,
+    # two calls added up): a few roundings of sums, carried on by the recurrence.
+    "identity": {"float64": 1e-12, "float32": 2e-5},
+    # PyTorch brings its own activations and its own order of sums.
+    "torch": {"float64": 1e-10, "float32": 3e-4},
+}
+
+
+def largest_error(got, want):
+    """max |got - want| / max |want|; 0 for empty arrays, inf where one is not finite."""
+    got, want = np.asarray(got, "longdouble"), np.asarray(want, "longdouble")
+    if not want.size:
+        return 0.0
+    if not (np.isfinite(got).all() and np.isfinite(want).all()):
+        return np.inf
+    scale = np.abs(want).max()
+    return float(np.abs(got - want).max() / (scale if scale else 1))
+
+
+@pytest.fixture
+def close():
+    """close(got, want, "kernel"): assert agreement within TOLERANCES, for arrays or results.
+
+    Results may be nested tuples; None matches only None; shapes must be equal. The dtype of `got`
+    picks the tolerance.
+    """
+    def check(got, want, why, name="result"):
+        if want is None or got is None:
+            assert got is want, f"{name}: got {got}, want {want}"
+        elif isinstance(want, tuple):
+            assert len(got) == len(want)
+            names = getattr(want, "_fields", [f"{name}[{n}]" for n in range(len(want))])
+            for part, g, w in zip(names, got, want):
+                check(g, w, why, part)
+        else:
+            got, want = np.asarray(got), np.asarray(want)
+            assert got.shape == want.shape, f"{name}: shape {got.shape}, want {want.shape}"
+            error, limit = largest_error(got, want), TOLERANCES[why][str(got.dtype)]
+            assert error <= limit, f"{name}: off by {error:.2g} of its scale, allowed {limit:.2g}"
+    return check

@@ -1,0 +1,79 @@
+"""Random problems: everything one forward and backward call needs, drawn from a seed.
+
+Weights, biases, states and upstream gradients are all random and never zero, so that a term that
+is dropped or taken from the wrong place changes the result. `forward` and `backward` run a problem
+through `lstmcore.functional` or `lstmcore.reference`, which share their signatures.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+UPSTREAM = ("dy", "dh_n", "dc_n")
+
+
+def lstm_problem(T, B, I, H, *, P=None, bias=True, states=True, peepholes=False, lengths=None,
+                 reverse=False, dtype="float64", seed=0):
+    """An LSTM problem: `inputs` (arrays), `options`, `upstream` gradients.
+
+    lengths="ragged" draws them from 0..T in no order; where B allows, one is 0 and one is T.
+    """
+    draw = _drawer(seed, dtype)
+    P, projected = (H, False) if P is None else (P, True)
+    inputs = dict(
+        x=draw(T, B, I), W_ih=draw(4 * H, I, scale=1.5 / np.sqrt(I + 1)),
+        W_hh=draw(4 * H, P, scale=1.5 / np.sqrt(P + 1)), b=draw(4 * H) if bias else None,
+        h0=draw(B, P) if states else None, c0=draw(B, H) if states else None,
+        peepholes=draw(3, H, scale=0.7) if peepholes else None,
+        W_hr=draw(P, H, scale=1.5 / np.sqrt(H + 1)) if projected else None)
+    upstream = dict(dy=draw(T, B, P), dh_n=draw(B, P), dc_n=draw(B, H))
+    return SimpleNamespace(kind="lstm", inputs=inputs, upstream=upstream,
+                           options=dict(lengths=_lengths(lengths, T, B, seed), reverse=reverse))
+
+
+def rnn_problem(T, B, I, H, *, nonlinearity="tanh", bias=True, states=True, lengths=None,
+                reverse=False, dtype="float64", seed=0):
+    """A vanilla RNN problem, like lstm_problem."""
+    draw = _drawer(seed, dtype)
+    inputs = dict(
+        x=draw(T, B, I), W_ih=draw(H, I, scale=1 / np.sqrt(I + 1)),
+        W_hh=draw(H, H, scale=1 / np.sqrt(H + 1)), b=draw(H) if bias else None,
+        h0=draw(B, H) if states else None)
+    upstream = dict(dy=draw(T, B, H), dh_n=draw(B, H))
+    options = dict(lengths=_lengths(lengths, T, B, seed), reverse=reverse,
+                   nonlinearity=nonlinearity)
+    return SimpleNamespace(kind="rnn", inputs=inputs, upstream=upstream, options=options)
+
+
+def forward(module, problem, **options):
+    """y, state, tape of a problem; `options` come on top of the problem's own."""
+    run = getattr(module, problem.kind + "_forward")
+    return run(**problem.inputs, **problem.options, **options)
+
+
+def backward(module, problem, **options):
+    """The gradients of a problem under all its upstream gradients."""
+    tape = forward(module, problem, **options)[-1]
+    return getattr(module, problem.kind + "_backward")(tape, **problem.upstream, **options)
+
+
+def in_float64(problem):
+    """The same problem, its arrays cast up: what a float32 kernel is compared on."""
+    cast = {part: {name: None if array is None else array.astype("float64")
+                   for name, array in getattr(problem, part).items()}
+            for part in ("inputs", "upstream")}
+    return SimpleNamespace(kind=problem.kind, options=problem.options, **cast)
+
+
+def _drawer(seed, dtype):
+    rng = np.random.default_rng(seed)
+    return lambda *shape, scale=1.0: (scale * rng.standard_normal(shape)).astype(dtype)
+
+
+def _lengths(lengths, T, B, seed):
+    if not isinstance(lengths, str):
+        return lengths
+    rng = np.random.default_rng([seed, T, B])
+    drawn = rng.integers(0, T + 1, B)
+    drawn[:2] = (T, 0)[:B]
+    return rng.permutation(drawn)
