@@ -7,7 +7,8 @@ __version__ = "0.1.0"
 _HOME = {  # module: the public names that live there
     "functional": "lstm_forward lstm_backward rnn_forward rnn_backward",
     "threads": "get_num_threads set_num_threads threads info",
-    "layers": "LSTM RNN Embedding Linear Dropout Tanh Sigmoid ReLU",
+    "layers": "LSTM RNN Embedding Linear Dropout Tanh Sigmoid ReLU Sequential LastStep "
+              "MeanOverTime MaxOverTime sequence_mask Module",
     "losses": "softmax_cross_entropy mse_loss bce_with_logits",
     "optim": "clip_grad_norm clip_grad_value",
     "models": "LanguageModel LSTMClassifier LSTMRegressor",

@@ -1,0 +1,216 @@
+"""Module: what every layer and model is, whatever it computes.
+
+Parameters with their gradients under one name, training and inference mode, state in and out of
+dictionaries. There is no graph: a model calls its layers in order and their backwards in reverse
+order, and a layer keeps, in training mode, what its next backward needs. It keeps its input and
+its weights themselves, not copies: leave them as they are until then.
+"""
+
+import inspect
+import re
+
+import numpy as np
+
+
+class Module:
+    """A layer, or a model: a class whose attributes (or lists of them) are layers.
+
+    A model's parameters are those of its layers, named `attribute.parameter`; a layer that appears
+    twice is listed once.
+
+    >>> from lstmcore import Embedding, Linear, Module
+    >>> class Tagger(Module):
+    ...     def __init__(self):
+    ...         self.embed, self.head = Embedding(50, 8, seed=0), Linear(8, 3, seed=1)
+    ...     def __call__(self, tokens):
+    ...         return self.head(self.embed(tokens))
+    ...     def backward(self, dlogits):
+    ...         self.embed.backward(self.head.backward(dlogits))
+    >>> [(name, p.shape) for name, p in Tagger().parameters().items()]
+    [('embed.weight', (50, 8)), ('head.weight', (3, 8)), ('head.bias', (3,))]
+    """
+
+    training = True
+    rng = None          # the layer's random numbers, where it needs any
+    _own = {}           # name -> (parameter, gradient) of this layer alone
+    _tape = None        # what the last call in training mode left for backward
+
+    def parameters(self):
+        """The parameters by name: the arrays themselves, to be changed only in place."""
+        return {name: p for name, (p, _) in self._named()}
+
+    def gradients(self):
+        """The gradients under the parameters' names: the arrays themselves."""
+        return {name: g for name, (_, g) in self._named()}
+
+    def zero_grad(self):
+        """Set every gradient to zero, before the next backward adds to it."""
+        for _, (_, g) in self._named():
+            g.fill(0)
+
+    def train(self, mode=True):
+        """Training mode: calls keep what backward needs, and dropout drops. Returns self."""
+        for _, module in self.modules():
+            module.training = bool(mode)
+            if not mode:
+                module._tape = None
+        return self
+
+    def eval(self):
+        """Inference mode: nothing is kept, nothing dropped. Returns self."""
+        return self.train(False)
+
+    def modules(self):
+        """(prefix, module) of this module and of every module below it, each module once."""
+        return list(self._walk("", set()))
+
+    def state_dict(self):
+        """A copy of every parameter by name."""
+        return {name: p.copy() for name, p in self.parameters().items()}
+
+    def load_state_dict(self, state):
+        """Copy `state` into the parameters; floats of another width are rounded to theirs.
+
+        `state` maps names to arrays, or is a PyTorch state_dict. Its names and shapes must be this
+        module's. PyTorch's two biases count as the one they act as:
+        bias_l0 = bias_ih_l0 + bias_hh_l0.
+        """
+        state = _fold_bias_pairs({name: np.asarray(value) for name, value in state.items()})
+        parameters = self.parameters()
+        missing, unknown = parameters.keys() - state.keys(), state.keys() - parameters.keys()
+        if missing or unknown:
+            raise ValueError(f"the state does not fit {type(self).__name__}: "
+                             f"missing {sorted(missing)}, unexpected {sorted(unknown)}")
+        for name, p in parameters.items():
+            if state[name].shape != p.shape:
+                raise ValueError(f"{name} must be {p.shape}, got {state[name].shape}")
+            if state[name].dtype.kind != "f":
+                raise TypeError(f"{name} must hold floats, got {state[name].dtype}")
+        for name, p in parameters.items():
+            np.copyto(p, state[name], casting="same_kind")
+
+    def rng_state(self):
+        """The state of every layer's random numbers, by the layer's name; JSON can hold it."""
+        return {prefix + "rng": module.rng.bit_generator.state
+                for prefix, module in self.modules() if module.rng is not None}
+
+    def load_rng_state(self, state):
+        """Continue with the random numbers where `rng_state` described them."""
+        for prefix, module in self.modules():
+            if module.rng is not None:
+                module.rng.bit_generator.state = state[prefix + "rng"]
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "_tape"}
+
+    def __repr__(self):
+        said = []
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value = getattr(self, name, parameter.default)
+            if isinstance(value, np.dtype):
+                value = str(value)
+            if parameter.default is parameter.empty and hasattr(self, name):
+                said.append(f"{value!r}")
+            elif value != parameter.default:
+                said.append(f"{name}={value!r}")
+        return f"{type(self).__name__}({', '.join(said)})"
+
+    def _walk(self, prefix, seen):
+        if id(self) in seen:
+            return
+        seen.add(id(self))
+        yield prefix, self
+        for name, module in self._children():
+            yield from module._walk(f"{prefix}{name}.", seen)
+
+    def _children(self):
+        for name, value in vars(self).items():
+            if isinstance(value, Module):
+                yield name, value
+            elif isinstance(value, (list, tuple)):
+                yield from ((f"{name}.{n}", item) for n, item in enumerate(value)
+                            if isinstance(item, Module))
+
+    def _named(self):
+        for prefix, module in self.modules():
+            for name, pair in module._own.items():
+                yield prefix + name, pair
+
+    def _declare(self, name, value):
+        """Make `value` a parameter of this layer, with a gradient of zeros; returns both."""
+        pair = value, np.zeros_like(value)
+        self._own = {**self._own, name: pair}
+        return pair
+
+    def _keep(self, y, *tape):
+        """Remember `tape` for backward, and what a gradient by the output y must look like."""
+        self._tape = (y.shape, y.dtype, tape) if self.training else None
+
+    def _take(self, dy):
+        """dy, checked against the output of the last call, and the tape of that call, once.
+
+        A dy of None stands for zeros.
+        """
+        if self._tape is None:
+            name = type(self).__name__
+            raise RuntimeError(f"{name}.backward needs a call of this {name} in training mode just "
+                               "before it: none was kept, or a backward has already used it")
+        shape, dtype, tape = self._tape
+        dy = np.zeros(shape, dtype) if dy is None else np.asarray(dy)
+        check_dtype("dy", dy, dtype)
+        if dy.shape != shape:
+            raise ValueError(f"dy must have the shape of the output, {shape}, got {dy.shape}")
+        self._tape = None
+        return dy, *tape
+
+
+def check_dtype(name, array, dtype):
+    """TypeError unless the array is of this dtype: nothing is cast behind the user's back."""
+    if array.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {array.dtype}")
+
+
+def check_size(name, value, at_least=1):
+    """The value as an int; TypeError or ValueError unless it is one that is large enough."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+    return int(value)
+
+
+def check_probability(name, value):
+    """The value as a float; ValueError unless it is in 0..1."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in 0..1, got {value}")
+    return float(value)
+
+
+def float_dtype(dtype):
+    """The numpy dtype that "float32" or "float64" names; TypeError for any other."""
+    if np.dtype(dtype) not in (np.float32, np.float64):
+        raise TypeError(f"dtype must be 'float32' or 'float64', got {dtype!r}")
+    return np.dtype(dtype)
+
+
+def dropout_mask(rng, p, shape, dtype):
+    """Zero with probability p, else 1 / (1 - p), so that x * mask has the expectation of x.
+
+    16 random bits decide on a number (four times as fast as a random float), so p is rounded to a
+    multiple of 2^-16; the scale is that of the rounded p.
+    """
+    dropped = round(p * 65536)
+    if dropped == 65536:
+        return np.zeros(shape, dtype)
+    kept = rng.integers(0, 65536, shape, np.uint16) >= dropped
+    return kept * dtype.type(65536 / (65536 - dropped))
+
+
+def _fold_bias_pairs(state):
+    """PyTorch's bias_ih_* and bias_hh_*, which act only as their sum, as one bias_*."""
+    folded = dict(state)
+    for name in state:
+        match = re.fullmatch(r"(.*)bias_ih_(l\d+(?:_reverse)?)", name)
+        if match and (other := f"{match[1]}bias_hh_{match[2]}") in state:
+            folded[f"{match[1]}bias_{match[2]}"] = folded.pop(name) + folded.pop(other)
+    return folded

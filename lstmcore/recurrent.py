@@ -1,0 +1,374 @@
+"""Recurrent layers: stacks of LSTM or RNN in one or two directions, their streams and traces.
+
+The equations are `lstmcore.functional`'s; here is what stands around them: parameters by name,
+layers upon each other, both directions, dropout between layers, and the states of all of them.
+
+Sizes: T steps, B batch, I inputs, H hidden units, P width of h (H without projection), L layers,
+D directions. States are (L·D, B, ·); layer l in direction d stands at l·D + d.
+"""
+
+from collections import namedtuple
+
+import numpy as np
+
+from lstmcore import functional
+from lstmcore.module import (Module, check_dtype, check_probability, check_size, dropout_mask,
+                             float_dtype)
+
+LSTMTrace = namedtuple("LSTMTrace", "i f g o c h")
+RNNTrace = namedtuple("RNNTrace", "h")
+
+NAMES = dict(W_ih="weight_ih", W_hh="weight_hh", b="bias", peepholes="weight_peephole",
+             W_hr="weight_hr")
+
+
+class _Recurrent(Module):
+    """A stack of recurrent layers: everything but the cell."""
+
+    def _build(self, input_size, hidden_size, num_layers, bias, batch_first, dropout,
+               bidirectional, init, dtype, seed):
+        self.input_size = check_size("input_size", input_size)
+        self.hidden_size = check_size("hidden_size", hidden_size)
+        self.num_layers = check_size("num_layers", num_layers)
+        self.bias, self.batch_first = bool(bias), bool(batch_first)
+        self.bidirectional, self.directions = bool(bidirectional), 1 + bool(bidirectional)
+        self.dropout = check_probability("dropout", dropout)
+        self.init, self.dtype = init, float_dtype(dtype)
+        self.rng = np.random.default_rng(seed)
+        self.n_threads = None                       # handed on to lstmcore.functional
+        draw = _initializer(init, self.hidden_size, self.rng)
+        self._weights, self._dweights = [], []      # per layer and direction: letter -> array
+        for layer in range(self.num_layers):
+            for suffix in ("", "_reverse")[:self.directions]:
+                pairs = {letter: self._declare(f"{NAMES[letter]}_l{layer}{suffix}",
+                                               draw(letter, shape).astype(self.dtype))
+                         for letter, shape in self._shapes(layer).items()}
+                self._weights.append({letter: p for letter, (p, _) in pairs.items()})
+                self._dweights.append({letter: g for letter, (_, g) in pairs.items()})
+
+    def _shapes(self, layer):
+        """Letter -> shape of the weights of one layer in one direction, the gates on top."""
+        H, P = self.hidden_size, self._widths[0]
+        inputs = P * self.directions if layer else self.input_size
+        shapes = {"W_ih": (self._gates, H, inputs), "W_hh": (self._gates, H, P)}
+        return {**shapes, "b": (self._gates, H)} if self.bias else shapes
+
+    def __call__(self, x, state=None, lengths=None):
+        """One pass over whole sequences.
+
+        Parameters
+        ----------
+        x : (T, B, I), or (B, T, I) with batch_first, of the layer's dtype; or integer token ids
+            (T, B), each standing for a one-hot row of I numbers
+        state : the initial state, as the final state of another call; zeros by default
+        lengths : (B,) ints in 0..T: sequence b ends after its own lengths[b] steps. Its y is 0
+            past that, and its final state is that of its own last step
+
+        Returns
+        -------
+        y : (T, B, D·P), or (B, T, D·P)
+        state : the final state: (h_n, c_n) of an LSTM, h_n of an RNN, never batch-first
+        """
+        x, initial = self._inputs(x, state)
+        y, final, tapes = self._run(x, initial, lengths, self.training, self.training)
+        y = self._swap(y)
+        self._keep(y, [(mask, [tape for _, tape in runs]) for mask, runs in tapes])
+        return y, self._join(final)
+
+    def backward(self, dy=None, dstate=None):
+        """The gradients of the loss by y and by the final state -> by x and by the initial state.
+
+        Adds to `gradients()`. None stands for zeros. For token ids the first result is None.
+        """
+        dfinal = self._split(dstate, None, "dstate")
+        dy, tapes = self._take(dy)
+        dx = self._swap(dy)
+        dinitial = [None] * len(dfinal)
+        for layer in reversed(range(self.num_layers)):
+            mask, runs = tapes[layer]
+            halves, dx = np.split(dx, self.directions, axis=2), None
+            for d, (tape, half) in enumerate(zip(runs, halves)):
+                n = layer * self.directions + d
+                g, dinitial[n] = self._cell_backward(tape, half, dfinal[n])
+                for letter, total in self._dweights[n].items():
+                    total += getattr(g, "d" + letter)
+                dx = g.dx if dx is None else np.add(dx, g.dx, out=dx)
+            if mask is not None:
+                np.multiply(dx, mask, out=dx)
+        return None if dx is None else self._swap(dx), self._join(dinitial)
+
+    def stream(self, batch_size=1):
+        """The layer as a machine that takes one step at a time: a `Stream`."""
+        return Stream(self, batch_size)
+
+    def trace(self, x, state=None, lengths=None):
+        """Everything the layer computes for x, for looking inside.
+
+        Returns a list in the order of the states: for each layer and direction an LSTMTrace
+        (i, f, g, o, c, h), or an RNNTrace (h), of arrays (T, B, H), or (B, T, H) with batch_first;
+        h is (T, B, P). There is no dropout, and a tape kept for backward stays.
+        """
+        x, initial = self._inputs(x, state)
+        _, _, tapes = self._run(x, initial, lengths, True, False)
+        return [self._traced(y, tape) for _, runs in tapes for y, tape in runs]
+
+    def _run(self, x, initial, lengths, keep_tape, drop):
+        """The stack over time-major x: y, the final states, and (mask, [(y, tape)]) per layer."""
+        final, tapes = [], []
+        for layer in range(self.num_layers):
+            mask, runs = None, []
+            if layer and drop and self.dropout:
+                mask = dropout_mask(self.rng, self.dropout, x.shape, self.dtype)
+                x = x * mask
+            for d in range(self.directions):
+                n = layer * self.directions + d
+                y, last, tape = self._cell_forward(n, x, initial[n], lengths, d == 1, keep_tape)
+                final.append(last)
+                runs.append((y, tape))
+            x = y if len(runs) == 1 else np.concatenate([y for y, _ in runs], axis=2)
+            tapes.append((mask, runs))
+        return x, final, tapes
+
+    def _inputs(self, x, state):
+        """x time-major and the initial states, both checked."""
+        x = np.asarray(x)
+        if x.dtype.kind not in "iu":
+            check_dtype("x", x, self.dtype)
+            if x.ndim != 3 or x.shape[2] != self.input_size:
+                axes = "(B, T, I)" if self.batch_first else "(T, B, I)"
+                raise ValueError(f"x must be {axes} with I = {self.input_size}, got {x.shape}")
+        elif x.ndim != 2:
+            axes = "(B, T)" if self.batch_first else "(T, B)"
+            raise ValueError(f"x must be {axes} if it holds token ids ({x.dtype}), got {x.shape}; "
+                             f"numbers must be {self.dtype}")
+        x = self._swap(x)
+        return x, self._split(state, x.shape[1], "state")
+
+    def _swap(self, a):
+        """From the user's order of axes to time-major, or back."""
+        return a.swapaxes(0, 1) if self.batch_first else a
+
+    def _split(self, state, B, name):
+        """A state, or a gradient by one, as one tuple of (B, ·) arrays per layer and direction."""
+        N = len(self._weights)
+        if state is None:
+            return [(None,) * len(self._widths)] * N
+        parts = state if len(self._widths) > 1 else (state,)
+        if not isinstance(parts, (tuple, list)) or len(parts) != len(self._widths):
+            raise TypeError(f"{name} must be a pair (h, c), got {type(state).__name__}")
+        columns = []
+        for letter, part, width in zip("hc", parts, self._widths):
+            if part is None:
+                columns.append([None] * N)
+                continue
+            part = np.asarray(part)
+            check_dtype(f"{letter} of {name}", part, self.dtype)
+            shape = N, part.shape[1] if B is None and part.ndim == 3 else B, width
+            if part.shape != shape:
+                raise ValueError(f"{letter} of {name} must be (L·D, B, {width}) = {shape}, "
+                                 f"got {part.shape}")
+            columns.append(part)
+        return list(zip(*columns))
+
+    def _join(self, states):
+        parts = tuple(np.stack(part) for part in zip(*states))
+        return parts if len(parts) > 1 else parts[0]
+
+
+class LSTM(_Recurrent):
+    """A stack of LSTM layers (Hochreiter and Schmidhuber 1997; forget gate: Gers et al. 2000).
+
+    Parameters
+    ----------
+    input_size, hidden_size, num_layers : int
+    bias : False for neither bias nor forget_bias
+    batch_first : x and y are (B, T, ·) instead of (T, B, ·); states never are
+    dropout : probability to drop a number between two layers, drawn anew for every step
+    bidirectional : a second LSTM reads each sequence from its own end; y holds both, (T, B, 2P)
+    proj_size : P, the width to which h is projected (Sak et al. 2014); 0 for no projection
+    peepholes : the gates also see the cell, each unit its own (Gers et al. 2002)
+    forget_bias : added to the forget gate's bias at the start, so that cells remember
+    init : "uniform": U(-1/√H, 1/√H), as in PyTorch; "glorot": Glorot for inputs and projection,
+        orthogonal for the recurrence, zeros for bias and peepholes
+    dtype : "float32" or "float64", of the weights and of all that is given and returned
+    seed : int, numpy Generator or None, for the weights and for dropout
+
+    Its parameters in layer 0 (`_l1` and so on above it, `_reverse` added in the second direction):
+    weight_ih_l0 (4H, I), weight_hh_l0 (4H, P) and bias_l0 (4H,), their rows ordered i, f, g, o;
+    weight_peephole_l0 (3, H), ordered i, f, o; weight_hr_l0 (P, H).
+
+    >>> m = LSTM(3, 5, num_layers=2, seed=0)
+    >>> x = np.random.default_rng(1).standard_normal((7, 4, 3), dtype="float32")
+    >>> y, (h_n, c_n) = m(x, lengths=[7, 2, 0, 5])
+    >>> y.shape, h_n.shape, c_n.shape
+    ((7, 4, 5), (2, 4, 5), (2, 4, 5))
+    >>> dx, (dh0, dc0) = m.backward(np.ones_like(y))
+    >>> dx.shape, m.gradients()["weight_hh_l1"].shape
+    ((7, 4, 3), (20, 5))
+    """
+
+    _gates = 4
+
+    def __init__(self, input_size, hidden_size, num_layers=1, *, bias=True, batch_first=False,
+                 dropout=0.0, bidirectional=False, proj_size=0, peepholes=False, forget_bias=1.0,
+                 init="uniform", dtype="float32", seed=None):
+        self.proj_size = check_size("proj_size", proj_size, at_least=0)
+        self.peepholes, self.forget_bias = bool(peepholes), float(forget_bias)
+        if self.proj_size > check_size("hidden_size", hidden_size):
+            raise ValueError(f"proj_size must be at most hidden_size = {hidden_size}, "
+                             f"got {proj_size}")
+        self._build(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+                    init, dtype, seed)
+        for weights in self._weights if self.bias else ():
+            weights["b"][hidden_size:2 * hidden_size] += self.forget_bias
+
+    @property
+    def _widths(self):
+        return self.proj_size or self.hidden_size, self.hidden_size
+
+    def _shapes(self, layer):
+        shapes, (P, H) = super()._shapes(layer), self._widths
+        if self.peepholes:
+            shapes["peepholes"] = 3, H
+        if self.proj_size:
+            shapes["W_hr"] = P, H
+        return shapes
+
+    def _cell_forward(self, n, x, state, lengths, reverse, keep_tape):
+        h0, c0 = state
+        return functional.lstm_forward(
+            x, **self._weights[n], h0=h0, c0=c0, lengths=lengths, reverse=reverse,
+            keep_tape=keep_tape, n_threads=self.n_threads)
+
+    def _cell_backward(self, tape, dy, dfinal):
+        g = functional.lstm_backward(tape, dy, *dfinal, n_threads=self.n_threads)
+        return g, (g.dh0, g.dc0)
+
+    def _traced(self, y, tape):
+        gates = np.split(tape.gates, 4, axis=2)
+        return LSTMTrace(*(self._swap(a.copy()) for a in (*gates, tape.c, y)))
+
+
+class RNN(_Recurrent):
+    """A stack of vanilla layers (Elman 1990): h_t = tanh(x_t W_ihᵀ + h_{t-1} W_hhᵀ + b), or relu.
+
+    As `LSTM`, with `nonlinearity` "tanh" or "relu". Weights have H rows where an LSTM's have 4H,
+    and the state is h alone, (L·D, B, H).
+
+    >>> m = RNN(3, 5, nonlinearity="relu", seed=0)
+    >>> y, h_n = m(np.zeros((7, 4, 3), "float32"))
+    >>> y.shape, h_n.shape
+    ((7, 4, 5), (1, 4, 5))
+    """
+
+    _gates = 1
+
+    def __init__(self, input_size, hidden_size, num_layers=1, *, nonlinearity="tanh", bias=True,
+                 batch_first=False, dropout=0.0, bidirectional=False, init="uniform",
+                 dtype="float32", seed=None):
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+        self.nonlinearity = nonlinearity
+        self._build(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+                    init, dtype, seed)
+
+    @property
+    def _widths(self):
+        return (self.hidden_size,)
+
+    def _cell_forward(self, n, x, state, lengths, reverse, keep_tape):
+        y, h_n, tape = functional.rnn_forward(
+            x, **self._weights[n], h0=state[0], nonlinearity=self.nonlinearity, lengths=lengths,
+            reverse=reverse, keep_tape=keep_tape, n_threads=self.n_threads)
+        return y, (h_n,), tape
+
+    def _cell_backward(self, tape, dy, dfinal):
+        g = functional.rnn_backward(tape, dy, *dfinal, n_threads=self.n_threads)
+        return g, (g.dh0,)
+
+    def _traced(self, y, tape):
+        return RNNTrace(self._swap(y))
+
+
+class Stream:
+    """A recurrent layer fed one step at a time; it remembers its state and keeps nothing else.
+
+    It reads the layer's weights as they are at each step, and never drops out.
+
+    >>> s = LSTM(3, 5, seed=0).stream(batch_size=2)
+    >>> s.step(np.zeros((2, 3), "float32")).shape
+    (2, 5)
+    >>> h, c = s.state
+    >>> s.reset()
+    """
+
+    def __init__(self, layer, batch_size=1):
+        if layer.bidirectional:
+            raise ValueError("a bidirectional layer cannot stream: its second half starts at the "
+                             "end of the sequence")
+        self.layer, self.batch_size = layer, check_size("batch_size", batch_size)
+        self.reset()
+
+    def reset(self):
+        """Back to a state of zeros."""
+        self._states = [tuple(np.zeros((self.batch_size, width), self.layer.dtype)
+                              for width in self.layer._widths) for _ in self.layer._weights]
+
+    @property
+    def state(self):
+        """The state after the last step, a copy, as the layer returns it; may be set."""
+        return self.layer._join(self._states)
+
+    @state.setter
+    def state(self, state):
+        split = self.layer._split(state, self.batch_size, "state")
+        self._states = [tuple(np.array(part) for part in parts) for parts in split]
+
+    def step(self, x_t, out=None):
+        """x_t (B, I), or token ids (B,) -> y_t (B, P), in `out` if it is given."""
+        layer, x = self.layer, np.asarray(x_t)
+        expected = (self.batch_size,) if x.dtype.kind in "iu" else (self.batch_size,
+                                                                    layer.input_size)
+        if x.shape != expected:
+            raise ValueError(f"x_t must be {expected}, got {x.shape}")
+        if x.dtype.kind not in "iu":
+            check_dtype("x_t", x, layer.dtype)
+        y = x[None]
+        for n, state in enumerate(self._states):
+            y, self._states[n], _ = layer._cell_forward(n, y, state, None, False, False)
+        if out is None:
+            return y[0]
+        check_dtype("out", out, layer.dtype)
+        if out.shape != y[0].shape:
+            raise ValueError(f"out must be {y[0].shape}, got {out.shape}")
+        out[...] = y[0]
+        return out
+
+
+def _initializer(init, H, rng):
+    """draw(letter, shape): first values for a weight of that letter, its gates joined in rows."""
+    def uniform(letter, shape):
+        return rng.uniform(-H**-0.5, H**-0.5, shape)
+
+    def glorot(letter, shape):
+        if letter in ("b", "peepholes"):
+            return np.zeros(shape)
+        if letter == "W_hh":
+            return np.stack([_orthogonal(rng, *shape[1:]) for _ in range(shape[0])])
+        bound = (6 / sum(shape[-2:])) ** 0.5
+        return rng.uniform(-bound, bound, shape)
+
+    rules = dict(uniform=uniform, glorot=glorot)
+    if init not in rules:
+        raise ValueError(f"init must be 'uniform' or 'glorot', got {init!r}")
+
+    def draw(letter, shape):
+        value = rules[init](letter, shape)
+        return value.reshape(-1, *shape[2:]) if letter in ("W_ih", "W_hh", "b") else value
+    return draw
+
+
+def _orthogonal(rng, rows, columns):
+    """A random (rows, columns) matrix, rows >= columns, of orthonormal columns (Saxe et al. 2014)."""
+    q, r = np.linalg.qr(rng.standard_normal((rows, columns)))
+    return q * np.sign(np.diag(r))
