@@ -117,8 +117,8 @@ def _lstm_gradient(ctx, dy, dh_n, dc_n, _dgates, _dc):
     *cell, y, gates, c = ctx.saved_tensors
     cell = (*cell, ctx.reverse)
     if gates.dim() == 1:  # the forward pass kept no tape: run it again
-        y, _, _, gates, c = lstm(*cell, True)
-    backward = _lstm_backward_in_place if _is_last_use(gates) else lstm_backward
+        y, _, _, gates, c = _lstm(*cell, True)
+    backward = _lstm_backward_in_place if _is_last_use(gates) else _lstm_backward
     gradients = backward(dy, dh_n, dc_n, *cell, y, gates, c)
     wanted = ctx.needs_input_grad[:_N_DIFFERENTIABLE]
     return (*(g if want else None for g, want in zip(gradients, wanted)), None, None, None)
@@ -133,9 +133,6 @@ def _is_last_use(gates):
                 or torch.is_grad_enabled()
                 or torch._C._functorch.peek_interpreter_stack() is not None
                 or type(gates) is not Tensor)
-
-
-lstm.register_autograd(_lstm_gradient, setup_context=_save_for_backward)
 
 
 def _recurrence(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse):
@@ -204,11 +201,7 @@ def _lstm_backward_gradient(ctx, *dd):
     return (*result, None, None, None, None, None)
 
 
-lstm_backward.register_autograd(_lstm_backward_gradient,
-                                setup_context=_save_for_double_backward)
-
-
-# vmap and autocast --------------------------------------------------------------------------------
+# vmap, autocast and registration ------------------------------------------------------------------
 
 
 def _one_by_one(op):
@@ -221,31 +214,52 @@ def _one_by_one(op):
     return rule
 
 
-@lstm.register_vmap
-def _(info, in_dims, *args):
-    """With weights in common, the mapped examples are just a larger batch."""
-    shared = {1, 2, 3, 6, 7}  # W_ih, W_hh, b, peepholes, W_hr
-    if any(in_dims[k] is not None for k in shared):
-        return _one_by_one(lstm)(info, in_dims, *args)
-    batch_axis = {0: 1, 4: 0, 5: 0, 8: 0}  # of x, h0, c0, lengths
+def _as_larger_batch(op):
+    """The batching rule of `lstm`: with weights in common, the examples are just more rows."""
+    batch_axis = {0: 1, 4: 0, 5: 0, 8: 0}  # of x, h0, c0, lengths; the other tensors are weights
 
-    def merge(k, arg, dim):
-        if k not in batch_axis or arg is None:
-            return arg
-        axis = batch_axis[k]
-        arg = arg.unsqueeze(axis) if dim is None else arg.movedim(dim, axis)
-        shape = (*arg.shape[:axis], info.batch_size, *arg.shape[axis + 1:])
-        return arg.expand(shape).flatten(axis, axis + 1)
+    def rule(info, in_dims, *args):
+        if any(dim is not None and k not in batch_axis for k, dim in enumerate(in_dims)):
+            return _one_by_one(op)(info, in_dims, *args)
 
-    outputs = lstm(*(merge(k, arg, dim) for k, (arg, dim) in enumerate(zip(args, in_dims))))
-    axes = (1, 0, 0, 1, 1)
-    if not args[-1]:  # no tape: two empty tensors, the same for every example
-        axes = (1, 0, 0, None, None)
-    return tuple(out if axis is None else out.unflatten(axis, (info.batch_size, -1))
-                 for out, axis in zip(outputs, axes)), axes
+        def merge(k, arg, dim):
+            if arg is None or k not in batch_axis:
+                return arg
+            axis = batch_axis[k]
+            arg = arg.unsqueeze(axis) if dim is None else arg.movedim(dim, axis)
+            shape = (*arg.shape[:axis], info.batch_size, *arg.shape[axis + 1:])
+            return arg.expand(shape).flatten(axis, axis + 1)
+
+        outputs = op(*(merge(k, arg, dim) for k, (arg, dim) in enumerate(zip(args, in_dims))))
+        axes = (1, 0, 0, 1, 1) if args[-1] else (1, 0, 0, None, None)  # with or without a tape
+        return tuple(out if axis is None else out.unflatten(axis, (info.batch_size, -1))
+                     for out, axis in zip(outputs, axes)), axes
+    return rule
 
 
-lstm_backward.register_vmap(_one_by_one(lstm_backward))
+def _register(op, save, gradient, batching):
+    """Give op its gradient and batching rule; returns op as torch.func can take it.
+
+    The autograd.Function that a custom operator gets is one that torch.func refuses (it lacks a
+    setup_context), so under torch.func's transforms this one, with the same parts, stands in.
+    """
+    op.register_autograd(gradient, setup_context=save)
+    op.register_vmap(batching(op))
+
+    class Function(torch.autograd.Function):
+        forward = staticmethod(lambda *args: op(*args))
+        setup_context = staticmethod(save)
+        backward = staticmethod(gradient)
+        vmap = staticmethod(batching(lambda *args: Function.apply(*args)))
+
+    def call(*args):
+        return (Function.apply if torch._C._are_functorch_transforms_active() else op)(*args)
+    return call
+
+
+_lstm = _register(lstm, _save_for_backward, _lstm_gradient, _as_larger_batch)
+_lstm_backward = _register(lstm_backward, _save_for_double_backward, _lstm_backward_gradient,
+                           _one_by_one)
 lstm.register_autocast("cpu", torch.float32)
 
 
@@ -373,7 +387,6 @@ class LSTM(torch.nn.LSTM):
         return super().extra_repr() + extras
 
     def forward(self, input, hx=None):
-        self._update_flat_weights()
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         if input.dim() not in (2, 3):
@@ -408,20 +421,29 @@ class LSTM(torch.nn.LSTM):
         return y, self.permute_hidden((h_n, c_n), unsorted_indices)
 
     def _check(self, x, hx, batch_sizes):
-        for what, tensor in (("input", x), ("weights", self.weight_hh_l0)):
-            if tensor.device.type not in ("cpu", "meta"):
-                raise ValueError(
-                    f"lstmcore.torch.LSTM runs on the CPU, got {what} on {tensor.device}: move the "
-                    "model and its input with .to('cpu'), or use torch.nn.LSTM on this device")
-            if (tensor.dtype not in (torch.float32, torch.float64)
-                    and not torch.is_autocast_enabled("cpu")):
-                raise ValueError(
-                    f"lstmcore.torch.LSTM computes in float32 and float64, got {what} of "
-                    f"{tensor.dtype}: convert with .float(), or call it under torch.autocast('cpu')")
         if hx is None:
             self.check_input(x, batch_sizes)
         else:
             self.check_forward_args(x, hx, batch_sizes)
+
+    def check_input(self, input, batch_sizes):
+        weight = self.weight_hh_l0
+        autocast = torch.is_autocast_enabled("cpu")
+        for what, tensor in (("input", input), ("weights", weight)):
+            if tensor.device.type not in ("cpu", "meta"):
+                raise ValueError(
+                    f"lstmcore.torch.LSTM runs on the CPU, got {what} on {tensor.device}: move the "
+                    "model and its input with .to('cpu'), or use torch.nn.LSTM on this device")
+            if tensor.dtype not in (torch.float32, torch.float64) and not autocast:
+                raise ValueError(
+                    f"lstmcore.torch.LSTM computes in float32 and float64, got {what} of "
+                    f"{tensor.dtype}: convert with .float(), or call it under torch.autocast('cpu')")
+        if input.dtype != weight.dtype and not autocast:
+            raise ValueError(f"input must be {weight.dtype} as the weights are, got {input.dtype}: "
+                             f"convert with input.to({weight.dtype})")
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(f"input.size(-1) must be equal to input_size = {self.input_size}, "
+                               f"got {input.size(-1)}")
 
     def _stack(self, x, hx, lengths):
         """All layers: x (T,B,I) -> y (T,B,D·P), h_n (L·D,B,P), c_n (L·D,B,H)."""
@@ -449,7 +471,7 @@ class LSTM(torch.nn.LSTM):
         W_hr = weight("weight_hr", self.proj_size > 0)
         keep_tape = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, W_ih, W_hh, b, h0, c0, peepholes, W_hr))
-        return lstm(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, keep_tape)[:3]
+        return _lstm(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, keep_tape)[:3]
 
 
 # A whole model ------------------------------------------------------------------------------------
