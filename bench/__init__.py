@@ -1,0 +1,10 @@
+"""Benchmarks: the cases, our own measurements, the comparison with other libraries, the gate.
+
+    pytest bench                       lstmcore on every case, verified, then timed
+    pytest bench --benchmark-disable   the same, verified only, on shortened cases
+    python -m bench.roofline           what this machine can do: FMA peak, bandwidths, barriers
+    python -m bench.compare            lstmcore against torch, ONNX Runtime, OpenVINO and JAX
+    python -m bench.gate BASE HEAD     is HEAD slower than BASE? Exit code 1 says yes
+
+Every module's docstring says what its numbers mean. Nothing here is part of the installed package.
+"""
