@@ -2,11 +2,13 @@
 
 import importlib
 
+# Not lazy: importing the module `threads` later would put it in place of the context manager.
+from lstmcore.threads import get_num_threads, set_num_threads, threads
+
 __version__ = "0.1.0"
 
 _HOME = {  # module: the public names that live there
-    "functional": "lstm_forward lstm_backward rnn_forward rnn_backward",
-    "threads": "get_num_threads set_num_threads threads info",
+    "functional": "lstm_forward lstm_backward rnn_forward rnn_backward info",
     "layers": "LSTM RNN Embedding Linear Dropout Tanh Sigmoid ReLU Sequential LastStep "
               "MeanOverTime MaxOverTime sequence_mask Module",
     "losses": "softmax_cross_entropy mse_loss bce_with_logits",
@@ -16,7 +18,8 @@ _HOME = {  # module: the public names that live there
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
 _MODULES = ("reference", "functional", "layers", "losses", "optim", "models", "formats")
-__all__ = ["__version__", *_MODULE_OF, "optim", "reference"]
+__all__ = ["__version__", "get_num_threads", "set_num_threads", "threads", *_MODULE_OF, "optim",
+           "reference"]
 
 
 def __getattr__(name):

@@ -1,4 +1,402 @@
-"""Placeholder until the kernels land: the reference under the public names."""
+"""One layer, one direction: check the arguments, allocate the results, call the kernels.
 
-from lstmcore.reference import (Gradients, RNNGradients, lstm_backward, lstm_forward,  # noqa: F401
-                                rnn_backward, rnn_forward)
+Signatures and meaning are those of `lstmcore.reference`. Arrays that are not C-contiguous are copied;
+nothing is cast, no argument is written to, and no result aliases an argument.
+"""
+
+import numpy as np
+
+from lstmcore import _kernels
+from lstmcore.reference import Gradients, RNNGradients
+from lstmcore.threads import get_num_threads, resolve
+
+_F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
+_SERIAL_WORK = 400_000  # multiply-adds that one thread does faster than two: about 10 µs
+
+
+# ---- checks ------------------------------------------------------------------------------------------
+
+def _array(value, name, letters, shape, dtype):
+    """value as a C-contiguous array of this shape and dtype, or an error in the caller's words."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be a NumPy array, got {type(value).__module__}."
+                        f"{type(value).__qualname__}")
+    if value.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype} like x, got {value.dtype}")
+    if value.shape != shape:
+        raise ValueError(f"{name} must be {letters} = {shape}, got {value.shape}")
+    return value if value.flags.c_contiguous and value.flags.aligned else value.copy(order="C")
+
+
+def _optional(value, name, letters, shape, dtype):
+    return None if value is None else _array(value, name, letters, shape, dtype)
+
+
+def _sequence(x, W_hh, gates, W_hr=None):
+    """The sizes T, B, I, H, K and the dtype, from x, W_hh and W_hr."""
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"x must be a NumPy array, got {type(x).__module__}.{type(x).__qualname__}")
+    if x.dtype != _F32 and x.dtype != _F64:
+        raise TypeError(f"x must be float32 or float64, got {x.dtype}")
+    if x.ndim != 3:
+        raise ValueError(f"x must be (T, B, I), got shape {x.shape}")
+    if not isinstance(W_hh, np.ndarray):
+        raise TypeError(f"W_hh must be a NumPy array, got {type(W_hh).__module__}."
+                        f"{type(W_hh).__qualname__}")
+    if W_hh.ndim != 2 or W_hh.shape[0] % gates or 0 in W_hh.shape:
+        raise ValueError(f"W_hh must be ({'4H' if gates == 4 else 'H'}, H), got {W_hh.shape}")
+    T, B, I = x.shape
+    H = W_hh.shape[0] // gates
+    if W_hr is None:
+        K = H
+    elif isinstance(W_hr, np.ndarray) and W_hr.ndim == 2 and W_hr.shape[1] == H and W_hr.shape[0]:
+        K = W_hr.shape[0]
+    else:
+        raise ValueError(f"W_hr must be a (P, H) = (P, {H}) array, got "
+                         f"{getattr(W_hr, 'shape', type(W_hr).__qualname__)}")
+    if I == 0:
+        raise ValueError(f"x must be (T, B, I) with I >= 1, got {x.shape}")
+    return T, B, I, H, K, x.dtype
+
+
+def _lengths(lengths, T, B):
+    """None, or lengths (B,) in 0..T with the order of the rows, longest first."""
+    if lengths is None:
+        return None, None
+    lengths = np.asarray(lengths)
+    if lengths.shape != (B,):
+        raise ValueError(f"lengths must be (B,) = ({B},), got {lengths.shape}")
+    if lengths.dtype.kind not in "iu":
+        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+    if B and (lengths.min() < 0 or lengths.max() > T):
+        raise ValueError(f"lengths must be in 0..T = 0..{T}, got {lengths.min()}..{lengths.max()}")
+    lengths = lengths.astype(np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    return order, lengths[order]
+
+
+def _threads(n_threads, tokens, G, width):
+    """Threads for a call: one, if the work is too small to share."""
+    n = get_num_threads() if n_threads is None else resolve(n_threads)
+    return n if n == 1 or tokens * G * width > _SERIAL_WORK else 1
+
+
+# ---- tapes -------------------------------------------------------------------------------------------
+
+class Tape:
+    """What the forward pass keeps for the backward pass: 5H numbers per token, beside x and y.
+
+    `gates` (T, B, 4H) in the order i, f, g, o and `c` (T, B, H) are views of a dense tape and, of a
+    ragged one, which holds its real tokens only, copies that are zero past the end. `lstm_backward`
+    uses the memory of the gates, so a tape can be used once and shows no gates afterwards.
+    """
+
+    __slots__ = ("x", "W_ih", "W_hh", "peepholes", "W_hr", "h0", "c0", "reverse", "y", "raw_gates",
+                 "raw_c", "order", "sorted_lengths", "spent")
+
+    def __init__(self, x, W_ih, W_hh, peepholes, W_hr, h0, c0, reverse, y, raw_gates, raw_c, order,
+                 sorted_lengths):
+        self.x, self.W_ih, self.W_hh, self.peepholes, self.W_hr = x, W_ih, W_hh, peepholes, W_hr
+        self.h0, self.c0, self.reverse, self.y = h0, c0, reverse, y
+        self.raw_gates, self.raw_c = raw_gates, raw_c
+        self.order, self.sorted_lengths, self.spent = order, sorted_lengths, False
+
+    @property
+    def gates(self):
+        self.check_unspent()
+        return self._padded(self.raw_gates)
+
+    @property
+    def c(self):
+        return self._padded(self.raw_c)
+
+    @property
+    def nbytes(self):
+        """Bytes kept beside x and y."""
+        return self.raw_gates.nbytes + self.raw_c.nbytes
+
+    def check_unspent(self):
+        if self.spent:
+            raise ValueError("this tape was used by an earlier backward pass, which overwrote its "
+                             "gates: run the forward pass again")
+
+    def _padded(self, raw):
+        T, B = self.x.shape[:2]
+        if self.order is None:
+            return raw.reshape(T, B, -1)
+        out, first = np.zeros((T, B, raw.shape[-1]), raw.dtype), 0
+        for s in range(self.sorted_lengths[0] if B else 0):
+            n = int(np.count_nonzero(self.sorted_lengths > s))
+            t = self.sorted_lengths[:n] - 1 - s if self.reverse else s
+            out[t, self.order[:n]] = raw[first:first + n]
+            first += n
+        return out
+
+
+class RNNTape:
+    """What `rnn_forward` keeps: references to x, y and the weights; nothing is copied."""
+
+    __slots__ = ("x", "W_ih", "W_hh", "h0", "reverse", "nonlinearity", "y", "order",
+                 "sorted_lengths")
+
+    def __init__(self, x, W_ih, W_hh, h0, reverse, nonlinearity, y, order, sorted_lengths):
+        self.x, self.W_ih, self.W_hh, self.h0, self.reverse = x, W_ih, W_hh, h0, reverse
+        self.nonlinearity, self.y = nonlinearity, y
+        self.order, self.sorted_lengths = order, sorted_lengths
+
+
+def tape_from(*, x, W_ih, W_hh, peepholes=None, W_hr=None, h0=None, c0=None, lengths=None,
+              reverse=False, y, raw_gates, raw_c):
+    """A tape from the arrays of an earlier one, for those who must store it as plain arrays."""
+    order, sorted_lengths = _lengths(lengths, *x.shape[:2])
+    return Tape(x, W_ih, W_hh, peepholes, W_hr, h0, c0, reverse, y, raw_gates, raw_c, order,
+                sorted_lengths)
+
+
+# ---- LSTM --------------------------------------------------------------------------------------------
+
+def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_hr=None,
+                 lengths=None, reverse=False, keep_tape=True, n_threads=None):
+    """Run one LSTM layer over a batch of sequences.
+
+    Parameters
+    ----------
+    x : (T, B, I) float32 or float64; every other array has its dtype
+    W_ih, W_hh : (4H, I), (4H, H), rows in the order i, f, g, o
+    b : (4H,), optional
+    h0, c0 : (B, H), default zeros
+    peepholes : (3, H): p_i, p_f, p_o, optional
+    W_hr : (P, H), optional: h is projected to P numbers, so W_hh is (4H, P), and y, h0, h_n have P
+    lengths : (B,) ints in 0..T, any order: the ragged batch. y is 0 past the end of a sequence;
+        h_n and c_n are those of its own last step, and h0 and c0 if its length is 0
+    reverse : read each sequence from its own end to its start
+    keep_tape : False for inference: nothing is saved, and the tape is None
+    n_threads : int, default `get_num_threads()`; changes no bit of the result
+
+    Returns
+    -------
+    y (T, B, H), (h_n (B, H), c_n (B, H)), tape for `lstm_backward`, with `tape.gates` and `tape.c`
+
+    Raises
+    ------
+    TypeError, ValueError : with the expected and the given type or shape
+
+    Notes
+    -----
+    The equations are in `lstmcore.reference`: Hochreiter and Schmidhuber (1997), with the forget gate
+    of Gers, Schmidhuber and Cummins (2000).
+
+    Examples
+    --------
+    >>> import numpy as np, lstmcore
+    >>> T, B, I, H = 5, 2, 3, 4
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.standard_normal((T, B, I))
+    >>> W_ih, W_hh = rng.standard_normal((4 * H, I)), rng.standard_normal((4 * H, H))
+    >>> y, (h_n, c_n), tape = lstmcore.lstm_forward(x, W_ih, W_hh, lengths=[5, 2])
+    >>> y.shape, bool((y[1, 1] == h_n[1]).all()), float(abs(y[2:, 1]).max())
+    ((5, 2, 4), True, 0.0)
+    """
+    T, B, I, H, K, dtype = _sequence(x, W_hh, 4, W_hr)
+    x = _array(x, "x", "(T, B, I)", (T, B, I), dtype)
+    W_ih = _array(W_ih, "W_ih", "(4H, I)", (4 * H, I), dtype)
+    W_hh = _array(W_hh, "W_hh", "(4H, H)" if W_hr is None else "(4H, P)", (4 * H, K), dtype)
+    b = _optional(b, "b", "(4H,)", (4 * H,), dtype)
+    h0 = _optional(h0, "h0", "(B, H)" if W_hr is None else "(B, P)", (B, K), dtype)
+    c0 = _optional(c0, "c0", "(B, H)", (B, H), dtype)
+    peepholes = _optional(peepholes, "peepholes", "(3, H)", (3, H), dtype)
+    W_hr = _optional(W_hr, "W_hr", "(P, H)", (K, H), dtype)
+    order, sorted_lengths = _lengths(lengths, T, B)
+    tokens = T * B if order is None else int(sorted_lengths.sum())
+    n_threads = _threads(n_threads, tokens, 4 * H, I + K)
+
+    y = np.empty((T, B, K), dtype) if order is None else np.zeros((T, B, K), dtype)
+    h_n, c_n = np.empty((B, K), dtype), np.empty((B, H), dtype)
+    gates = c = tape = None
+    if keep_tape:
+        gates = np.empty((tokens, 4 * H), dtype)
+        c = np.empty((tokens, H), dtype)
+        tape = Tape(x, W_ih, W_hh, peepholes, W_hr, h0, c0, bool(reverse), y, gates, c, order,
+                    sorted_lengths)
+    if tokens:
+        _kernels.run_forward("lstm", x, W_ih, W_hh, b, W_hr, h0, c0, peepholes, order,
+                             sorted_lengths, bool(reverse), y, h_n, c_n, gates, c, n_threads)
+    else:
+        h_n[...] = 0 if h0 is None else h0
+        c_n[...] = 0 if c0 is None else c0
+    return y, (h_n, c_n), tape
+
+
+def lstm_backward(tape, dy, dh_n=None, dc_n=None, *, n_threads=None):
+    """Gradients of a loss through `lstm_forward`, by backpropagation through time.
+
+    Parameters
+    ----------
+    tape : of `lstm_forward`; it can be used once, because its gates become their gradients
+    dy : (T, B, H), the gradient of the loss with respect to y; ignored past the end of a sequence
+    dh_n, dc_n : (B, H), those with respect to the final states, default zeros
+
+    Returns
+    -------
+    Gradients(dx, dW_ih, dW_hh, db, dpeepholes, dh0, dc0, dW_hr), a named tuple of arrays shaped as
+    what they belong to; dpeepholes and dW_hr are None where the forward pass had none
+
+    Raises
+    ------
+    TypeError, ValueError : with the expected and the given type or shape; or the tape is spent
+
+    Examples
+    --------
+    >>> import numpy as np, lstmcore
+    >>> rng = np.random.default_rng(0)
+    >>> x, W_ih, W_hh = (rng.standard_normal(shape) for shape in ((5, 2, 3), (16, 3), (16, 4)))
+    >>> y, _, tape = lstmcore.lstm_forward(x, W_ih, W_hh)
+    >>> g = lstmcore.lstm_backward(tape, dy=np.ones_like(y))
+    >>> g.dx.shape, g.dW_hh.shape, g.dpeepholes
+    ((5, 2, 3), (16, 4), None)
+    """
+    if not isinstance(tape, Tape):
+        raise TypeError(f"tape must be one of lstm_forward, got {type(tape).__qualname__}")
+    tape.check_unspent()
+    x, W_ih, W_hh, W_hr, y = tape.x, tape.W_ih, tape.W_hh, tape.W_hr, tape.y
+    (T, B, I), K, H, dtype = x.shape, y.shape[2], W_hh.shape[0] // 4, x.dtype
+    dy = _array(dy, "dy", "(T, B, H)" if W_hr is None else "(T, B, P)", (T, B, K), dtype)
+    dh_n = _optional(dh_n, "dh_n", "(B, H)" if W_hr is None else "(B, P)", (B, K), dtype)
+    dc_n = _optional(dc_n, "dc_n", "(B, H)", (B, H), dtype)
+    tokens = len(tape.raw_gates) if tape.order is not None else T * B
+    n_threads = _threads(n_threads, tokens, 4 * H, I + K)
+    dx = _gradient_of_x(x, tape.order)
+    dh0 = np.zeros((B, K), dtype) if dh_n is None else dh_n.copy()
+    dc0 = np.zeros((B, H), dtype) if dc_n is None else dc_n.copy()
+    dW_ih, dW_hh, db = np.empty_like(W_ih), np.empty_like(W_hh), np.empty(4 * H, dtype)
+    dpeepholes = None if tape.peepholes is None else np.empty((3, H), dtype)
+    dW_hr = None if W_hr is None else np.empty_like(W_hr)
+    g = Gradients(dx, dW_ih, dW_hh, db, dpeepholes, dh0, dc0, dW_hr)
+    tape.spent = True
+    if tokens:
+        _kernels.run_backward("lstm", x, W_ih, W_hh, W_hr, tape.h0, tape.c0, tape.peepholes,
+                              tape.order, tape.sorted_lengths, tape.reverse, y, tape.raw_gates,
+                              tape.raw_c, dy, _last_dy(tape, dy, dh_n), *g, n_threads)
+    else:
+        _zero_sums(dW_ih, dW_hh, db, dpeepholes, dW_hr)
+    return g
+
+
+def _gradient_of_x(x, order):
+    return np.empty(x.shape, x.dtype) if order is None else np.zeros(x.shape, x.dtype)
+
+
+def _last_dy(tape, dy, dh_n):
+    """dy of each row's last step plus dh_n, in the order of the batch; None without dh_n."""
+    if dh_n is None:
+        return None
+    T, B = dy.shape[:2]
+    if tape.order is None:
+        return dy[0 if tape.reverse else T - 1] + dh_n
+    last = np.zeros(B, np.int64)
+    if not tape.reverse:
+        last[tape.order] = np.maximum(tape.sorted_lengths - 1, 0)
+    return dy[last, np.arange(B)] + dh_n
+
+
+def _zero_sums(*sums):
+    for d in sums:
+        if d is not None:
+            d[...] = 0
+
+
+# ---- vanilla RNN -------------------------------------------------------------------------------------
+
+def rnn_forward(x, W_ih, W_hh, b=None, h0=None, *, nonlinearity="tanh", lengths=None, reverse=False,
+                keep_tape=True, n_threads=None):
+    """Run one vanilla (Elman) RNN layer: h_t = tanh(x_t W_ihᵀ + h_{t-1} W_hhᵀ + b), or relu.
+
+    Parameters are those of `lstm_forward`, with W_ih (H, I), W_hh (H, H), b (H,), and nonlinearity
+    "tanh" or "relu". Returns y (T, B, H), h_n (B, H), tape.
+
+    Examples
+    --------
+    >>> import numpy as np, lstmcore
+    >>> rng = np.random.default_rng(0)
+    >>> x, W_ih, W_hh = (rng.standard_normal(shape) for shape in ((5, 2, 3), (4, 3), (4, 4)))
+    >>> y, h_n, tape = lstmcore.rnn_forward(x, W_ih, W_hh)
+    >>> bool((y[-1] == h_n).all())
+    True
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f'nonlinearity must be "tanh" or "relu", got {nonlinearity!r}')
+    T, B, I, H, _, dtype = _sequence(x, W_hh, 1)
+    x = _array(x, "x", "(T, B, I)", (T, B, I), dtype)
+    W_ih = _array(W_ih, "W_ih", "(H, I)", (H, I), dtype)
+    W_hh = _array(W_hh, "W_hh", "(H, H)", (H, H), dtype)
+    b = _optional(b, "b", "(H,)", (H,), dtype)
+    h0 = _optional(h0, "h0", "(B, H)", (B, H), dtype)
+    order, sorted_lengths = _lengths(lengths, T, B)
+    tokens = T * B if order is None else int(sorted_lengths.sum())
+    n_threads = _threads(n_threads, tokens, H, I + H)
+    y = np.empty((T, B, H), dtype) if order is None else np.zeros((T, B, H), dtype)
+    h_n = np.empty((B, H), dtype)
+    if tokens:
+        _kernels.run_forward(nonlinearity, x, W_ih, W_hh, b, None, h0, None, None, order,
+                             sorted_lengths, bool(reverse), y, h_n, None, None, None, n_threads)
+    else:
+        h_n[...] = 0 if h0 is None else h0
+    tape = RNNTape(x, W_ih, W_hh, h0, bool(reverse), nonlinearity, y, order, sorted_lengths)
+    return y, h_n, tape if keep_tape else None
+
+
+def rnn_backward(tape, dy, dh_n=None, *, n_threads=None):
+    """Gradients through `rnn_forward`: dy (T, B, H), dh_n (B, H).
+
+    Returns RNNGradients(dx, dW_ih, dW_hh, db, dh0), a named tuple.
+
+    Examples
+    --------
+    >>> import numpy as np, lstmcore
+    >>> rng = np.random.default_rng(0)
+    >>> x, W_ih, W_hh = (rng.standard_normal(shape) for shape in ((5, 2, 3), (4, 3), (4, 4)))
+    >>> y, h_n, tape = lstmcore.rnn_forward(x, W_ih, W_hh, nonlinearity="relu")
+    >>> lstmcore.rnn_backward(tape, np.ones_like(y)).dW_hh.shape
+    (4, 4)
+    """
+    if not isinstance(tape, RNNTape):
+        raise TypeError(f"tape must be one of rnn_forward, got {type(tape).__qualname__}")
+    x, W_ih, W_hh, y = tape.x, tape.W_ih, tape.W_hh, tape.y
+    (T, B, I), H, dtype = x.shape, y.shape[2], x.dtype
+    dy = _array(dy, "dy", "(T, B, H)", (T, B, H), dtype)
+    dh_n = _optional(dh_n, "dh_n", "(B, H)", (B, H), dtype)
+    tokens = T * B if tape.order is None else int(tape.sorted_lengths.sum())
+    n_threads = _threads(n_threads, tokens, H, I + H)
+    dx = _gradient_of_x(x, tape.order)
+    dh0 = np.zeros((B, H), dtype) if dh_n is None else dh_n.copy()
+    dW_ih, dW_hh, db = np.empty_like(W_ih), np.empty_like(W_hh), np.empty(H, dtype)
+    if tokens:
+        _kernels.run_backward(tape.nonlinearity, x, W_ih, W_hh, None, tape.h0, None, None, tape.order,
+                              tape.sorted_lengths, tape.reverse, y, None, None, dy,
+                              _last_dy(tape, dy, dh_n), dx, dW_ih, dW_hh, db, None, dh0, None, None,
+                              n_threads)
+    else:
+        _zero_sums(dW_ih, dW_hh, db)
+    return RNNGradients(dx, dW_ih, dW_hh, db, dh0)
+
+
+# ---- the machine -------------------------------------------------------------------------------------
+
+def info():
+    """What runs here: version, instruction sets, BLAS, threads and OpenMP, as a dict.
+
+    >>> import lstmcore
+    >>> sorted(lstmcore.info())
+    ['available_isas', 'blas', 'compiler', 'isa', 'n_threads', 'openmp', 'version']
+    """
+    import scipy.linalg  # noqa: F401  (loads the BLAS that is reported)
+    from threadpoolctl import threadpool_info
+
+    from lstmcore import __version__
+
+    blas = sorted({f"{pool['internal_api']} {pool['version']} ({pool.get('architecture', '?')})"
+                   for pool in threadpool_info() if pool["user_api"] == "blas"})
+    return {"version": __version__, "isa": _kernels.isa(),
+            "available_isas": _kernels.available_isas(), "blas": ", ".join(blas) or "unknown",
+            "n_threads": get_num_threads(), "compiler": _kernels.compiler(),
+            "openmp": _kernels.has_openmp()}

@@ -1,0 +1,383 @@
+/* body.h: the kernels of one (instruction set, dtype), declared in lstm.h; DOUBLE says which dtype.
+
+   Everything is one register tile: up to MR rows times a panel of up to four vectors, where a panel
+   holds the packed operand as panel[k][vector][lane].  In the forward step the four vectors of a panel
+   are the four gates of the same units, so that a finished tile is all the cell needs.
+
+   A group of rows passes over a panel, KC deep at a time, so that the block of the panel stays in a
+   near cache; between tile and epilogue the sums of the group lie in `acc`, 12 KB of stack. */
+
+#include "simd.h"
+#include "activations.h"
+#include "cell.h"
+
+#ifndef GROUP
+#define GROUP (8 * MR)  /* rows per group */
+#define KC 512          /* k per block of a panel: KC·4·VECTOR_BYTES is 128 KB with AVX-512 */
+#define KW 256          /* k per block of a weight gradient: part of the definition of its bits */
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define EACH(x, n) _Pragma("GCC unroll 6") for (int x = 0; x < (n); x++)
+#endif
+
+typedef vec F(row4)[4];
+
+/* ---- the tile: acc[r][v] += Σ_k a[r][k·step] panel[k][v] for rows r < mr, vectors v < nv --------- */
+
+INLINE void F(tile)(const int mr, const int nv, const ptrdiff_t step, ptrdiff_t K,
+                    const R *const *a, const R *restrict panel, F(row4) *restrict out) {
+    vec acc[MR][4];
+    EACH(r, mr) EACH(v, nv) acc[r][v] = out[r][v];
+    for (ptrdiff_t k = 0; k < K; k++, panel += nv * VL) {
+        vec w[4];
+        EACH(v, nv) w[v] = F(v_load)(panel + v * VL);
+        EACH(r, mr) {
+            vec x = F(v_set1)(a[r][k * step]);
+            EACH(v, nv) acc[r][v] = v_fma(x, w[v], acc[r][v]);
+        }
+    }
+    EACH(r, mr) EACH(v, nv) out[r][v] = acc[r][v];
+}
+
+typedef void F(tile_fn)(ptrdiff_t K, const R *const *a, const R *panel, F(row4) *out);
+
+#define TILE(mr, nv)                                                                                 \
+    static void F(tile_##mr##_##nv)(ptrdiff_t K, const R *const *a, const R *panel, F(row4) *out) {  \
+        F(tile)(mr, nv, 1, K, a, panel, out);                                                        \
+    }
+#define TILES(mr) TILE(mr, 1) TILE(mr, 2) TILE(mr, 3) TILE(mr, 4)
+#define TILE_NAMES(mr) {0, F(tile_##mr##_1), F(tile_##mr##_2), F(tile_##mr##_3), F(tile_##mr##_4)}
+TILES(1) TILES(2)
+#if MR > 2
+TILES(3)
+#endif
+#if MR > 3
+TILES(4) TILES(5)
+#endif
+#if MR > 5
+TILES(6)
+#endif
+
+static F(tile_fn) *const F(tiles)[MR + 1][5] = {{0}, TILE_NAMES(1), TILE_NAMES(2),
+#if MR > 2
+    TILE_NAMES(3),
+#endif
+#if MR > 3
+    TILE_NAMES(4), TILE_NAMES(5),
+#endif
+#if MR > 5
+    TILE_NAMES(6),
+#endif
+};
+
+/* ---- panels --------------------------------------------------------------------------------------- */
+
+typedef struct {
+    ptrdiff_t col, stride, end; /* column of vector 0, distance of the vectors, end of the last one */
+    int nv;                     /* vectors */
+} F(panel);
+
+INLINE ptrdiff_t F(n_panels)(int panels, ptrdiff_t j0, ptrdiff_t j1) {
+    ptrdiff_t width = panels == PANEL_GATES ? VL : 4 * VL;
+    return (j1 - j0 + width - 1) / width;
+}
+
+/* Panel p of the columns [j0, j1), counted from j0. */
+INLINE F(panel) F(panel_at)(int panels, ptrdiff_t p, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1) {
+    F(panel) g;
+    if (panels == PANEL_GATES) {
+        g.col = j0 + p * VL;
+        g.stride = H;
+        g.nv = 4;
+        g.end = MIN(VL, j1 - g.col);
+    } else {
+        g.col = j0 + p * 4 * VL;
+        g.stride = VL;
+        g.nv = (int)MIN(4, (j1 - g.col + VL - 1) / VL);
+        g.end = MIN(VL, j1 - g.col - (g.nv - 1) * VL);
+    }
+    return g;
+}
+
+/* Lanes of vector v that are columns. */
+INLINE ptrdiff_t F(lanes)(const F(panel) *g, int v) {
+    return g->stride == VL && v < g->nv - 1 ? VL : g->end;
+}
+
+static void F(pack)(int panels, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1, ptrdiff_t first,
+                    ptrdiff_t last, const void *W_, ptrdiff_t k_stride, ptrdiff_t col_stride,
+                    void *out_) {
+    enum { BLOCK = 16 };  /* k at a time, so that the written lines stay in L1 */
+    for (ptrdiff_t p = first; p < last; p++) {
+        F(panel) g = F(panel_at)(panels, p, H, j0, j1);
+        R *out = (R *)out_ + p * K * 4 * VL;
+        for (int v = 0; v < g.nv; v++) {
+            ptrdiff_t n = panels == PANEL_GATES ? g.end : F(lanes)(&g, v);
+            const R *W = (const R *)W_ + (g.col + v * g.stride) * col_stride;
+            for (ptrdiff_t k0 = 0; k0 < K; k0 += BLOCK) {
+                ptrdiff_t k1 = MIN(K, k0 + BLOCK);
+                if (n < VL)
+                    for (ptrdiff_t k = k0; k < k1; k++)
+                        F(v_store)(out + (k * g.nv + v) * VL, F(v_set1)(0));
+                if (col_stride == 1)
+                    for (ptrdiff_t k = k0; k < k1; k++)
+                        F(v_store_n)(out + (k * g.nv + v) * VL, F(v_load_n)(W + k * k_stride, n), n);
+                else
+                    for (ptrdiff_t l = 0; l < n; l++)
+                        for (ptrdiff_t k = k0; k < k1; k++)
+                            out[(k * g.nv + v) * VL + l] = W[k * k_stride + l * col_stride];
+            }
+        }
+    }
+}
+
+/* ---- rows over a panel ---------------------------------------------------------------------------- */
+
+/* acc[r] += a[r] · panel for n <= GROUP rows, in tiles of nearly equal height. */
+static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const R *const *a, const R *panel,
+                     F(row4) *acc) {
+    for (ptrdiff_t k = 0; k < K; k += KC) {
+        const R *ak[MR];
+        for (ptrdiff_t r = 0, tiles = (n + MR - 1) / MR; tiles > 0; tiles--) {
+            ptrdiff_t mr = (n - r + tiles - 1) / tiles;
+            for (ptrdiff_t q = 0; q < mr; q++) ak[q] = a[r + q] + k;
+            F(tiles)[mr][nv](MIN(KC, K - k), ak, panel + k * nv * VL, acc + r);
+            r += mr;
+        }
+    }
+}
+
+/* The size of equal groups of n rows. */
+INLINE ptrdiff_t F(group_size)(ptrdiff_t n) {
+    ptrdiff_t groups = (n + GROUP - 1) / GROUP;
+    return (n + groups - 1) / groups;
+}
+
+static void F(gemm)(int panels, int start, ptrdiff_t n, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0,
+                    ptrdiff_t j1, const void *const *a, const void *packed, const void *bias_,
+                    void *const *C) {
+    F(row4) acc[GROUP];
+    const R *bias = bias_;
+    if (n == 0) return;
+    ptrdiff_t size = F(group_size)(n);
+    for (ptrdiff_t p = 0; p < F(n_panels)(panels, j0, j1); p++) {
+        F(panel) g = F(panel_at)(panels, p, H, j0, j1);
+        for (ptrdiff_t r0 = 0; r0 < n; r0 += size) {
+            ptrdiff_t m = MIN(size, n - r0);
+            for (int v = 0; v < g.nv; v++) {
+                ptrdiff_t j = g.col + v * g.stride, w = panels == PANEL_GATES ? g.end : F(lanes)(&g, v);
+                vec from = start == START_BIAS ? F(v_load_n)(bias + j, w) : F(v_set1)(0);
+                for (ptrdiff_t r = 0; r < m; r++)
+                    acc[r][v] = start == START_ADD ? F(v_load_n)((R *)C[r0 + r] + j, w) : from;
+            }
+            F(group)(m, K, g.nv, (const R *const *)a + r0, (const R *)packed + p * K * 4 * VL, acc);
+            for (ptrdiff_t r = 0; r < m; r++)
+                for (int v = 0; v < g.nv; v++)
+                    F(v_store_n)((R *)C[r0 + r] + g.col + v * g.stride, acc[r][v],
+                                 panels == PANEL_GATES ? g.end : F(lanes)(&g, v));
+        }
+    }
+}
+
+/* ---- one time step -------------------------------------------------------------------------------- */
+
+static void F(lstm_step)(ptrdiff_t n, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1,
+                         const lstm_row *rows, const void *packed, const void *peepholes) {
+    F(row4) acc[GROUP];
+    const R *a[GROUP];
+    if (n == 0) return;
+    ptrdiff_t size = F(group_size)(n);
+    for (ptrdiff_t p = 0; p < F(n_panels)(PANEL_GATES, j0, j1); p++) {
+        ptrdiff_t j = j0 + p * VL, w = MIN(VL, j1 - j);
+        const R *peep = peepholes ? (const R *)peepholes + j : NULL;
+        for (ptrdiff_t r0 = 0; r0 < n; r0 += size) {
+            ptrdiff_t m = MIN(size, n - r0);
+            const lstm_row *row = rows + r0;
+            for (ptrdiff_t r = 0; r < m; r++) {
+                const R *gates = (const R *)row[r].gates + j;
+                a[r] = row[r].h_prev;
+                for (int v = 0; v < 4; v++) acc[r][v] = F(v_load_n)(gates + v * H, w);
+            }
+            F(group)(m, K, 4, a, (const R *)packed + p * K * 4 * VL, acc);
+            for (ptrdiff_t r = 0; r < m; r++) {
+                F(gates) s = {acc[r][0], acc[r][1], acc[r][2], acc[r][3]};
+                R *gates = (R *)row[r].gates + j;
+                vec c, h;
+                F(cell_forward)(&s, F(v_load_n)((const R *)row[r].c_prev + j, w), peep, H, w, &c, &h);
+                F(v_store_n)(gates, s.i, w);
+                F(v_store_n)(gates + H, s.f, w);
+                F(v_store_n)(gates + 2 * H, s.g, w);
+                F(v_store_n)(gates + 3 * H, s.o, w);
+                F(v_store_n)((R *)row[r].c + j, c, w);
+                F(v_store_n)((R *)row[r].h + j, h, w);
+            }
+        }
+    }
+}
+
+static void F(lstm_back_step)(ptrdiff_t n, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1,
+                              const lstm_back_row *rows, const void *packed, const void *peepholes) {
+    F(row4) acc[GROUP];
+    const R *a[GROUP];
+    if (n == 0) return;
+    ptrdiff_t size = F(group_size)(n);
+    for (ptrdiff_t p = 0; p < F(n_panels)(PANEL_PLAIN, j0, j1); p++) {
+        F(panel) g = F(panel_at)(PANEL_PLAIN, p, H, j0, j1);
+        for (ptrdiff_t r0 = 0; r0 < n; r0 += size) {
+            ptrdiff_t m = MIN(size, n - r0);
+            const lstm_back_row *row = rows + r0;
+            for (ptrdiff_t r = 0; r < m; r++) {
+                const R *dy = (const R *)row[r].dy + g.col;
+                a[r] = row[r].da_next;
+                for (int v = 0; v < g.nv; v++) acc[r][v] = F(v_load_n)(dy + v * VL, F(lanes)(&g, v));
+            }
+            F(group)(m, K, g.nv, a, (const R *)packed + p * K * 4 * VL, acc);
+            for (ptrdiff_t r = 0; r < m; r++)
+                for (int v = 0; v < g.nv; v++) {
+                    ptrdiff_t j = g.col + v * VL, w = F(lanes)(&g, v);
+                    R *gates = (R *)row[r].gates + j, *dc_row = (R *)row[r].dc + j;
+                    F(gates) s = {F(v_load_n)(gates, w), F(v_load_n)(gates + H, w),
+                                  F(v_load_n)(gates + 2 * H, w), F(v_load_n)(gates + 3 * H, w)};
+                    vec dc = F(v_load_n)(dc_row, w);
+                    F(cell_backward)(&s, F(v_load_n)((const R *)row[r].c + j, w),
+                                     F(v_load_n)((const R *)row[r].c_prev + j, w),
+                                     peepholes ? (const R *)peepholes + j : NULL, H, w, acc[r][v], &dc);
+                    F(v_store_n)(gates, s.i, w);
+                    F(v_store_n)(gates + H, s.f, w);
+                    F(v_store_n)(gates + 2 * H, s.g, w);
+                    F(v_store_n)(gates + 3 * H, s.o, w);
+                    F(v_store_n)(dc_row, dc, w);
+                }
+        }
+    }
+}
+
+/* ---- sums over time and batch --------------------------------------------------------------------- */
+
+static ptrdiff_t F(weight_gradient_work)(ptrdiff_t M) {
+    return (((M + MR - 1) / MR * MR + 16) * KW + KW * 4 * VL) * (ptrdiff_t)sizeof(R);
+}
+
+/* acc[r][v] = Σ_k a[k·MR + r] panel[k][v]: both operands packed. */
+static void F(packed_tile)(int nv, ptrdiff_t K, const R *a, const R *panel, F(row4) *acc) {
+    const R *rows[MR];
+    for (int r = 0; r < MR; r++) {
+        rows[r] = a + r;
+        for (int v = 0; v < nv; v++) acc[r][v] = F(v_set1)(0);
+    }
+    if (nv == 4) F(tile)(MR, 4, MR, K, rows, panel, acc);
+    else if (nv == 3) F(tile)(MR, 3, MR, K, rows, panel, acc);
+    else if (nv == 2) F(tile)(MR, 2, MR, K, rows, panel, acc);
+    else F(tile)(MR, 1, MR, K, rows, panel, acc);
+}
+
+static void F(weight_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t m1, ptrdiff_t N,
+                               const void *const *da, const void *const *x, void *dW_, void *db_,
+                               void *work) {
+    F(row4) acc[MR];
+    ptrdiff_t M = m1 - m0, tiles = (M + MR - 1) / MR;
+    R *panel = work, *A = panel + KW * 4 * VL, *dW = dW_, *db = db_;
+    for (ptrdiff_t m = m0; db && m < m1; m++) db[m] = 0;
+    for (ptrdiff_t m = m0; K == 0 && m < m1; m++)
+        for (ptrdiff_t j = 0; j < N; j++) dW[m * N + j] = 0;
+    for (ptrdiff_t k0 = 0; k0 < K; k0 += KW) {
+        ptrdiff_t kn = MIN(KW, K - k0);
+        for (ptrdiff_t k = 0; k < kn; k++) {  /* A[tile][k][r] = da[k0 + k][m0 + tile·MR + r] */
+            const R *row = (const R *)da[k0 + k] + m0;
+            R *out = A + k * MR;
+            for (ptrdiff_t m = 0; m + MR <= M; m += MR, out += kn * MR)
+                for (int r = 0; r < MR; r++) out[r] = row[m + r];
+            for (ptrdiff_t r = 0; r < M % MR; r++) out[r] = row[M - M % MR + r];
+            for (ptrdiff_t r = M % MR; r > 0 && r < MR; r++) out[r] = 0;
+            for (ptrdiff_t m = 0; db && m < M; m++) db[m0 + m] += row[m];
+        }
+        for (ptrdiff_t p = 0; p < F(n_panels)(PANEL_PLAIN, 0, N); p++) {
+            F(panel) g = F(panel_at)(PANEL_PLAIN, p, 0, 0, N);
+            for (ptrdiff_t k = 0; k < kn; k++)
+                for (int v = 0; v < g.nv; v++)
+                    F(v_store)(panel + (k * g.nv + v) * VL,
+                               F(v_load_n)((const R *)x[k0 + k] + g.col + v * VL, F(lanes)(&g, v)));
+            for (ptrdiff_t t = 0; t < tiles; t++) {
+                F(packed_tile)(g.nv, kn, A + t * kn * MR, panel, acc);
+                for (ptrdiff_t r = 0; r < MIN(MR, M - t * MR); r++)
+                    for (int v = 0; v < g.nv; v++) {
+                        R *out = dW + (m0 + t * MR + r) * N + g.col + v * VL;
+                        ptrdiff_t w = F(lanes)(&g, v);
+                        if (k0) acc[r][v] += F(v_load_n)(out, w);
+                        F(v_store_n)(out, acc[r][v], w);
+                    }
+            }
+        }
+    }
+}
+
+static void F(peephole_gradient)(ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1,
+                                 const void *const *da, const void *const *c_prev,
+                                 const void *const *c, void *dp_) {
+    for (ptrdiff_t j = j0; j < j1; j += VL) {
+        ptrdiff_t w = MIN(VL, j1 - j);
+        vec dp_i = F(v_set1)(0), dp_f = dp_i, dp_o = dp_i;
+        for (ptrdiff_t k = 0; k < K; k++) {
+            const R *a = (const R *)da[k] + j;
+            vec prev = F(v_load_n)((const R *)c_prev[k] + j, w);
+            dp_i = v_fma(F(v_load_n)(a, w), prev, dp_i);
+            dp_f = v_fma(F(v_load_n)(a + H, w), prev, dp_f);
+            dp_o = v_fma(F(v_load_n)(a + 3 * H, w), F(v_load_n)((const R *)c[k] + j, w), dp_o);
+        }
+        R *dp = (R *)dp_ + j;
+        F(v_store_n)(dp, dp_i, w);
+        F(v_store_n)(dp + H, dp_f, w);
+        F(v_store_n)(dp + 2 * H, dp_o, w);
+    }
+}
+
+/* ---- pointwise ------------------------------------------------------------------------------------ */
+
+static void F(rnn_cell)(int relu, ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1, void *const *h) {
+    for (ptrdiff_t r = 0; r < n; r++)
+        for (ptrdiff_t j = j0; j < j1; j += VL) {
+            R *row = (R *)h[r] + j;
+            vec a = F(v_load_n)(row, MIN(VL, j1 - j));
+            F(v_store_n)(row, relu ? v_max(F(v_set1)(0), a) : F(v_tanh)(a), MIN(VL, j1 - j));
+        }
+}
+
+static void F(rnn_back_cell)(int relu, ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1, const void *const *h,
+                             void *const *dh) {
+    for (ptrdiff_t r = 0; r < n; r++)
+        for (ptrdiff_t j = j0; j < j1; j += VL) {
+            R *row = (R *)dh[r] + j;
+            ptrdiff_t w = MIN(VL, j1 - j);
+            vec h_t = F(v_load_n)((const R *)h[r] + j, w), dh_t = F(v_load_n)(row, w);
+            vec da = relu ? F(v_select)(h_t > 0, dh_t, F(v_set1)(0))
+                          : dh_t * v_fma(-h_t, h_t, F(v_set1)(1));
+            F(v_store_n)(row, da, w);
+        }
+}
+
+static void F(cell_output)(ptrdiff_t n, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1,
+                           const void *const *gates, const void *const *c, void *const *m) {
+    for (ptrdiff_t r = 0; r < n; r++)
+        for (ptrdiff_t j = j0; j < j1; j += VL) {
+            ptrdiff_t w = MIN(VL, j1 - j);
+            vec o = F(v_load_n)((const R *)gates[r] + 3 * H + j, w);
+            F(v_store_n)((R *)m[r] + j, o * F(v_tanh)(F(v_load_n)((const R *)c[r] + j, w)), w);
+        }
+}
+
+#define ACTIVATION(name)                                                                             \
+    static void F(array_##name)(ptrdiff_t n, const void *x, void *out) {                             \
+        for (ptrdiff_t j = 0; j < n; j += VL) {                                                      \
+            ptrdiff_t w = MIN(VL, n - j);                                                            \
+            F(v_store_n)((R *)out + j, F(v_##name)(F(v_load_n)((const R *)x + j, w)), w);            \
+        }                                                                                            \
+    }
+ACTIVATION(sigmoid)
+ACTIVATION(tanh)
+
+#define NAME_(isa) #isa
+#define NAME(isa) NAME_(isa)
+
+static const lstm_kernels F(kernels) = {
+    NAME(ISA), DOUBLE, VECTOR_BYTES / sizeof(R), MR, F(pack), F(gemm), F(lstm_step),
+    F(lstm_back_step), F(weight_gradient), F(weight_gradient_work), F(peephole_gradient), F(rnn_cell),
+    F(rnn_back_cell), F(cell_output), F(array_sigmoid), F(array_tanh)};

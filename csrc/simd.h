@@ -1,0 +1,138 @@
+/* simd.h: the vector type of one (instruction set, dtype), and the few operations that the kernels need.
+
+   Included once per dtype by body.h; the file of the instruction set has defined ISA_AVX512, ISA_AVX2,
+   ISA_NEON or ISA_BASE.  Arithmetic, comparison and shifts are GCC's vector extensions; only what these
+   lack (fused multiply-add, min, max, partial load and store) is an intrinsic.  A compiler without the
+   extensions gets vectors of one lane. */
+
+#undef R
+#undef F
+#undef VL
+#undef vec
+#undef ivec
+#undef int_t
+#undef v_fma
+#undef v_min
+#undef v_max
+
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+
+#if DOUBLE
+#define R double
+#define F(name) JOIN(name, _f64)
+#define int_t int64_t
+#else
+#define R float
+#define F(name) JOIN(name, _f32)
+#define int_t int32_t
+#endif
+#define vec F(vec)
+#define ivec F(ivec)
+
+#if defined(ISA_AVX512)
+#define VECTOR_BYTES 64
+#define MR 6            /* 6 x 4 accumulators + 4 of the panel + 1 broadcast: 29 of 32 registers */
+#elif defined(ISA_AVX2)
+#define VECTOR_BYTES 32
+#define MR 3            /* 3 x 4 accumulators + 3 broadcasts + 1 of the panel: 16 of 16 registers */
+#elif defined(ISA_NEON)
+#define VECTOR_BYTES 16
+#define MR 5
+#elif defined(__GNUC__)
+#define VECTOR_BYTES 16
+#define MR 2
+#else
+#define MR 2
+#endif
+
+#ifdef __GNUC__
+#define INLINE static inline __attribute__((always_inline))
+typedef R vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef R F(uvec) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(R)), may_alias));
+typedef int_t ivec __attribute__((vector_size(VECTOR_BYTES)));
+#define VL ((ptrdiff_t)(VECTOR_BYTES / sizeof(R)))
+#else
+#define INLINE static __inline
+#define restrict __restrict
+#define VL ((ptrdiff_t)1)
+#define VECTOR_BYTES sizeof(R)
+typedef R vec;
+typedef int_t ivec;
+#endif
+
+/* fma, and min and max that return the second operand if one is nan */
+#if defined(ISA_AVX512) && DOUBLE
+#define v_fma(a, b, c) ((vec)_mm512_fmadd_pd(a, b, c))
+#define v_min(a, b) ((vec)_mm512_min_pd(a, b))
+#define v_max(a, b) ((vec)_mm512_max_pd(a, b))
+#elif defined(ISA_AVX512)
+#define v_fma(a, b, c) ((vec)_mm512_fmadd_ps(a, b, c))
+#define v_min(a, b) ((vec)_mm512_min_ps(a, b))
+#define v_max(a, b) ((vec)_mm512_max_ps(a, b))
+#elif defined(ISA_AVX2) && DOUBLE
+#define v_fma(a, b, c) ((vec)_mm256_fmadd_pd(a, b, c))
+#define v_min(a, b) ((vec)_mm256_min_pd(a, b))
+#define v_max(a, b) ((vec)_mm256_max_pd(a, b))
+#elif defined(ISA_AVX2)
+#define v_fma(a, b, c) ((vec)_mm256_fmadd_ps(a, b, c))
+#define v_min(a, b) ((vec)_mm256_min_ps(a, b))
+#define v_max(a, b) ((vec)_mm256_max_ps(a, b))
+#elif defined(ISA_NEON) && DOUBLE
+#define v_fma(a, b, c) ((vec)vfmaq_f64((float64x2_t)(c), (float64x2_t)(a), (float64x2_t)(b)))
+#elif defined(ISA_NEON)
+#define v_fma(a, b, c) ((vec)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
+#else
+#define v_fma(a, b, c) ((a) * (b) + (c))  /* two roundings; the build forbids contraction */
+#endif
+#ifndef v_min
+#define v_min(a, b) F(v_select)((a) < (b), a, b)
+#define v_max(a, b) F(v_select)((a) > (b), a, b)
+#endif
+
+#ifdef __GNUC__
+INLINE vec F(v_set1)(R a) { return a - (vec){0}; }
+INLINE vec F(v_load)(const R *p) { return (vec)*(const F(uvec) *)p; }
+INLINE void F(v_store)(R *p, vec a) { *(F(uvec) *)p = (F(uvec))a; }
+INLINE vec F(v_select)(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
+INLINE vec F(v_abs)(vec a) { return (vec)((ivec)a & ~(ivec)(-(vec){0})); }
+INLINE vec F(v_copysign)(vec a, vec s) { return F(v_select)((ivec)(-(vec){0}), s, a); }
+INLINE vec F(v_from_bits)(ivec a) { return (vec)a; }
+INLINE ivec F(v_bits)(vec a) { return (ivec)a; }
+#else
+INLINE vec F(v_set1)(R a) { return a; }
+INLINE vec F(v_load)(const R *p) { return *p; }
+INLINE void F(v_store)(R *p, vec a) { *p = a; }
+INLINE vec F(v_select)(int mask, vec a, vec b) { return mask ? a : b; }
+INLINE vec F(v_abs)(vec a) { return (vec)fabs(a); }
+INLINE vec F(v_copysign)(vec a, vec s) { return (vec)copysign(a, s); }
+INLINE vec F(v_from_bits)(ivec a) { vec v; memcpy(&v, &a, sizeof v); return v; }
+INLINE ivec F(v_bits)(vec a) { ivec v; memcpy(&v, &a, sizeof v); return v; }
+#endif
+
+/* The first n <= VL lanes; the others read as zero and are not written. */
+INLINE vec F(v_load_n)(const R *p, ptrdiff_t n) {
+    if (n == VL) return F(v_load)(p);
+#if defined(ISA_AVX512) && DOUBLE
+    return _mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
+#elif defined(ISA_AVX512)
+    return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#else
+    R lanes[VECTOR_BYTES / sizeof(R)] = {0};
+    for (ptrdiff_t l = 0; l < n; l++) lanes[l] = p[l];
+    return F(v_load)(lanes);
+#endif
+}
+
+INLINE void F(v_store_n)(R *p, vec a, ptrdiff_t n) {
+    if (n == VL) { F(v_store)(p, a); return; }
+#if defined(ISA_AVX512) && DOUBLE
+    _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), a);
+#elif defined(ISA_AVX512)
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), a);
+#else
+    R lanes[VECTOR_BYTES / sizeof(R)];
+    F(v_store)(lanes, a);
+    for (ptrdiff_t l = 0; l < n; l++) p[l] = lanes[l];
+#endif
+}

@@ -1,0 +1,890 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False
+"""The plans: who computes what, when, on which thread. No checks (functional.py), no maths (csrc/).
+
+One call is one parallel region. Its threads form a grid of row groups x unit slabs: a thread runs the
+time loop for the rows and hidden units that it owns. With one unit slab there is no barrier in the
+loop at all; with more, the threads of a row group meet once per step. Which grid is used follows from
+the shape and the size of the cache (`choose_grid`) and changes no bit of the result.
+
+Rows and steps: row r is the r-th longest sequence (`order[r]` its place in the batch), so the rows
+that are still running at step s are the first ones. Step s of a row is time s, or lengths-1-s in
+reverse. A token is one (step, row); in the tape it lies at `start[s] + r`: a dense tape is (T, B), a
+ragged one holds the real tokens only.
+
+Letters: DESIGN of the arrays in lstmcore/reference.py; K is what the recurrent product sums over: the
+width of h. G is the width of a row of pre-activations: 4H, or H for the vanilla RNN.
+"""
+
+from libc.stdint cimport int64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+cimport numpy as cnp
+
+import os
+
+import numpy as np
+
+from lstmcore.threads import one_blas_thread
+
+cdef extern from *:
+    """
+    #undef I  /* complex.h, which NumPy includes, claims the letter */
+    #if defined(__clang__)
+    #define COMPILER "clang " __clang_version__
+    #elif defined(__GNUC__)
+    #define COMPILER "gcc " __VERSION__
+    #else
+    #define COMPILER "other"
+    #endif
+    """
+    const char *COMPILER
+
+cnp.import_array()
+
+ctypedef void gemm_fn(bint, bint, bint, int, int, int, double, const void *, int, const void *, int,
+                      double, void *, int) noexcept nogil
+
+
+cdef extern from "lstm.h" nogil:
+    ctypedef struct lstm_row:
+        const void *h_prev
+        const void *c_prev
+        void *gates
+        void *c
+        void *h
+    ctypedef struct lstm_back_row:
+        const void *da_next
+        void *gates
+        const void *c
+        const void *c_prev
+        const void *dy
+        void *dc
+    enum: PANEL_PLAIN
+    enum: PANEL_GATES
+    enum: START_ZERO
+    enum: START_BIAS
+    enum: START_ADD
+    ctypedef struct lstm_kernels:
+        const char *isa
+        int is_double
+        Py_ssize_t VL
+        Py_ssize_t MR
+        void (*pack)(int, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t,
+                     const void *, Py_ssize_t, Py_ssize_t, void *) noexcept nogil
+        void (*gemm)(int, int, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t,
+                     const void **, const void *, const void *, void **) noexcept nogil
+        void (*lstm_step)(Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t,
+                          const lstm_row *, const void *, const void *) noexcept nogil
+        void (*lstm_back_step)(Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t,
+                               const lstm_back_row *, const void *, const void *) noexcept nogil
+        void (*weight_gradient)(Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, const void **,
+                                const void **, void *, void *, void *) noexcept nogil
+        Py_ssize_t (*weight_gradient_work)(Py_ssize_t) noexcept nogil
+        void (*peephole_gradient)(Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, const void **,
+                                  const void **, const void **, void *) noexcept nogil
+        void (*rnn_cell)(int, Py_ssize_t, Py_ssize_t, Py_ssize_t, void **) noexcept nogil
+        void (*rnn_back_cell)(int, Py_ssize_t, Py_ssize_t, Py_ssize_t, const void **,
+                              void **) noexcept nogil
+        void (*cell_output)(Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, const void **,
+                            const void **, void **) noexcept nogil
+        void (*sigmoid)(Py_ssize_t, const void *, void *) noexcept nogil
+        void (*tanh)(Py_ssize_t, const void *, void *) noexcept nogil
+    const lstm_kernels *lstm_kernels_for(const char *isa, int is_double)
+    const char *lstm_isa(int k)
+
+cdef extern from "team.h" nogil:
+    ctypedef void team_fn(void *arg, int me, int team) noexcept nogil
+    void team_run(int n, team_fn *fn, void *arg)
+    ctypedef struct team_barrier:
+        pass
+    void team_wait(team_barrier *barrier, int size)
+    long team_regions()
+    int team_has_openmp()
+    int team_forked()
+
+
+# ---- the machine -----------------------------------------------------------------------------------
+
+cdef const lstm_kernels *tables[2]
+cdef Py_ssize_t L2_BYTES = 1 << 20
+cdef enum: BLAS_ROWS = 32      # every BLAS product has this many rows: a row's bits depend on no other
+cdef enum: BLAS_COLUMNS = 64   # rows of a weight gradient per BLAS call, for the same reason
+cdef enum: BLAS_TOKENS = 256
+cdef enum: CHUNK_ROWS = 192    # rows per input projection: enough to reuse a panel, few enough for L2
+cdef enum: MAX_TEAM = 1024
+
+cdef gemm_fn *blas_gemm = NULL
+
+plan = None                    # tests: force "tiles" or "blas"
+last_plan = ("", 0, 0)         # tests: plan, row groups and unit slabs of the last call
+
+
+def available_isas():
+    """Names of the instruction sets that this CPU and build can run, best first."""
+    names, k = [], 0
+    while lstm_isa(k) != NULL:
+        names.append(lstm_isa(k).decode())
+        k += 1
+    return names
+
+
+def use_isa(name):
+    """Choose the instruction set for all later calls; ValueError lists the available ones."""
+    if name is not None and name not in available_isas():
+        raise ValueError(f"instruction set must be one of {', '.join(available_isas())}, got {name!r}")
+    cdef bytes chosen = (name or available_isas()[0]).encode()
+    tables[0] = lstm_kernels_for(chosen, 0)
+    tables[1] = lstm_kernels_for(chosen, 1)
+
+
+def isa():
+    """The instruction set in use."""
+    return tables[0].isa.decode()
+
+
+def compiler():
+    """Name and version of the C compiler that built this."""
+    return COMPILER.decode()
+
+
+def has_openmp():
+    return bool(team_has_openmp())
+
+
+def is_forked():
+    return bool(team_forked())
+
+
+def regions():
+    """Parallel regions opened so far."""
+    return team_regions()
+
+
+def _activation(x, bint tanh):
+    out = np.empty_like(x)
+    cdef const lstm_kernels *k = tables[x.dtype == np.float64]
+    cdef Py_ssize_t n = x.size
+    (k.tanh if tanh else k.sigmoid)(n, address(x), address(out))
+    return out
+
+
+def sigmoid(x):
+    """The kernels' σ on a contiguous array, for tests."""
+    return _activation(x, False)
+
+
+def tanh(x):
+    """The kernels' tanh on a contiguous array, for tests."""
+    return _activation(x, True)
+
+
+cdef inline char *address(a):
+    return NULL if a is None else <char *>cnp.PyArray_DATA(a)
+
+
+# ---- memory ----------------------------------------------------------------------------------------
+
+cdef class Workspace:
+    """A block of memory that calls hand to one another."""
+    cdef char *data
+    cdef size_t size
+
+    def __cinit__(self, size_t size):
+        self.data = <char *>malloc(size + 64)
+        self.size = size
+        if self.data == NULL:
+            raise MemoryError(f"no {size} bytes for the workspace")
+
+    def __dealloc__(self):
+        free(self.data)
+
+
+cdef list spare = []               # at most two blocks wait for reuse, each of KEEP bytes at most
+cdef size_t KEEP = 256 << 20
+
+
+cdef Workspace take_workspace(size_t size):
+    cdef Workspace w
+    try:
+        w = spare.pop()
+    except IndexError:
+        w = None
+    return w if w is not None and w.size >= size else Workspace(size + size // 8)
+
+
+cdef void give_back(Workspace w):
+    if len(spare) < 2 and w.size <= KEEP:
+        spare.append(w)
+
+
+cdef struct Arena:
+    char *base                     # NULL: only count
+    size_t used
+
+
+cdef inline char *take(Arena *arena, size_t bytes) noexcept nogil:
+    cdef char *p = arena.base + arena.used
+    arena.used += (bytes + 63) & ~<size_t>63
+    return p
+
+
+# ---- a pass: everything a thread needs to know -----------------------------------------------------
+
+cdef struct Operand:               # the right side W[k, column] of a product
+    int panels
+    Py_ssize_t K, N, H             # N columns (of one gate, if PANEL_GATES; H their distance)
+    const char *W
+    Py_ssize_t k_stride, col_stride
+    char *packed
+
+
+cdef struct Grid:
+    int rows, units
+
+
+cdef struct Pass:
+    const lstm_kernels *k
+    bint rnn, relu, ragged, reverse, keep, blas
+    Py_ssize_t T, B, I, H, K, G, item, steps, tokens
+    int n_threads
+    Grid grid
+    Py_ssize_t chunk               # steps per input projection
+    Operand ih, hh, hr
+    # arrays of the caller; NULL where absent
+    const char *x
+    const char *b
+    const char *h0
+    const char *c0
+    const char *peepholes
+    char *y
+    char *h_n
+    char *c_n
+    char *gates
+    char *c
+    const char *dy
+    const char *dy_last            # (B, K): dy of each row's last step, plus dh_n
+    char *dx
+    char *dW_ih
+    char *dW_hh
+    char *db
+    char *dpeepholes
+    char *dh0
+    char *dc0
+    char *dW_hr
+    # rows and steps
+    const int64_t *order           # (B)
+    const int64_t *lengths         # (B), descending
+    Py_ssize_t *start              # (steps): tape index of the first token of a step
+    Py_ssize_t *first              # (steps): tokens before a step, in the order of steps
+    # workspace
+    char *zeros                    # a row of zeros
+    lstm_row *rows                 # (B)
+    lstm_back_row *back_rows       # (B)
+    char *m                        # (B, H) or, backward, (tokens, H): o ∘ tanh(c), with a projection
+    char *dh                       # (tokens, K): gradient of h, with a projection; da of the RNN
+    char *dm                       # (B, H)
+    const void **a                 # row pointers for products, (2, chunk·B) or (2, tokens)
+    void **C
+    const void **da                # row pointers of all tokens
+    const void **x_rows
+    const void **h_prev
+    const void **c_prev
+    const void **c_rows
+    const void **m_rows
+    const void **dh_rows
+    char *thread                   # scratch of each thread
+    size_t thread_bytes
+    team_barrier *barriers         # [0] all threads; [1 + g] row group g
+
+
+cdef inline Py_ssize_t active(const Pass *f, Py_ssize_t s, int part, int parts, Py_ssize_t guess) \
+        noexcept nogil:
+    """How many of the rows part, part + parts, ... run at step s; guess >= the answer."""
+    while guess > 0 and f.lengths[part + (guess - 1) * parts] <= s:
+        guess -= 1
+    return guess
+
+
+cdef inline Py_ssize_t n_rows(const Pass *f, int part, int parts) noexcept nogil:
+    return (f.B - part + parts - 1) // parts
+
+
+cdef inline Py_ssize_t place(const Pass *f, Py_ssize_t s, Py_ssize_t r) noexcept nogil:
+    """Where step s of row r lies in a (T, B) array."""
+    return (f.lengths[r] - 1 - s if f.reverse else s) * f.B + f.order[r]
+
+
+cdef inline void unit_range(Py_ssize_t N, Py_ssize_t VL, int part, int parts, Py_ssize_t *j0,
+                            Py_ssize_t *j1) noexcept nogil:
+    """Columns [j0, j1) of part of N columns, cut between vectors."""
+    cdef Py_ssize_t vectors = (N + VL - 1) // VL
+    j0[0] = min(N, vectors * part // parts * VL)
+    j1[0] = min(N, vectors * (part + 1) // parts * VL)
+
+
+cdef Grid choose_grid(const Pass *f, int team) noexcept nogil:
+    """Row groups x unit slabs for the recurrent loop.
+
+    Rows alone need no barrier, but then every thread reads all of W_hh in every step; that is right
+    while it stays in its second-level cache, or while there are rows enough to hide the reading.
+    """
+    cdef Grid grid
+    cdef Py_ssize_t weights = f.G * f.K * f.item
+    cdef Py_ssize_t vectors = (f.H + f.k.VL - 1) // f.k.VL
+    grid.units = 1
+    if not f.blas:
+        while grid.units < team and weights // grid.units > L2_BYTES * 3 // 4 \
+                and f.B < 32 * f.k.MR * team // grid.units:
+            grid.units += 1
+        if f.B < team // grid.units:
+            grid.units = team // <int>max(1, f.B)
+        while team % grid.units:
+            grid.units += 1
+        grid.units = <int>min(grid.units, vectors)
+    grid.rows = <int>min(team // grid.units, f.B)
+    return grid
+
+
+cdef inline bint choose_blas(const Pass *f):
+    """BLAS instead of the tiles: only where the tiles have no FMA and the products are large."""
+    if plan is not None:
+        return plan == "blas"
+    return f.k.VL * f.item <= 16 and f.k.MR == 2 and f.G * f.K >= 128 * 128 and f.B >= 16
+
+
+# ---- products --------------------------------------------------------------------------------------
+
+cdef void pack(const Pass *f, const Operand *w, int part, int parts, int share,
+               int shares) noexcept nogil:
+    """Packs a share of the panels of the columns of one part."""
+    cdef Py_ssize_t j0, j1, panels, width = f.k.VL * (1 if w.panels == PANEL_GATES else 4)
+    if f.blas or share >= shares:
+        return
+    unit_range(w.N, f.k.VL, part, parts, &j0, &j1)
+    panels = (j1 - j0 + width - 1) // width
+    f.k.pack(w.panels, w.K, w.H, j0, j1, panels * share // shares, panels * (share + 1) // shares,
+             w.W, w.k_stride, w.col_stride, packed_at(f, w, j0))
+
+
+cdef inline char *packed_at(const Pass *f, const Operand *w, Py_ssize_t j0) noexcept nogil:
+    return w.packed + j0 * w.K * f.item * (4 if w.panels == PANEL_GATES else 1)
+
+
+cdef size_t packed_bytes(const Pass *f, const Operand *w) noexcept nogil:
+    cdef Py_ssize_t vectors = (w.N + f.k.VL - 1) // f.k.VL
+    return 0 if f.blas else vectors * f.k.VL * w.K * f.item * (4 if w.panels == PANEL_GATES else 1)
+
+
+cdef void multiply(const Pass *f, const Operand *w, int part, int parts, int start, Py_ssize_t n,
+                   const void **a, const char *bias, void **C, char *scratch) noexcept nogil:
+    """C[r] = start + a[r] W on the columns of one part, for n rows."""
+    cdef Py_ssize_t j0, j1, r, r0, j, m, N
+    cdef char *A = scratch
+    cdef char *out
+    cdef bint transposed = w.k_stride == 1 and w.col_stride >= w.K
+    if not f.blas:
+        unit_range(w.N, f.k.VL, part, parts, &j0, &j1)
+        f.k.gemm(w.panels, start, n, w.K, w.H, j0, j1, a, packed_at(f, w, j0), bias, C)
+        return
+    N = 4 * w.N if w.panels == PANEL_GATES else w.N
+    out = A + BLAS_ROWS * w.K * f.item
+    r0 = -BLAS_ROWS
+    while r0 + BLAS_ROWS < n:
+        r0 += BLAS_ROWS
+        m = min(<Py_ssize_t>BLAS_ROWS, n - r0)
+        for r in range(m):
+            memcpy(A + r * w.K * f.item, a[r0 + r], w.K * f.item)
+            if start == START_ADD:
+                memcpy(out + r * N * f.item, C[r0 + r], N * f.item)
+            elif start == START_BIAS:
+                memcpy(out + r * N * f.item, bias, N * f.item)
+            else:
+                memset(out + r * N * f.item, 0, N * f.item)
+        memset(A + m * w.K * f.item, 0, (BLAS_ROWS - m) * w.K * f.item)
+        # out = out + A W        (32,N) (32,K) (K,N)
+        blas_gemm(f.k.is_double, False, transposed, BLAS_ROWS, <int>N, <int>w.K, 1.0, A, <int>w.K,
+                  w.W, <int>(w.col_stride if transposed else w.k_stride), 1.0, out, <int>N)
+        for r in range(m):
+            memcpy(C[r0 + r], out + r * N * f.item, N * f.item)
+
+
+cdef size_t multiply_bytes(const Pass *f) noexcept nogil:
+    """Scratch of a product: no operand is deeper or wider than G, I, H or K."""
+    return 2 * BLAS_ROWS * max(f.G, max(f.I, f.K)) * f.item if f.blas else 0
+
+
+cdef void weight_gradient(const Pass *f, Py_ssize_t M, Py_ssize_t N, const void **da,
+                          const void **x, char *dW, char *db, char *scratch, int me,
+                          int team) noexcept nogil:
+    """dW (M,N) = daᵀ x and db = Σ da over all tokens; this thread owns a share of the rows of dW."""
+    cdef Py_ssize_t cut = BLAS_COLUMNS if f.blas else f.k.MR
+    cdef Py_ssize_t tiles = (M + cut - 1) // cut
+    cdef Py_ssize_t m0 = min(M, tiles * me // team * cut), m1 = min(M, tiles * (me + 1) // team * cut)
+    cdef Py_ssize_t k, k0, kn, tile, m, mn
+    cdef char *A = scratch
+    cdef char *X = A + BLAS_TOKENS * BLAS_COLUMNS * f.item
+    if m0 == m1:
+        return
+    if not f.blas:
+        f.k.weight_gradient(f.tokens, m0, m1, N, da, x, dW, db, scratch)
+        return
+    if db != NULL:
+        for m in range(m0 // cut, (m1 + cut - 1) // cut):
+            f.k.weight_gradient(f.tokens, m * cut, min((m + 1) * cut, m1), 0, da, x, dW, db, scratch)
+    memset(dW + m0 * N * f.item, 0, (m1 - m0) * N * f.item)
+    k0 = -BLAS_TOKENS
+    while k0 + BLAS_TOKENS < f.tokens:
+        k0 += BLAS_TOKENS
+        kn = min(<Py_ssize_t>BLAS_TOKENS, f.tokens - k0)
+        for k in range(kn):
+            memcpy(X + k * N * f.item, x[k0 + k], N * f.item)
+        for tile in range(m0 // cut, (m1 + cut - 1) // cut):
+            m = tile * cut
+            mn = min(cut, m1 - m)
+            for k in range(kn):
+                memcpy(A + k * mn * f.item, <char *>da[k0 + k] + m * f.item, mn * f.item)
+            # dW[m:m+mn] += Aᵀ X        (mn,N) (kn,mn)ᵀ (kn,N)
+            blas_gemm(f.k.is_double, True, False, <int>mn, <int>N, <int>kn, 1.0, A, <int>mn, X,
+                      <int>N, 1.0, dW + m * N * f.item, <int>N)
+
+
+cdef size_t weight_gradient_bytes(const Pass *f) noexcept nogil:
+    cdef size_t blas = BLAS_TOKENS * (BLAS_COLUMNS + max(f.I, max(f.H, f.K))) * f.item
+    return max(blas, <size_t>f.k.weight_gradient_work(max(f.G, f.K)))
+
+
+# ---- rows and steps --------------------------------------------------------------------------------
+
+cdef void lay_out_rows(Pass *f, Arena *arena) noexcept nogil:
+    f.start = <Py_ssize_t *>take(arena, f.steps * sizeof(Py_ssize_t))
+    f.first = <Py_ssize_t *>take(arena, f.steps * sizeof(Py_ssize_t))
+    if not f.ragged:
+        f.order = <int64_t *>take(arena, f.B * sizeof(int64_t))
+        f.lengths = <int64_t *>take(arena, f.B * sizeof(int64_t))
+
+
+cdef void number_tokens(Pass *f) noexcept nogil:
+    cdef Py_ssize_t s, r, n = f.B, tokens = 0
+    memset(f.zeros, 0, max(f.H, f.K) * f.item)
+    memset(f.barriers, 0, (f.n_threads + 1) * sizeof(team_barrier))
+    if not f.ragged:
+        for r in range(f.B):
+            (<int64_t *>f.order)[r] = r
+            (<int64_t *>f.lengths)[r] = f.T
+    for s in range(f.steps):
+        n = active(f, s, 0, 1, n)
+        f.first[s] = tokens
+        f.start[s] = tokens if f.ragged else (f.T - 1 - s if f.reverse else s) * f.B
+        tokens += n
+
+
+# ---- forward ---------------------------------------------------------------------------------------
+
+cdef void lay_out_forward(Pass *f, Arena *arena) noexcept nogil:
+    f.zeros = take(arena, max(f.H, f.K) * f.item)
+    lay_out_rows(f, arena)
+    f.barriers = <team_barrier *>take(arena, (f.n_threads + 1) * sizeof(team_barrier))
+    f.rows = <lstm_row *>take(arena, f.n_threads * f.B * sizeof(lstm_row))
+    f.a = <const void **>take(arena, f.n_threads * f.chunk * f.B * sizeof(void *))
+    f.C = <void **>take(arena, f.n_threads * f.chunk * f.B * sizeof(void *))
+    f.ih.packed = take(arena, packed_bytes(f, &f.ih))
+    f.hh.packed = take(arena, packed_bytes(f, &f.hh))
+    if f.hr.W != NULL:
+        f.hr.packed = take(arena, packed_bytes(f, &f.hr))
+        f.m = take(arena, f.B * f.H * f.item)
+    if not f.keep and not f.rnn:
+        f.gates = take(arena, f.chunk * f.B * f.G * f.item)
+    f.thread_bytes = multiply_bytes(f)
+    f.thread = take(arena, f.n_threads * f.thread_bytes)
+
+
+cdef void forward(void *arg, int me, int team) noexcept nogil:
+    cdef Pass *f = <Pass *>arg
+    cdef Grid grid = choose_grid(f, team)
+    cdef int group = me // grid.units, slab = me % grid.units
+    cdef bint idle = group >= grid.rows
+    if me == 0:
+        f.grid = grid
+    if not idle:
+        pack(f, &f.ih, slab, grid.units, group, grid.rows)
+        pack(f, &f.hh, slab, grid.units, group, grid.rows)
+        if f.hr.W != NULL:
+            pack(f, &f.hr, slab, grid.units, group, grid.rows)
+    team_wait(&f.barriers[0], team)
+    if not idle:
+        forward_rows(f, group, grid.rows, slab, grid.units, f.thread + me * f.thread_bytes,
+                     f.rows + me * f.B, f.a + me * f.chunk * f.B, f.C + me * f.chunk * f.B)
+
+
+cdef void forward_rows(Pass *f, int group, int groups, int slab, int slabs, char *scratch,
+                       lstm_row *rows, const void **a, void **C) noexcept nogil:
+    """The time loop for the rows group, group + groups, ... and one slab of their units.
+
+    The threads of a group fill the same rows with the same values: each writes its own copy.
+    """
+    cdef Py_ssize_t s0, s, q, r, at, token, n, count, j0, j1
+    cdef Py_ssize_t mine = n_rows(f, group, groups), running = mine
+    cdef Py_ssize_t row_x = f.I * f.item, row_h = f.K * f.item, row_c = f.H * f.item
+    cdef Py_ssize_t row_g = f.G * f.item
+    cdef team_barrier *barrier = &f.barriers[1 + group]
+    cdef bint projected = f.hr.W != NULL
+    unit_range(f.H, f.k.VL, slab, slabs, &j0, &j1)
+    for q in range(mine):
+        r = f.order[group + q * groups]
+        rows[q].h_prev = f.h0 + r * row_h if f.h0 != NULL else f.zeros
+        rows[q].c_prev = f.c0 + r * row_c if f.c0 != NULL else f.zeros
+    s0 = -f.chunk
+    while s0 + f.chunk < f.steps:
+        s0 += f.chunk
+        # a = x W_ihᵀ + b        (n,I) (I,G) for all steps of the chunk
+        count, n = 0, running
+        for s in range(s0, min(f.steps, s0 + f.chunk)):
+            n = active(f, s, group, groups, n)
+            for q in range(n):
+                r = group + q * groups
+                at = place(f, s, r)
+                a[count] = f.x + at * row_x
+                if f.rnn:
+                    C[count] = f.y + at * row_h
+                else:
+                    C[count] = f.gates + (f.start[s] + r if f.keep else (s - s0) * f.B + r) * row_g
+                count += 1
+        multiply(f, &f.ih, slab, slabs, START_BIAS if f.b != NULL else START_ZERO, count, a, f.b, C,
+                 scratch)
+        for s in range(s0, min(f.steps, s0 + f.chunk)):
+            running = active(f, s, group, groups, running)
+            for q in range(running):
+                r = group + q * groups
+                token = f.start[s] + r
+                rows[q].h = f.y + place(f, s, r) * row_h
+                if not f.rnn:
+                    rows[q].gates = f.gates + (token if f.keep else (s - s0) * f.B + r) * row_g
+                    rows[q].c = f.c + token * row_c if f.keep else f.c_n + f.order[r] * row_c
+                if projected:
+                    rows[q].h = f.m + r * row_c
+            step(f, s, running, j0, j1, slab, slabs, rows, a, C, scratch)
+            if projected:  # h = (o ∘ tanh(c)) W_hrᵀ        (n,H) (H,P)
+                team_wait(barrier, slabs)
+                for q in range(running):
+                    a[q] = rows[q].h
+                    C[q] = rows[q].h = f.y + place(f, s, group + q * groups) * row_h
+                multiply(f, &f.hr, slab, slabs, START_ZERO, running, a, NULL, C, scratch)
+            for q in range(running):
+                rows[q].h_prev = rows[q].h
+                rows[q].c_prev = rows[q].c
+            team_wait(barrier, slabs)
+    if slab == 0:
+        for q in range(mine):
+            r = f.order[group + q * groups]
+            memcpy(f.h_n + r * row_h, rows[q].h_prev, row_h)
+            if not f.rnn and rows[q].c_prev != f.c_n + r * row_c:
+                memcpy(f.c_n + r * row_c, rows[q].c_prev, row_c)
+
+
+cdef inline void step(const Pass *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t j0, Py_ssize_t j1,
+                      int slab, int slabs, lstm_row *rows, const void **a, void **C,
+                      char *scratch) noexcept nogil:
+    """One step of n rows on one slab of units: a += h_prev W_hhᵀ, then the cell."""
+    cdef bint from_zero = s == 0 and f.h0 == NULL
+    cdef Py_ssize_t q
+    if f.rnn or f.blas:
+        for q in range(n):
+            a[q] = rows[q].h_prev
+            C[q] = rows[q].h if f.rnn else rows[q].gates
+        if not from_zero:
+            multiply(f, &f.hh, slab, slabs, START_ADD, n, a, NULL, C, scratch)
+        if f.rnn:
+            f.k.rnn_cell(f.relu, n, j0, j1, C)
+        else:
+            f.k.lstm_step(n, 0, f.H, j0, j1, rows, NULL, f.peepholes)
+    else:
+        f.k.lstm_step(n, 0 if from_zero else f.K, f.H, j0, j1, rows, packed_at(f, &f.hh, j0),
+                      f.peepholes)
+
+
+# ---- backward --------------------------------------------------------------------------------------
+
+cdef void lay_out_backward(Pass *f, Arena *arena) noexcept nogil:
+    cdef size_t pointers = f.tokens * sizeof(void *)
+    f.zeros = take(arena, max(f.H, f.K) * f.item)
+    lay_out_rows(f, arena)
+    f.barriers = <team_barrier *>take(arena, (f.n_threads + 1) * sizeof(team_barrier))
+    f.back_rows = <lstm_back_row *>take(arena, f.n_threads * f.B * sizeof(lstm_back_row))
+    f.a = <const void **>take(arena, f.n_threads * f.B * sizeof(void *))
+    f.C = <void **>take(arena, max(f.n_threads * f.B * sizeof(void *), pointers))
+    f.da = <const void **>take(arena, pointers)
+    f.x_rows = <const void **>take(arena, pointers)
+    f.h_prev = <const void **>take(arena, pointers)
+    if not f.rnn:
+        f.c_prev = <const void **>take(arena, pointers)
+        f.c_rows = <const void **>take(arena, pointers)
+    f.ih.packed = take(arena, packed_bytes(f, &f.ih) if f.dx != NULL else 0)
+    f.hh.packed = take(arena, packed_bytes(f, &f.hh))
+    if f.rnn:
+        f.gates = take(arena, f.tokens * f.G * f.item)
+    if f.hr.W != NULL:
+        f.hr.packed = take(arena, packed_bytes(f, &f.hr))
+        f.m = take(arena, f.tokens * f.H * f.item)
+        f.dh = take(arena, f.tokens * f.K * f.item)
+        f.m_rows = <const void **>take(arena, pointers)
+        f.dh_rows = <const void **>take(arena, pointers)
+        f.dm = take(arena, f.B * f.H * f.item)
+    elif f.blas and not f.rnn:
+        f.dh = take(arena, f.B * f.K * f.item)
+    f.thread_bytes = max(weight_gradient_bytes(f), multiply_bytes(f))
+    f.thread_bytes = (f.thread_bytes + 63) & ~<size_t>63
+    f.thread = take(arena, f.n_threads * f.thread_bytes)
+
+
+cdef void backward(void *arg, int me, int team) noexcept nogil:
+    cdef Pass *f = <Pass *>arg
+    cdef Grid grid = choose_grid(f, team)
+    cdef int group = me // grid.units, slab = me % grid.units
+    cdef bint idle = group >= grid.rows
+    cdef char *scratch = f.thread + me * f.thread_bytes
+    cdef Py_ssize_t j0, j1
+    if me == 0:
+        f.grid = grid
+    list_tokens(f, me, team)
+    if not idle:
+        pack(f, &f.hh, slab, grid.units, group, grid.rows)
+        if f.hr.W != NULL:
+            pack(f, &f.hr, slab, grid.units, group, grid.rows)
+    if f.dx != NULL:
+        pack(f, &f.ih, 0, 1, me, team)
+    team_wait(&f.barriers[0], team)
+    if not idle:
+        backward_rows(f, group, grid.rows, slab, grid.units, scratch, f.back_rows + me * f.B,
+                      f.a + me * f.B, f.C + me * f.B)
+    team_wait(&f.barriers[0], team)
+    # what has no recurrence, over all tokens at once
+    if f.dx != NULL:
+        input_gradient(f, me, team, scratch)
+    weight_gradient(f, f.G, f.I, f.da, f.x_rows, f.dW_ih, f.db, scratch, me, team)
+    weight_gradient(f, f.G, f.K, f.da, f.h_prev, f.dW_hh, NULL, scratch, me, team)
+    if f.dpeepholes != NULL:
+        unit_range(f.H, f.k.VL, me, team, &j0, &j1)
+        f.k.peephole_gradient(f.tokens, f.H, j0, j1, f.da, f.c_prev, f.c_rows, f.dpeepholes)
+    if f.hr.W != NULL:
+        weight_gradient(f, f.K, f.H, f.dh_rows, f.m_rows, f.dW_hr, NULL, scratch, me, team)
+
+
+cdef void list_tokens(Pass *f, int me, int team) noexcept nogil:
+    """Row pointers of every token, for the products over time; tokens are in the order of steps."""
+    cdef Py_ssize_t s, r, n, k, at, before
+    cdef Py_ssize_t row_h = f.K * f.item, row_c = f.H * f.item
+    n, k = f.B, 0
+    for s in range(f.steps):
+        n = active(f, s, 0, 1, n)
+        if s % team == me:
+            for r in range(n):
+                at = place(f, s, r)
+                f.x_rows[k + r] = f.x + at * f.I * f.item
+                f.da[k + r] = f.gates + (f.start[s] + r) * f.G * f.item
+                before = place(f, s - 1, r)
+                if s > 0:
+                    f.h_prev[k + r] = f.y + before * row_h
+                else:
+                    f.h_prev[k + r] = f.h0 + f.order[r] * row_h if f.h0 != NULL else f.zeros
+                if f.hr.W != NULL:
+                    f.m_rows[k + r] = f.m + (k + r) * row_c
+                    f.dh_rows[k + r] = f.dh + (k + r) * row_h
+                if not f.rnn:
+                    f.c_rows[k + r] = f.c + (f.start[s] + r) * row_c
+                    if s > 0:
+                        f.c_prev[k + r] = f.c + (f.start[s - 1] + r) * row_c
+                    else:
+                        f.c_prev[k + r] = f.c0 + f.order[r] * row_c if f.c0 != NULL else f.zeros
+        k += n
+
+
+cdef void backward_rows(Pass *f, int group, int groups, int slab, int slabs, char *scratch,
+                        lstm_back_row *rows, const void **a, void **C) noexcept nogil:
+    """The time loop, last step first, for the rows of a group and one slab of their units."""
+    cdef Py_ssize_t s, q, r, at, j0, j1, p0, p1, n, going_on = 0
+    cdef Py_ssize_t mine = n_rows(f, group, groups)
+    cdef Py_ssize_t row_h = f.K * f.item, row_c = f.H * f.item, row_g = f.G * f.item
+    cdef team_barrier *barrier = &f.barriers[1 + group]
+    cdef lstm_back_row *row
+    unit_range(f.H, f.k.VL, slab, slabs, &j0, &j1)
+    unit_range(f.K, f.k.VL, slab, slabs, &p0, &p1)
+    for s in range(f.steps - 1, -1, -1):
+        n = active(f, s, group, groups, mine)  # of these, the first `going_on` have a step s + 1
+        for q in range(n):
+            r = group + q * groups
+            at = f.start[s] + r
+            row = &rows[q]
+            row.gates = f.gates + at * row_g
+            if q < going_on:
+                row.da_next = f.gates + (f.start[s + 1] + r) * row_g
+            row.dy = f.dy + place(f, s, r) * row_h
+            if f.dy_last != NULL and q >= going_on:
+                row.dy = f.dy_last + f.order[r] * row_h
+            if not f.rnn:
+                row.c = f.c + at * row_c
+                row.dc = f.dc0 + f.order[r] * row_c
+                if s > 0:
+                    row.c_prev = f.c + (f.start[s - 1] + r) * row_c
+                else:
+                    row.c_prev = f.c0 + f.order[r] * row_c if f.c0 != NULL else f.zeros
+        if f.rnn or f.blas or f.hr.W != NULL:
+            back_step(f, s, n, going_on, group, groups, slab, slabs, rows, a, C, scratch)
+        else:
+            f.k.lstm_back_step(going_on, f.G, f.H, j0, j1, rows, packed_at(f, &f.hh, j0),
+                               f.peepholes)
+            f.k.lstm_back_step(n - going_on, 0, f.H, j0, j1, rows + going_on, NULL, f.peepholes)
+        going_on = n
+        team_wait(barrier, slabs)
+    # dh0 = da_0 W_hh        (n,G) (G,K)
+    for q in range(going_on):
+        r = group + q * groups
+        a[q] = f.gates + (f.start[0] + r) * row_g
+        C[q] = f.dh0 + f.order[r] * row_h
+    multiply(f, &f.hh, slab, slabs, START_ZERO, going_on, a, NULL, C, scratch)
+
+
+cdef void back_step(Pass *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t going_on, int group, int groups,
+                    int slab, int slabs, lstm_back_row *rows, const void **a, void **C,
+                    char *scratch) noexcept nogil:
+    """One step whose product and cell are not one tile: RNN, BLAS, projection."""
+    cdef Py_ssize_t q, r, j0, j1, p0, p1, row_h = f.K * f.item
+    cdef bint projected = f.hr.W != NULL
+    unit_range(f.H, f.k.VL, slab, slabs, &j0, &j1)
+    unit_range(f.K, f.k.VL, slab, slabs, &p0, &p1)
+    for q in range(n):  # dh = dy + da_next W_hh        (n,G) (G,K)
+        r = group + q * groups
+        a[q] = rows[q].da_next
+        if f.rnn:
+            C[q] = rows[q].gates
+        else:
+            C[q] = f.dh + (f.first[s] + r if projected else r) * row_h
+        memcpy(<char *>C[q] + p0 * f.item, <const char *>rows[q].dy + p0 * f.item,
+               (p1 - p0) * f.item)
+        rows[q].dy = C[q]
+    multiply(f, &f.hh, slab, slabs, START_ADD, going_on, a, NULL, C, scratch)
+    if f.rnn:
+        for q in range(n):
+            a[q] = f.y + place(f, s, group + q * groups) * row_h
+        f.k.rnn_back_cell(f.relu, n, j0, j1, a, C)
+        return
+    if projected:  # m for dW_hr, before the gates become da;  dm = dh W_hr        (n,P) (P,H)
+        team_wait(&f.barriers[1 + group], slabs)
+        for q in range(n):
+            r = group + q * groups
+            f.k.cell_output(1, f.H, j0, j1, <const void **>&rows[q].gates, &rows[q].c,
+                            <void **>&f.m_rows[f.first[s] + r])
+            a[q] = C[q]
+            C[q] = f.dm + (group + q * groups) * f.H * f.item
+            rows[q].dy = C[q]
+        multiply(f, &f.hr, slab, slabs, START_ZERO, n, a, NULL, C, scratch)
+    f.k.lstm_back_step(n, 0, f.H, j0, j1, rows, NULL, f.peepholes)
+
+
+cdef void input_gradient(Pass *f, int me, int team, char *scratch) noexcept nogil:
+    """dx = da W_ih        (n,G) (G,I), for a share of the tokens."""
+    cdef Py_ssize_t k0 = f.tokens * me // team, k1 = f.tokens * (me + 1) // team, k
+    for k in range(k0, k1):
+        f.C[k] = f.dx + (<const char *>f.x_rows[k] - f.x)
+    multiply(f, &f.ih, 0, 1, START_ZERO, k1 - k0, f.da + k0, NULL, f.C + k0, scratch)
+
+
+# ---- entry points ----------------------------------------------------------------------------------
+
+cdef Operand operand(int panels, Py_ssize_t K, Py_ssize_t N, Py_ssize_t H, W, Py_ssize_t k_stride,
+                     Py_ssize_t col_stride):
+    cdef Operand w
+    w.panels, w.K, w.N, w.H, w.W = panels, K, N, H, address(W)
+    w.k_stride, w.col_stride, w.packed = k_stride, col_stride, NULL
+    return w
+
+
+cdef void fill(Pass *f, cell, x, W_ih, W_hh, W_hr, h0, c0, peepholes, order, lengths, bint reverse,
+               y, gates, c, int n_threads):
+    """What forward and backward have in common."""
+    memset(f, 0, sizeof(Pass))
+    f.rnn, f.relu = cell != "lstm", cell == "relu"
+    f.T, f.B, f.I = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2)
+    f.G, f.K = cnp.PyArray_DIM(W_hh, 0), cnp.PyArray_DIM(W_hh, 1)
+    f.H = f.G if f.rnn else f.G // 4
+    f.item = cnp.PyArray_ITEMSIZE(x)
+    f.k = tables[f.item == 8]
+    f.x, f.h0, f.c0, f.peepholes = address(x), address(h0), address(c0), address(peepholes)
+    f.y, f.gates, f.c = address(y), address(gates), address(c)
+    f.ragged, f.reverse, f.n_threads = order is not None, reverse, min(n_threads, MAX_TEAM)
+    f.steps, f.tokens = f.T, f.T * f.B
+    if f.ragged:
+        f.order, f.lengths = <int64_t *>address(order), <int64_t *>address(lengths)
+        f.steps = f.lengths[0]
+        f.tokens = lengths.sum()
+    f.blas = choose_blas(f)
+
+
+cdef run(Pass *f, void (*lay_out)(Pass *, Arena *) noexcept nogil, team_fn *fn):
+    """Finds memory for the pass and lets the team loose on it."""
+    global last_plan, blas_gemm
+    cdef Arena arena
+    cdef Workspace work
+    arena.base, arena.used = NULL, 0
+    lay_out(f, &arena)
+    work = take_workspace(arena.used)
+    arena.base, arena.used = <char *>((<size_t>work.data + 63) & ~<size_t>63), 0
+    lay_out(f, &arena)
+    if f.blas:
+        if blas_gemm == NULL:
+            from lstmcore import _blas
+            blas_gemm = <gemm_fn *><size_t>_blas.gemm_address()
+        with one_blas_thread(), nogil:
+            number_tokens(f)
+            team_run(f.n_threads, fn, f)
+    else:
+        with nogil:
+            number_tokens(f)
+            team_run(f.n_threads, fn, f)
+    give_back(work)
+    last_plan = ("blas" if f.blas else "tiles", f.grid.rows, f.grid.units)
+
+
+def run_forward(cell, x, W_ih, W_hh, b, W_hr, h0, c0, peepholes, order, lengths, reverse, y, h_n, c_n,
+                gates, c, n_threads):
+    """Fills y, h_n, c_n and, if given, the tape's gates and c. cell: "lstm", "tanh" or "relu".
+
+    All arrays are C-contiguous of one dtype; order and lengths (int64) are sorted by length, longest
+    first; y is zero where no row runs. T, B >= 1.
+    """
+    cdef Pass f
+    fill(&f, cell, x, W_ih, W_hh, W_hr, h0, c0, peepholes, order, lengths, reverse, y, gates, c,
+         n_threads)
+    f.b, f.h_n, f.c_n, f.keep = address(b), address(h_n), address(c_n), gates is not None
+    f.chunk = min(max(1, f.steps), (CHUNK_ROWS + f.B - 1) // f.B)
+    cdef int panels = PANEL_PLAIN if f.rnn else PANEL_GATES
+    f.ih = operand(panels, f.I, f.H, f.H, W_ih, 1, f.I)  # W[k, column] = W_ih[column, k]
+    f.hh = operand(panels, f.K, f.H, f.H, W_hh, 1, f.K)
+    f.hr = operand(PANEL_PLAIN, f.H, f.K, 0, W_hr, 1, f.H)
+    run(&f, lay_out_forward, forward)
+
+
+def run_backward(cell, x, W_ih, W_hh, W_hr, h0, c0, peepholes, order, lengths, reverse, y, gates, c,
+                 dy, dy_last, dx, dW_ih, dW_hh, db, dpeepholes, dh0, dc0, dW_hr, n_threads):
+    """Fills the gradients from the tape, whose gates become da.
+
+    dh0 and dc0 hold dh_n and dc_n on entry; dy_last (B, K) is dy of each row's last step plus dh_n,
+    or None if there is no dh_n.
+    """
+    cdef Pass f
+    fill(&f, cell, x, W_ih, W_hh, W_hr, h0, c0, peepholes, order, lengths, reverse, y, gates, c,
+         n_threads)
+    f.dy, f.dy_last, f.dx = address(dy), address(dy_last), address(dx)
+    f.dW_ih, f.dW_hh, f.db, f.dW_hr = address(dW_ih), address(dW_hh), address(db), address(dW_hr)
+    f.dpeepholes, f.dh0, f.dc0 = address(dpeepholes), address(dh0), address(dc0)
+    f.ih = operand(PANEL_PLAIN, f.G, f.I, 0, W_ih, f.I, 1)  # W[k, column] = W_ih[k, column]
+    f.hh = operand(PANEL_PLAIN, f.G, f.K, 0, W_hh, f.K, 1)
+    f.hr = operand(PANEL_PLAIN, f.K, f.H, 0, W_hr, f.H, 1)
+    run(&f, lay_out_backward, backward)
+
+
+use_isa(os.environ.get("LSTMCORE_ISA") or None)
+try:
+    L2_BYTES = os.sysconf("SC_LEVEL2_CACHE_SIZE") or L2_BYTES
+except (AttributeError, OSError, ValueError):
+    pass  # not Linux: the default

@@ -1,0 +1,99 @@
+"""How many threads a call uses, and holding BLAS to one while our own threads call it.
+
+The number is resolved as: argument > `threads` context > `set_num_threads` > LSTMCORE_NUM_THREADS >
+OMP_NUM_THREADS > the CPUs that this process may run on.
+"""
+
+import contextlib
+import os
+import threading
+
+_local = threading.local()
+_default = None
+
+
+def _positive(n, name):
+    if isinstance(n, bool) or not hasattr(n, "__index__"):
+        raise TypeError(f"{name} must be an int >= 1, got {n!r}")
+    if n.__index__() < 1:
+        raise ValueError(f"{name} must be >= 1, got {n}")
+    return n.__index__()
+
+
+def _from_environment():
+    for name in ("LSTMCORE_NUM_THREADS", "OMP_NUM_THREADS"):
+        text = os.environ.get(name, "").split(",")[0].strip()
+        if text:
+            if not text.isdigit() or int(text) < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {text!r}")
+            return int(text)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def get_num_threads():
+    """The number of threads that a call without n_threads uses.
+
+    >>> import lstmcore
+    >>> with lstmcore.threads(1):
+    ...     lstmcore.get_num_threads()
+    1
+    """
+    global _default
+    n = getattr(_local, "n", None)
+    if n is None:
+        if _default is None:
+            _default = _from_environment()
+        n = _default
+    return n
+
+
+def set_num_threads(n):
+    """Use n threads (int >= 1) in every later call of this process that does not say otherwise."""
+    global _default
+    _default = _positive(n, "n")
+
+
+@contextlib.contextmanager
+def threads(n):
+    """Use n threads (int >= 1) for the calls that this Python thread makes inside the context."""
+    n, before = _positive(n, "n"), getattr(_local, "n", None)
+    _local.n = n
+    try:
+        yield
+    finally:
+        _local.n = before
+
+
+def resolve(n_threads):
+    """n_threads as the argument of a public function: None or an int >= 1."""
+    return get_num_threads() if n_threads is None else _positive(n_threads, "n_threads")
+
+
+_lock = threading.Lock()
+_inside = 0          # calls that hold BLAS to one thread now
+_limiter = None
+_controller = None   # finding the libraries costs milliseconds; done at the first use, not at import
+
+
+@contextlib.contextmanager
+def one_blas_thread():
+    """Hold every BLAS pool of the process to one thread; the last of concurrent callers restores."""
+    global _inside, _limiter, _controller
+    with _lock:
+        if _inside == 0:
+            if _controller is None:
+                from threadpoolctl import ThreadpoolController
+
+                _controller = ThreadpoolController()
+            _limiter = _controller.limit(limits=1, user_api="blas")
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                _limiter.restore_original_limits()
+                _limiter = None
