@@ -112,6 +112,11 @@ class _Recurrent(Module):
         _, _, tapes = self._run(x, initial, lengths, True, False)
         return [self._traced(y, tape) for _, runs in tapes for y, tape in runs]
 
+    def save(self, path):
+        """Write the layer to a .safetensors, .onnx or .weights.h5 file; `lstmcore.load` reads it."""
+        from lstmcore import formats
+        formats.save(self, path)
+
     def _run(self, x, initial, lengths, keep_tape, drop):
         """The stack over time-major x: y, the final states, and (mask, [(y, tape)]) per layer."""
         final, tapes = [], []
