@@ -1,110 +1,425 @@
-"""Optimizers, gradient clipping and learning-rate schedules.
+"""Optimizers, gradient clipping, learning-rate schedules.
 
-An optimizer changes the parameters of a model in place, from the gradients beside them. It works
-through them in blocks that fit the cache and allocates nothing of the parameters' size per step.
+An optimizer changes the parameters of a model in place, from the gradients beside them. It walks
+through them in blocks that fit the cache and allocates nothing of the parameters' size after its
+first step. Optimizers and schedules give and take their state, so that a training that is resumed
+goes on bit for bit.
+
+The update rules are PyTorch's, letter for letter: p parameter, g gradient, lr learning rate.
 """
+
+from math import cos, inf, pi, sqrt
 
 import numpy as np
 
-BLOCK = 32768  # numbers per block: the five arrays of Adam, 128 KB each in float32, stay in L2
+from lstmcore.module import Module, check_size
+
+BLOCK = 32768   # numbers: Adam's six blocks of float32, 768 KB, stay in a second-level cache
 
 
 class Optimizer:
-    """Shared by all update rules: the walk over the blocks, the state, its saving.
+    """What all update rules share: the walk over the parameters, and the state.
 
-    A rule names its arrays in `slots` and updates one block in `_update`.
+    `model` is a Module, or a pair (parameters, gradients) of dicts with the same names; `lr` may
+    be changed between steps. A rule names the arrays it keeps per parameter in `slots`, and
+    updates one block of one parameter in `_update(p, g, s, r, *slots)`, with s and r to write on.
     """
 
     slots = ()
 
     def __init__(self, model, lr, weight_decay):
-        self.lr, self.weight_decay, self.steps = float(lr), float(weight_decay), 0
-        parameters, gradients = _named(model)
-        self._parameters, self._gradients = parameters, gradients
-        self._slots = {slot: {name: np.zeros_like(p) for name, p in parameters.items()}
+        self.lr = _not_negative("lr", lr)
+        self.weight_decay = _not_negative("weight_decay", weight_decay)
+        self.steps = 0
+        self._parameters, self._gradients = _parameters_and_gradients(model)
+        self._slots = {slot: {name: np.zeros_like(p) for name, p in self._parameters.items()}
                        for slot in self.slots}
+        self._blocks = None
 
     def step(self):
-        """One update of every parameter by its gradient."""
+        """Update every parameter by its gradient, once."""
+        self._blocks = self._blocks or list(self._cut())
         self.steps += 1
-        for p, g, s, slots in self._blocks():
-            self._update(p, g, s, *slots)
+        self._prepare()
+        for block in self._blocks:
+            self._update(*block)
 
-    def _blocks(self):
-        scratch = {}
+    def state_dict(self):
+        """Everything that steps change, as a flat dict of name -> copied array."""
+        state = {f"{slot}.{name}": a.copy()
+                 for slot, arrays in self._slots.items() for name, a in arrays.items()}
+        return {"lr": np.array(self.lr), "steps": np.array(self.steps), **state}
+
+    def load_state_dict(self, state):
+        """Go on from a state_dict of the same rule over the same parameters."""
+        own = {f"{slot}.{name}": a
+               for slot, arrays in self._slots.items() for name, a in arrays.items()}
+        if state.keys() != {"lr", "steps", *own}:
+            raise ValueError(f"the state does not fit {type(self).__name__} over these "
+                             f"parameters: expected {sorted(own)}, got {sorted(state)}")
+        for name, a in own.items():
+            if state[name].shape != a.shape or state[name].dtype != a.dtype:
+                raise ValueError(f"{name} must be {a.dtype} {a.shape}, "
+                                 f"got {state[name].dtype} {state[name].shape}")
+        for name, a in own.items():
+            a[...] = state[name]
+        self.lr, self.steps = float(state["lr"]), int(state["steps"])
+
+    def __getstate__(self):
+        return {**vars(self), "_blocks": None}      # views: cut anew from the arrays
+
+    def _prepare(self):
+        """What depends on the number of steps alone, once per step."""
+
+    def _cut(self):
+        """(p, g, s, r, *slots) of every block of every parameter, flat."""
+        scratch = {p.dtype: np.empty((2, BLOCK), p.dtype) for p in self._parameters.values()}
         for name, p in self._parameters.items():
-            g = self._gradients[name]
-            s = scratch.setdefault(p.dtype, np.empty(BLOCK, p.dtype))
-            arrays = [a.reshape(-1) for a in (p, g, *(x[name] for x in self._slots.values()))]
-            for n in range(0, p.size, BLOCK):
-                p_, g_, *slots = (a[n:n + BLOCK] for a in arrays)
-                yield p_, g_, s[:p_.size], slots
+            s, r = scratch[p.dtype][:, :min(BLOCK, p.size)]
+            flat = [a[name].reshape(-1)
+                    for a in (self._parameters, self._gradients, *self._slots.values())]
+            for at in range(0, p.size, BLOCK):
+                p_, g_, *slots = (a[at:at + BLOCK] for a in flat)
+                yield p_, g_, s[:p_.size], r[:p_.size], *slots
 
-
-def _named(model):
-    if hasattr(model, "parameters"):
-        return model.parameters(), model.gradients()
-    return model
+    def _decayed(self, p, g, s):
+        """g + weight_decay · p, in s, or g itself without decay."""
+        if not self.weight_decay:
+            return g
+        np.multiply(p, self.weight_decay, out=s)
+        s += g
+        return s
 
 
 class SGD(Optimizer):
-    """p -= lr · v, with v = momentum · v + (1 - dampening) · g."""
+    """Gradient descent: p -= lr · v, where v = momentum · v + g.
 
-    slots = ("velocity",)
+    With nesterov (Nesterov 1983; Sutskever et al. 2013) p -= lr · (g + momentum · v).
+
+    >>> from lstmcore import Linear
+    >>> optimizer = SGD(Linear(3, 2, seed=0), lr=0.1, momentum=0.9)
+    >>> optimizer.step()
+    """
 
     def __init__(self, model, lr, *, momentum=0.0, nesterov=False, weight_decay=0.0):
-        self.momentum, self.nesterov = float(momentum), bool(nesterov)
+        self.momentum, self.nesterov = _not_negative("momentum", momentum), bool(nesterov)
+        if nesterov and not momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        self.slots = ("velocity",) if momentum else ()
         super().__init__(model, lr, weight_decay)
 
-    def _update(self, p, g, s, v):
-        np.multiply(p, self.weight_decay, out=s)
-        s += g
-        v *= self.momentum
-        v += s
-        if self.nesterov:
-            s += self.momentum * v
-        else:
-            np.copyto(s, v)
-        s *= self.lr
+    def _update(self, p, g, s, r, v=None):
+        g = self._decayed(p, g, s)
+        if v is not None:
+            v *= self.momentum
+            v += g
+            if self.nesterov:
+                np.multiply(v, self.momentum, out=r)
+                r += g
+            g = r if self.nesterov else v
+        np.multiply(g, self.lr, out=s)
         p -= s
 
 
+class RMSprop(Optimizer):
+    """RMSprop (Tieleman and Hinton 2012): the gradient over its root mean square.
+
+        v = alpha · v + (1 - alpha) · g² ;   d = g / (√v + eps) ;   p -= lr · d
+
+    centered (Graves 2013): √(v - m²), where m = alpha · m + (1 - alpha) · g, instead of √v.
+    momentum: p -= lr · u, where u = momentum · u + d.
+    """
+
+    def __init__(self, model, lr=0.01, *, alpha=0.99, eps=1e-8, centered=False, momentum=0.0,
+                 weight_decay=0.0):
+        self.alpha, self.eps = _fraction("alpha", alpha), _not_negative("eps", eps)
+        self.momentum, self.centered = _not_negative("momentum", momentum), bool(centered)
+        self.slots = ("square", *["mean"] * self.centered, *["velocity"] * (self.momentum > 0))
+        super().__init__(model, lr, weight_decay)
+
+    def _update(self, p, g, s, r, v, *slots):
+        g = self._decayed(p, g, s)
+        _follow(v, np.multiply(g, g, out=r), self.alpha, r)
+        if self.centered:
+            m = slots[0]
+            _follow(m, g, self.alpha, r)
+            np.multiply(m, m, out=r)
+            np.subtract(v, r, out=r)
+            np.maximum(r, 0, out=r)             # a variance, but for rounding
+        np.sqrt(r if self.centered else v, out=r)
+        r += self.eps
+        np.divide(g, r, out=r)
+        if self.momentum:
+            u = slots[-1]
+            u *= self.momentum
+            u += r
+            np.multiply(u, self.lr, out=r)
+        else:
+            r *= self.lr
+        p -= r
+
+
+class Adagrad(Optimizer):
+    """Adagrad (Duchi et al. 2011): v += g² ;   p -= lr · g / (√v + eps)."""
+
+    slots = ("square",)
+
+    def __init__(self, model, lr=0.01, *, eps=1e-10, weight_decay=0.0):
+        self.eps = _not_negative("eps", eps)
+        super().__init__(model, lr, weight_decay)
+
+    def _update(self, p, g, s, r, v):
+        g = self._decayed(p, g, s)
+        v += np.multiply(g, g, out=r)
+        np.sqrt(v, out=r)
+        r += self.eps
+        np.divide(g, r, out=r)
+        r *= self.lr
+        p -= r
+
+
 class Adam(Optimizer):
-    """Adam (Kingma and Ba 2015); weight_decay is added to the gradient."""
+    """Adam (Kingma and Ba 2015): the mean gradient over its root mean square, both unbiased.
+
+        m = b1 · m + (1 - b1) · g ;   v = b2 · v + (1 - b2) · g²
+        p -= lr · m / (1 - b1ᵗ) / (√(v / (1 - b2ᵗ)) + eps)          in step t = 1, 2, ...
+    """
 
     slots = ("mean", "square")
 
     def __init__(self, model, lr=1e-3, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-        self.betas, self.eps = betas, float(eps)
+        b1, b2 = betas
+        self.betas = _fraction("betas[0]", b1), _fraction("betas[1]", b2)
+        self.eps = _not_negative("eps", eps)
         super().__init__(model, lr, weight_decay)
 
-    def _update(self, p, g, s, m, v):
+    def _prepare(self):
+        # The corrections of v leave the root and join the scalars: a pass less over the block.
         b1, b2 = self.betas
-        np.multiply(p, self.weight_decay, out=s)
-        s += g
-        v *= b2
-        m *= b1
-        m += (1 - b1) * s
-        s *= s
-        s *= 1 - b2
-        v += s
-        np.sqrt(v, out=s)
-        s /= (1 - b2**self.steps) ** 0.5
-        s += self.eps
-        np.divide(m, s, out=s)
-        s *= self.lr / (1 - b1**self.steps)
-        p -= s
+        root = sqrt(1 - b2**self.steps)
+        self._rate, self._eps = self.lr * root / (1 - b1**self.steps), self.eps * root
+
+    def _update(self, p, g, s, r, m, v):
+        g = self._decayed(p, g, s)
+        _follow(m, g, self.betas[0], r)
+        _follow(v, np.multiply(g, g, out=r), self.betas[1], r)
+        np.sqrt(v, out=r)
+        r += self._eps
+        np.divide(m, r, out=r)
+        r *= self._rate
+        p -= r
+
+
+class AdamW(Adam):
+    """Adam with decoupled decay (Loshchilov and Hutter 2019): p -= lr · weight_decay · p first."""
+
+    def __init__(self, model, lr=1e-3, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
+        super().__init__(model, lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def _decayed(self, p, g, s):
+        p *= 1 - self.lr * self.weight_decay
+        return g
+
+
+def _follow(average, new, keep, r):
+    """average = keep · average + (1 - keep) · new; r is written on, and may be new."""
+    np.subtract(new, average, out=r)
+    r *= 1 - keep
+    average += r
 
 
 def clip_grad_norm(gradients, max_norm):
-    """Scale the gradients in place so that their joint 2-norm is at most max_norm; the norm before.
+    """Scale gradients in place so that their joint 2-norm is at most max_norm; the norm before.
+
+    `gradients` is a model, or what its `gradients()` returns. A norm that is not finite is returned
+    and nothing scaled. The sums are cut in fixed blocks: the same bits for any number of threads.
+
+    >>> g = {"a": np.array([3.0, 0.0]), "b": np.array([[4.0]])}
+    >>> clip_grad_norm(g, 1.0), g["b"].round(3)
+    (5.0, array([[0.8]]))
+    """
+    max_norm, arrays = _not_negative("max_norm", max_norm), _arrays(gradients)
+    blocks = [a.reshape(-1)[at:at + BLOCK] for a in arrays for at in range(0, a.size, BLOCK)]
+    with np.errstate(over="ignore", invalid="ignore"):
+        norm = sqrt(sum(float(np.square(g).sum()) for g in blocks))
+        if norm == inf:             # squares beyond float32: once more in float64
+            norm = sqrt(sum(float(np.square(g, dtype=np.float64).sum()) for g in blocks))
+    if max_norm < norm < inf:
+        for g in arrays:
+            g *= max_norm / norm
+    return norm
+
+
+def clip_grad_value(gradients, max_value):
+    """Limit every number of the gradients to -max_value..max_value, in place.
 
     `gradients` is a model, or what its `gradients()` returns.
     """
-    if hasattr(gradients, "gradients"):
-        gradients = gradients.gradients()
-    norm = float(np.sqrt(sum(float(np.vdot(g, g)) for g in gradients.values())))
-    if norm > max_norm:
-        for g in gradients.values():
-            g *= max_norm / norm
-    return norm
+    max_value = _not_negative("max_value", max_value)
+    for g in _arrays(gradients):
+        np.clip(g, -max_value, max_value, out=g)
+
+
+class Schedule:
+    """What all schedules share: `step()` after every epoch, or every update, sets optimizer.lr."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.base, self.count = optimizer, optimizer.lr, 0
+        optimizer.lr = self.lr_at(0)
+
+    def step(self):
+        """Count one more, and set the learning rate accordingly."""
+        self.count += 1
+        self.optimizer.lr = self.lr_at(self.count)
+
+    def state_dict(self):
+        """What steps change, as a dict of numbers; JSON can hold it."""
+        return {"base": self.base, "count": self.count}
+
+    def load_state_dict(self, state):
+        """Go on from a state_dict of the same kind of schedule, the learning rate included."""
+        self.base, self.count = float(state["base"]), int(state["count"])
+        self.optimizer.lr = self.lr_at(self.count)
+
+
+class StepDecay(Schedule):
+    """lr = base · factor^k, where k counts the full spans of `every` steps after `start`.
+
+    >>> optimizer = SGD(({}, {}), lr=1.0)
+    >>> schedule = StepDecay(optimizer, every=2, factor=0.5, start=1)
+    >>> for _ in range(5):
+    ...     schedule.step()
+    >>> optimizer.lr
+    0.25
+    """
+
+    def __init__(self, optimizer, every, factor, *, start=0):
+        self.every, self.factor, self.start = check_size("every", every), float(factor), start
+        super().__init__(optimizer)
+
+    def lr_at(self, n):
+        """The learning rate after n steps."""
+        return self.base * self.factor ** (max(0, n - self.start) // self.every)
+
+
+class CosineDecay(Schedule):
+    """lr falls from base to `final` in `steps` steps, by half a cosine, and stays there."""
+
+    def __init__(self, optimizer, steps, *, final=0.0):
+        self.steps, self.final = check_size("steps", steps), _not_negative("final", final)
+        super().__init__(optimizer)
+
+    def lr_at(self, n):
+        """The learning rate after n steps."""
+        share = (1 + cos(pi * min(n, self.steps) / self.steps)) / 2
+        return self.final + (self.base - self.final) * share
+
+
+class WarmUp(Schedule):
+    """lr rises evenly to base in `steps` steps, from base / steps; then another schedule's turn.
+
+    `then` is that schedule, made for the same optimizer; by default lr stays at base.
+
+    >>> optimizer = SGD(({}, {}), lr=1.0)
+    >>> schedule = WarmUp(optimizer, 4, then=CosineDecay(optimizer, 100))
+    >>> optimizer.lr
+    0.25
+    """
+
+    def __init__(self, optimizer, steps, *, then=None):
+        if then is not None and (then.optimizer is not optimizer or not hasattr(then, "lr_at")):
+            raise ValueError("then must be a StepDecay or CosineDecay of the same optimizer")
+        self.steps, self.then = check_size("steps", steps), then
+        super().__init__(optimizer)
+
+    def lr_at(self, n):
+        """The learning rate after n steps."""
+        if n < self.steps:
+            return self.base * (n + 1) / self.steps
+        return self.then.lr_at(n - self.steps) if self.then else self.base
+
+    def load_state_dict(self, state):
+        """Go on from a state_dict of the same kind of schedule, the learning rate included."""
+        if self.then:
+            self.then.base = float(state["base"])
+        super().load_state_dict(state)
+
+
+class Plateau:
+    """lr *= factor when a loss has not fallen for more than `patience` steps in a row.
+
+    Falling means below the best so far by the share `threshold` of it; lr never gets below
+    `min_lr`.
+
+    >>> optimizer = SGD(({}, {}), lr=1.0)
+    >>> schedule = Plateau(optimizer, factor=0.1, patience=1)
+    >>> for loss in (3.0, 2.0, 2.5, 2.5):
+    ...     schedule.step(loss)
+    >>> optimizer.lr
+    0.1
+    """
+
+    def __init__(self, optimizer, *, factor=0.5, patience=0, threshold=1e-4, min_lr=0.0):
+        self.optimizer, self.factor = optimizer, _fraction("factor", factor)
+        self.patience = check_size("patience", patience, at_least=0)
+        self.threshold = _not_negative("threshold", threshold)
+        self.min_lr = _not_negative("min_lr", min_lr)
+        self.best, self.waited = None, 0
+
+    def step(self, loss):
+        """Take note of a loss, and lower the learning rate if it is time."""
+        if self.best is None or loss < self.best - self.threshold * abs(self.best):
+            self.best, self.waited = float(loss), 0
+            return
+        self.waited += 1
+        if self.waited > self.patience:
+            self.optimizer.lr = max(self.optimizer.lr * self.factor, self.min_lr)
+            self.waited = 0
+
+    def state_dict(self):
+        """What steps change, as a dict of numbers; JSON can hold it."""
+        return {"lr": self.optimizer.lr, "best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state):
+        """Go on from a state_dict of another Plateau, the learning rate included."""
+        self.optimizer.lr, self.best, self.waited = state["lr"], state["best"], state["waited"]
+
+
+def _parameters_and_gradients(model):
+    """The two dicts of a Module or of a pair, found fit to be updated in place."""
+    if isinstance(model, tuple) and len(model) == 2:
+        parameters, gradients = model
+    else:
+        parameters, gradients = model.parameters(), model.gradients()
+    if parameters.keys() != gradients.keys():
+        raise ValueError(f"parameters and gradients must have the same names, "
+                         f"got {sorted(parameters.keys() ^ gradients.keys())} in one only")
+    for name, p in parameters.items():
+        g = gradients[name]
+        for what, a in (f"parameter {name}", p), (f"gradient {name}", g):
+            if not isinstance(a, np.ndarray) or a.dtype not in (np.float32, np.float64):
+                raise TypeError(f"{what} must be a float32 or float64 array, "
+                                f"got {getattr(a, 'dtype', type(a).__name__)}")
+            if not a.flags.c_contiguous or not a.flags.writeable:
+                raise ValueError(f"{what} must be C-contiguous and writable, to be updated in "
+                                 "place")
+        if g.shape != p.shape or g.dtype != p.dtype:
+            raise ValueError(f"gradient {name} must be {p.dtype} {p.shape}, "
+                             f"got {g.dtype} {g.shape}")
+    return dict(parameters), dict(gradients)
+
+
+def _arrays(gradients):
+    return list((gradients.gradients() if isinstance(gradients, Module) else gradients).values())
+
+
+def _not_negative(name, value):
+    if not 0 <= value < inf:
+        raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+    return float(value)
+
+
+def _fraction(name, value):
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
+    return float(value)
