@@ -1,0 +1,247 @@
+"""PyTorch's zip archives (.pt, .pth, since 1.6), read without torch and without running anything.
+
+    <root>/data.pkl      a pickle: the dicts, and for each tensor its storage, sizes and strides
+    <root>/data/<key>    the bytes of one storage
+    <root>/byteorder     "little" or "big"
+
+A pickle is a program for a small stack machine, and Python's own machine lets it call any function.
+The one here knows containers, numbers and strings, and the three calls that rebuild a tensor; it
+has no way to import, call or build anything else, and no way to ask for memory: every count it
+believes is bounded by the bytes that are there.
+"""
+
+import math
+import pickletools
+
+import numpy as np
+
+from lstmcore.formats.archive import Archive
+from lstmcore.formats.safetensors import widened
+
+STORAGES = {"torch.DoubleStorage": "f8", "torch.FloatStorage": "f4", "torch.HalfStorage": "f2",
+            "torch.BFloat16Storage": "u2", "torch.LongStorage": "i8", "torch.IntStorage": "i4",
+            "torch.ShortStorage": "i2", "torch.CharStorage": "i1", "torch.ByteStorage": "u1",
+            "torch.BoolStorage": "?"}
+MAX_DEPTH = 32
+
+
+def read_arrays(path):
+    """Every tensor in a .pt archive, under the keys that lead to it joined by dots.
+
+    A state_dict gives its own names, {"model": state_dict} those with "model." before them.
+    """
+    with Archive(path) as archive:
+        root = _root(archive)
+        order = "little"
+        if root + "byteorder" in archive.members:
+            order = archive.read(root + "byteorder").decode("ascii", "replace")
+            if order not in ("little", "big"):
+                raise ValueError(f"{path}: byteorder must say little or big, got {order!r:.20}")
+        program = archive.read(root + "data.pkl")
+        result = _Machine(archive, root, "<" if order == "little" else ">").run(program)
+    return _tensors(result, len(program))
+
+
+def _root(archive):
+    """The folder that every member of the archive is in, with its slash."""
+    roots = [name[:-len("data.pkl")] for name in archive.members
+             if name == "data.pkl" or name.endswith("/data.pkl")]
+    if any(name.endswith("constants.pkl") for name in archive.members):
+        raise ValueError(f"{archive.path} is a TorchScript archive: save the module's state_dict()")
+    if len(roots) != 1:
+        raise ValueError(f"{archive.path} must have one member data.pkl, as torch.save writes, "
+                         f"got {len(roots)}")
+    return roots[0]
+
+
+def _tensors(root, limit):
+    """{name: array} of every tensor below root.
+
+    Containers may be shared, so a small pickle can describe an endless tree: the visits are bounded
+    by the pickle's size, `limit`, and so is the length of all names together.
+    """
+    found, letters, waiting = {}, 0, [((), root)]
+    while waiting:
+        path, value = waiting.pop()
+        limit -= 1
+        if limit < 0 or len(path) > MAX_DEPTH or letters > 32 * limit + 65536:
+            raise ValueError("the .pt file nests its containers without end")
+        if isinstance(value, np.ndarray):
+            name = ".".join(path) or "tensor"
+            letters += len(name)
+            found[name] = value
+        elif isinstance(value, dict):
+            waiting += [((*path, str(key)), item) for key, item in reversed(value.items())]
+        elif isinstance(value, (list, tuple)):
+            waiting += [((*path, str(n)), item) for n, item in reversed(list(enumerate(value)))]
+    return found
+
+
+class _Mark:
+    """Where the arguments of a container begin on the stack."""
+
+
+class _Global(str):
+    """The name of a function or class that the pickle mentions: a name, never the thing."""
+
+
+class _Machine:
+    """Runs the pickle programs that torch.save writes for tensors in plain containers."""
+
+    CALLS = {"collections.OrderedDict": "_ordered_dict",
+             "torch._utils._rebuild_tensor_v2": "_rebuild_tensor",
+             "torch._utils._rebuild_parameter": "_rebuild_parameter"}
+    VALUES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+    LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE",
+                "SHORT_BINUNICODE", "BINUNICODE8"}
+    EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+
+    def __init__(self, archive, root, order):
+        self.archive, self.root, self.order = archive, root, order
+        self.stack, self.memo, self.storages = [], {}, {}
+
+    def run(self, program):
+        """The object that the program builds."""
+        try:
+            for opcode, argument, _ in pickletools.genops(program):
+                if opcode.name == "STOP":
+                    break
+                self._step(opcode.name, argument)
+            (result,) = self.stack
+        except ValueError:
+            raise
+        except (IndexError, KeyError, TypeError, AttributeError, UnicodeError, OverflowError,
+                RecursionError) as error:
+            raise ValueError(f"the pickle in the .pt file is damaged: {error!r:.200}") from None
+        return result
+
+    def _step(self, name, argument):
+        stack = self.stack
+        if name in self.VALUES:
+            stack.append(self.VALUES[name])
+        elif name in self.LITERALS:
+            stack.append(argument)
+        elif name in self.EMPTY:
+            stack.append(self.EMPTY[name]())
+        elif name == "MARK":
+            stack.append(_Mark)
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self.memo[len(self.memo) if argument is None else argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(self.memo[argument])
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            n = int(name[-1])
+            stack[-n:] = [tuple(self._plain(stack[-n:], n))]
+        elif name == "TUPLE":
+            stack.append(tuple(self._from_mark()))
+        elif name == "LIST":
+            stack.append(self._from_mark())
+        elif name == "DICT":
+            stack.append(self._pairs(self._from_mark()))
+        elif name in ("APPEND", "APPENDS"):
+            items = self._from_mark() if name == "APPENDS" else [stack.pop()]
+            self._top(list).extend(items)
+        elif name in ("SETITEM", "SETITEMS"):
+            items = self._from_mark() if name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
+            self._top(dict).update(self._pairs(items))
+        elif name == "GLOBAL":
+            stack.append(_Global(argument.replace(" ", ".", 1)))
+        elif name == "STACK_GLOBAL":
+            attribute, module = stack.pop(), stack.pop()
+            stack.append(_Global(f"{module:.200}.{attribute:.200}"))
+        elif name == "REDUCE":
+            arguments, function = stack.pop(), stack.pop()
+            stack.append(self._call(function, arguments))
+        elif name == "BUILD":
+            stack.pop()                     # attributes of an OrderedDict: torch's _metadata
+            self._top(dict)
+        elif name == "BINPERSID":
+            stack.append(self._storage(stack.pop()))
+        elif name not in ("PROTO", "FRAME"):
+            raise ValueError(f"the pickle in the .pt file uses {name}, which no state_dict needs")
+
+    def _call(self, function, arguments):
+        if not isinstance(function, _Global) or function not in self.CALLS:
+            raise ValueError(f"the .pt file asks to call {function!r:.200}, which is refused: only "
+                             "tensors in dicts, lists and tuples are read; save a state_dict()")
+        return getattr(self, self.CALLS[function])(*arguments)
+
+    def _from_mark(self):
+        """The items above the last mark, taken off the stack with it."""
+        for n in range(len(self.stack) - 1, -1, -1):
+            if self.stack[n] is _Mark:
+                items = self.stack[n + 1:]
+                del self.stack[n:]
+                return items
+        raise ValueError("the pickle in the .pt file is damaged: no mark on its stack")
+
+    def _plain(self, items, n):
+        if len(items) != n or _Mark in map(type, items) or any(item is _Mark for item in items):
+            raise ValueError("the pickle in the .pt file is damaged: its stack is too short")
+        return items
+
+    def _top(self, kind):
+        if not isinstance(self.stack[-1], kind):
+            raise ValueError(f"the pickle in the .pt file treats a {type(self.stack[-1]).__name__} "
+                             f"as a {kind.__name__}")
+        return self.stack[-1]
+
+    def _pairs(self, items):
+        keys, values = items[::2], items[1::2]
+        if len(keys) != len(values) or not all(isinstance(k, (str, int, float)) for k in keys):
+            raise ValueError("the dicts of a .pt file must have strings or numbers as keys")
+        return dict(zip(keys, values))
+
+    def _ordered_dict(self, pairs=()):
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError("the .pt file makes an OrderedDict of something that is no pairs")
+        return self._pairs([value for pair in pairs for value in pair])
+
+    def _rebuild_parameter(self, tensor, requires_grad=True, hooks=None):
+        if not isinstance(tensor, np.ndarray):
+            raise ValueError("the .pt file makes a parameter of something that is no tensor")
+        return tensor
+
+    def _storage(self, identity):
+        """The storage ("storage", type, key, device, numel) names, as a flat array."""
+        if not (isinstance(identity, tuple) and len(identity) == 5 and identity[0] == "storage"):
+            raise ValueError(f"the .pt file refers to {identity!r:.100}, not to a storage")
+        _, kind, key, _, numel = identity
+        if not isinstance(kind, _Global) or kind not in STORAGES:
+            raise ValueError(f"the .pt file has a storage of type {kind!r:.100}: known are "
+                             f"{', '.join(STORAGES)}")
+        if not isinstance(key, str):
+            raise ValueError(f"the key of a storage must be a string, got {key!r:.100}")
+        if key not in self.storages:
+            dtype = np.dtype(STORAGES[kind])
+            data = self.archive.read(f"{self.root}data/{key}")
+            if type(numel) is not int or numel * dtype.itemsize != len(data):
+                raise ValueError(f"the storage {key!r:.100} claims {numel!r:.40} numbers of "
+                                 f"{dtype.itemsize} bytes, the archive holds {len(data)} bytes")
+            stored = np.frombuffer(data, dtype.newbyteorder(self.order))
+            stored = stored if stored.dtype.isnative else stored.astype(dtype)
+            self.storages[key] = kind, widened(stored) if "BFloat16" in kind else stored
+        found, stored = self.storages[key]
+        if found != kind:
+            raise ValueError(f"the storage {key!r:.100} is used as {found} and as {kind}")
+        return stored
+
+    def _rebuild_tensor(self, storage, offset, shape, strides, requires_grad=False, hooks=None,
+                        metadata=None):
+        """A view into a storage; it may not repeat elements, nor reach out of the storage."""
+        if not isinstance(storage, np.ndarray) or storage.ndim != 1:
+            raise ValueError("the .pt file makes a tensor of something that is no storage")
+        sizes = (offset, *shape, *strides)
+        if len(shape) != len(strides) or len(shape) > 32 or \
+                not all(type(n) is int and 0 <= n < 1 << 40 for n in sizes):
+            raise ValueError(f"a tensor of the .pt file has offset {offset!r:.40}, shape "
+                             f"{shape!r:.100} and strides {strides!r:.100}")
+        count = math.prod(shape)
+        last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides)) if count else 0
+        if count > storage.size or last >= max(storage.size, 1):
+            raise ValueError(f"a tensor of shape {shape} with strides {strides} at {offset} does "
+                             f"not fit its storage of {storage.size} numbers")
+        if not count:
+            return np.zeros(shape, storage.dtype)
+        return np.lib.stride_tricks.as_strided(
+            storage[offset:], shape, [n * storage.itemsize for n in strides], writeable=False)

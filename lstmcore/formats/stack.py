@@ -1,0 +1,100 @@
+"""A stack of recurrent layers that one LSTM or RNN cannot express, as files sometimes hold it."""
+
+import numpy as np
+
+from lstmcore.module import Module
+
+
+class Stack(Module):
+    """LSTM and RNN layers in a row: of different widths or kinds, or read from the end.
+
+    Parameters
+    ----------
+    layers : list of LSTM or RNN, time-major, each as wide as the output of the one before
+    reverse : list of bool: this layer reads each sequence from its own end to its start, and its
+        y is in the order of x all the same; none by default
+    batch_first : x and y are (B, T, ·); states never are
+    initial : one initial state per layer (None: zeros), used when a call gives no state
+
+    Parameters by name: `layers.0.weight_ih_l0` and so on.
+
+    >>> from lstmcore import LSTM
+    >>> m = Stack([LSTM(3, 8, seed=0), LSTM(8, 5, seed=1)], reverse=[False, True])
+    >>> y, (state0, state1) = m(np.zeros((7, 4, 3), "float32"))
+    >>> y.shape, state1[0].shape
+    ((7, 4, 5), (1, 4, 5))
+    """
+
+    def __init__(self, layers, reverse=None, batch_first=False, initial=None):
+        self.layers, self.batch_first = list(layers), bool(batch_first)
+        if not self.layers:
+            raise ValueError("a Stack needs at least one layer")
+        self.reverse = [bool(r) for r in _one_each("reverse", reverse, False, self.layers)]
+        self.initial = _one_each("initial", initial, None, self.layers)
+        for n, layer in enumerate(self.layers):
+            if layer.batch_first:
+                raise ValueError(f"layers[{n}] must be time-major; give batch_first to the Stack")
+            before = self.layers[n - 1]
+            width = before.parameters()["weight_hh_l0"].shape[1] * before.directions
+            if n and (layer.input_size, layer.dtype) != (width, before.dtype):
+                raise ValueError(f"layers[{n}] must take {width} {before.dtype} inputs from the "
+                                 f"layer before it, it takes {layer.input_size} {layer.dtype}")
+
+    def __call__(self, x, state=None, lengths=None):
+        """x (T,B,I), or (B,T,I) with batch_first -> y, and the list of the layers' final states."""
+        y, final = self._outside(np.asarray(x)), []
+        states = _one_each("state", state, None, self.layers)
+        for layer, reverse, given, initial in zip(self.layers, self.reverse, states, self.initial):
+            y, last = layer(_flip(y, lengths, reverse), initial if given is None else given, lengths)
+            y = _flip(y, lengths, reverse)
+            final.append(last)
+        y = self._outside(y)
+        self._keep(y, lengths)
+        return y, final
+
+    def backward(self, dy=None, dstate=None):
+        """Gradients by y and by the final states, None for zeros -> dx, and by initial states."""
+        dy, lengths = self._take(dy)
+        dy, dinitial = self._outside(dy), []
+        dstates = _one_each("dstate", dstate, None, self.layers)
+        for layer, reverse, dlast in reversed(list(zip(self.layers, self.reverse, dstates))):
+            dy, dfirst = layer.backward(_flip(dy, lengths, reverse), dlast)
+            dy = None if dy is None else _flip(dy, lengths, reverse)
+            dinitial.append(dfirst)
+        return None if dy is None else self._outside(dy), dinitial[::-1]
+
+    def save(self, path):
+        """Write the stack to a file: its ending says which kind, see `lstmcore.formats.save`."""
+        from lstmcore import formats
+        formats.save(self, path)
+
+    def _outside(self, a):
+        return a.swapaxes(0, 1) if self.batch_first else a
+
+    def __repr__(self):
+        said = [repr(self.layers)]
+        if any(self.reverse):
+            said.append(f"reverse={self.reverse}")
+        if self.batch_first:
+            said.append("batch_first=True")
+        if any(state is not None for state in self.initial):
+            said.append("initial=...")
+        return f"Stack({', '.join(said)})"
+
+
+def _one_each(name, values, default, layers):
+    values = [default] * len(layers) if values is None else list(values)
+    if len(values) != len(layers):
+        raise ValueError(f"{name} must have one entry for each of {len(layers)} layers, "
+                         f"got {len(values)}")
+    return values
+
+
+def _flip(a, lengths, wanted):
+    """a (T, B, ...) with the steps of every sequence in the opposite order; its own inverse."""
+    if not wanted:
+        return a
+    if lengths is None:
+        return np.ascontiguousarray(a[::-1])
+    t, lengths = np.arange(len(a))[:, None], np.asarray(lengths)
+    return a[np.where(t < lengths, lengths - 1 - t, t), np.arange(a.shape[1])]
