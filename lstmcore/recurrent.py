@@ -80,9 +80,9 @@ class _Recurrent(Module):
 
         Adds to `gradients()`. None stands for zeros. For token ids the first result is None.
         """
-        dfinal = self._split(dstate, None, "dstate")
         dy, tapes = self._take(dy)
         dx = self._swap(dy)
+        dfinal = self._split(dstate, dx.shape[1], "dstate")
         dinitial = [None] * len(dfinal)
         for layer in reversed(range(self.num_layers)):
             mask, runs = tapes[layer]
@@ -168,10 +168,9 @@ class _Recurrent(Module):
                 continue
             part = np.asarray(part)
             check_dtype(f"{letter} of {name}", part, self.dtype)
-            shape = N, part.shape[1] if B is None and part.ndim == 3 else B, width
-            if part.shape != shape:
-                raise ValueError(f"{letter} of {name} must be (L·D, B, {width}) = {shape}, "
-                                 f"got {part.shape}")
+            if part.shape != (N, B, width):
+                raise ValueError(f"{letter} of {name} must be (L·D, B, {width}) = "
+                                 f"{(N, B, width)}, got {part.shape}")
             columns.append(part)
         return list(zip(*columns))
 

@@ -1,0 +1,190 @@
+"""Losses: against PyTorch, by finite differences, at the extremes, and what a mask does."""
+
+import numpy as np
+import pytest
+
+from lstmcore import bce_with_logits, mse_loss, softmax_cross_entropy
+
+STEP = 1e-4
+
+
+def normal(*shape, seed=0, dtype="float64", scale=2.0):
+    return (scale * np.random.default_rng([seed, *shape]).standard_normal(shape)).astype(dtype)
+
+
+def classes(*shape, V=7, seed=0):
+    return np.random.default_rng([seed, *shape]).integers(0, V, shape)
+
+
+def weights(*shape):
+    """Random weights of which some are zero."""
+    drawn = np.random.default_rng(5).random(shape)
+    return np.where(drawn < 0.3, 0, drawn)
+
+
+CASES = {
+    "cross-entropy": (softmax_cross_entropy, normal(5, 3, 7), classes(5, 3), (5, 3)),
+    "squares": (mse_loss, normal(5, 3, 2), normal(5, 3, 2, seed=1), (5, 3, 2)),
+    "squares by row": (mse_loss, normal(5, 3, 2), normal(5, 3, 2, seed=1), (5, 3)),
+    "binary": (bce_with_logits, normal(5, 3), (normal(5, 3, seed=1) > 0).astype(float), (5, 3)),
+    "binary, soft": (bce_with_logits, normal(5, 3), weights(5, 3), (5, 3)),
+}
+
+
+def by_name(cases):
+    return pytest.mark.parametrize("loss, given, target, masked", cases.values(), ids=cases.keys())
+
+
+@by_name(CASES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_gradient_is_the_slope(loss, given, target, masked, reduction, with_mask, close):
+    options = dict(reduction=reduction, mask=weights(*masked) if with_mask else None)
+    _, gradient = loss(given, target, **options)
+    for seed in range(3):
+        direction = normal(*given.shape, seed=seed)
+
+        def at(distance):
+            return np.sum(loss(given + distance * direction, target, **options)[0])
+        slope = (8 * (at(STEP) - at(-STEP)) - (at(2 * STEP) - at(-2 * STEP))) / (12 * STEP)
+        close((gradient * direction).sum(), slope, "finite difference")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@by_name(CASES)
+def test_equals_torch(loss, given, target, masked, reduction, dtype, close):
+    torch = pytest.importorskip("torch")
+    F = torch.nn.functional
+    given = given.astype(dtype)
+    target = target.astype(dtype) if target.dtype.kind == "f" else target
+    z = torch.from_numpy(given).requires_grad_()
+    if loss is softmax_cross_entropy:
+        want = F.cross_entropy(z.movedim(-1, 1), torch.from_numpy(target), reduction=reduction)
+    else:
+        name = F.mse_loss if loss is mse_loss else F.binary_cross_entropy_with_logits
+        want = name(z, torch.from_numpy(target), reduction=reduction)
+    want.sum().backward()
+    got, gradient = loss(given, target, reduction=reduction)
+    close(np.asarray(got, dtype), want.detach(), "torch")
+    close(gradient, z.grad, "torch")
+
+
+def test_ignore_index_equals_torch(close):
+    torch = pytest.importorskip("torch")
+    given, target = normal(5, 3, 7), classes(5, 3)
+    target[1:3, 1], target[4] = -100, -100
+    z = torch.from_numpy(given).requires_grad_()
+    want = torch.nn.functional.cross_entropy(z.movedim(-1, 1), torch.from_numpy(target))
+    want.backward()
+    got, gradient = softmax_cross_entropy(given, target, ignore_index=-100)
+    close(got, want.detach(), "torch")
+    close(gradient, z.grad, "torch")
+    assert (softmax_cross_entropy(given, target, mask=target >= 0, ignore_index=-100)[0] == got)
+
+
+@by_name(CASES)
+def test_a_mask_is_the_same_as_leaving_out(loss, given, target, masked, close):
+    there = weights(*masked) > 0
+    got, gradient = loss(given, target, mask=there)
+    kept = given[there], target[there]
+    want, dkept = loss(*kept)
+    close(got, want, "identity")
+    close(gradient[there], dkept, "identity")
+    assert not gradient[~there].any() and gradient[there].any()
+
+
+@by_name(CASES)
+def test_weights_average(loss, given, target, masked, close):
+    w = weights(*masked)
+    single, dsingle = loss(given, target, reduction="none")
+    w_all = np.broadcast_to(w[..., None], single.shape) if w.ndim < single.ndim else w
+    got, gradient = loss(given, target, mask=w)
+    close(got, (w_all * single).sum() / w_all.sum(), "identity")
+    scale = w_all[..., None] if gradient.ndim > single.ndim else w_all
+    close(gradient, dsingle * scale / w_all.sum(), "identity")
+
+
+def test_half_sum_is_the_textbooks():
+    y, target = normal(4, 3), normal(4, 3, seed=1)
+    loss, dy = mse_loss(y, target, reduction="half_sum")
+    assert abs(loss - 0.5 * ((y - target) ** 2).sum()) < 1e-12 and (dy == y - target).all()
+
+
+@by_name(CASES)
+def test_nothing_that_counts_costs_nothing(loss, given, target, masked):
+    for arguments, mask in (((given, target), np.zeros(masked)), ((given[:0], target[:0]), None)):
+        value, gradient = loss(*arguments, mask=mask)
+        assert value == 0 and gradient.shape == arguments[0].shape and not gradient.any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_extreme_logits_are_exact(dtype):
+    far = np.array([[1e4, 0, -1e4], [-1e4, 0, 1e4]], dtype)
+    loss, gradient = softmax_cross_entropy(far, np.array([0, 0]), reduction="none")
+    assert (loss == [0, 2e4]).all() and (gradient == [[0, 0, 0], [-1, 0, 1]]).all()
+    loss, gradient = bce_with_logits(far, (far < 0).astype(dtype), reduction="none")
+    assert (loss == [[1e4, np.log(np.array(2, dtype)), 1e4]] * 2).all()
+    assert (gradient == [[1, 0.5, -1], [-1, 0.5, 1]]).all()
+    small, _ = bce_with_logits(np.array([40.0]), np.array([1.0]))
+    assert abs(small / np.exp(-40) - 1) < 1e-14
+
+
+def test_a_forbidden_class_gets_nothing():
+    z = np.array([[0.5, -np.inf, 1.5]])
+    loss, gradient = softmax_cross_entropy(z, [2])
+    assert np.isfinite(loss) and gradient[0, 1] == 0
+    assert softmax_cross_entropy(z, [1])[0] == np.inf
+
+
+def test_what_is_not_finite_shows_unless_it_is_masked():
+    z = normal(3, 4)
+    z[1, 2] = np.nan
+    for loss, target in ((softmax_cross_entropy, [0, 1, 2]), (mse_loss, normal(3, 4, seed=1)),
+                         (bce_with_logits, np.ones((3, 4)))):
+        assert np.isnan(loss(z, target)[0])
+        value, gradient = loss(z, target, mask=[1.0, 0, 1] if loss is softmax_cross_entropy else
+                               np.array([[1.0], [0], [1]]) * np.ones(4))
+        assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_out_may_be_the_logits():
+    z, target = normal(5, 3, 7), classes(5, 3)
+    loss, want = softmax_cross_entropy(z, target)
+    kept = z.copy()
+    assert (softmax_cross_entropy(z, target)[1] == want).all() and (z == kept).all()
+    again, d = softmax_cross_entropy(z, target, out=z)
+    assert again == loss and d is z and (z == want).all()
+
+
+def test_long_float32_sums_stay_exact():
+    """A million equal losses: a float32 sum would be off in the third digit."""
+    y = np.full(1_000_000, 0.1, "float32")
+    loss, _ = mse_loss(y, np.zeros_like(y))
+    assert abs(loss / float(np.float32(0.1)) ** 2 - 1) < 1e-6
+
+
+@pytest.mark.parametrize("call, error, words", [
+    (lambda: softmax_cross_entropy(normal(5, 7), [[1]]), ValueError,
+     r"targets must be \(5,\), as logits \(5, 7\) without their last axis, got \(1, 1\)"),
+    (lambda: softmax_cross_entropy(normal(2, 7), [1, 7]), ValueError, r"targets must be in 0..6, got 1..7"),
+    (lambda: softmax_cross_entropy(normal(2, 7), [-1, 0]), ValueError, r"in 0..6, got -1..0"),
+    (lambda: softmax_cross_entropy(normal(2, 7), [1.0, 0.0]), TypeError, "targets must be integers"),
+    (lambda: softmax_cross_entropy(np.ones((2, 7), int), [1, 0]), TypeError, "logits must be float32"),
+    (lambda: softmax_cross_entropy(normal(2, 7), [1, 0], reduction="avg"), ValueError,
+     "reduction must be one of mean, sum, none, got 'avg'"),
+    (lambda: softmax_cross_entropy(normal(2, 7), [1, 0], mask=[1]), ValueError,
+     r"mask must be \(2,\), got \(1,\)"),
+    (lambda: softmax_cross_entropy(normal(2, 7), [1, 0], out=np.zeros((2, 6))), ValueError,
+     r"out must be \(2, 7\), as logits, got \(2, 6\)"),
+    (lambda: softmax_cross_entropy(normal(2, 7), [1, 0], out=np.zeros((2, 7), "float32")),
+     TypeError, "out must be float64, got float32"),
+    (lambda: mse_loss(normal(5), normal(5, 1)), ValueError, r"target must be \(5,\), as y, got \(5, 1\)"),
+    (lambda: mse_loss(normal(5), normal(5, dtype="float32")), TypeError, "target must be float64"),
+    (lambda: bce_with_logits(normal(2), np.array([0.0, 1.5])), ValueError, r"targets must be in 0..1"),
+    (lambda: bce_with_logits(normal(2), np.array([0.0, np.nan])), ValueError, r"in 0..1, got nan"),
+    (lambda: bce_with_logits(normal(2), np.ones(2), reduction="half_sum"), ValueError, "reduction"),
+])
+def test_errors_say_what_was_expected(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
