@@ -114,7 +114,7 @@ def make_data(case, job):
         data["weight_hh" + suffix] = draw(4 * case.H, case.H, scale=bound)
         data["bias" + suffix] = draw(4 * case.H, scale=bound)
         if case.peepholes:
-            data["peepholes" + suffix] = draw(3, case.H, scale=bound)
+            data["weight_peephole" + suffix] = draw(3, case.H, scale=bound)
     T = STREAM_STEPS if job == "stream" else case.T
     if case.V:
         data["embedding"] = draw(case.V, case.I)
@@ -154,7 +154,8 @@ def _stack_forward(case, data, x):
     for _, suffix, reverse in case.parts():
         y, (h, c), tape = reference.lstm_forward(
             x, data["weight_ih" + suffix], data["weight_hh" + suffix], data["bias" + suffix],
-            peepholes=data.get("peepholes" + suffix), lengths=data.get("lengths"), reverse=reverse)
+            peepholes=data.get("weight_peephole" + suffix), lengths=data.get("lengths"),
+            reverse=reverse)
         h_n.append(h), c_n.append(c), tapes.append(tape), outputs.append(y)
         if len(outputs) == case.D:  # both directions are there: they are the next layer's input
             x, outputs = np.concatenate(outputs, axis=2), []
@@ -169,7 +170,7 @@ def _stack_backward(case, tapes, dy, answer):
         answer |= {"dweight_ih" + suffix: g.dW_ih, "dweight_hh" + suffix: g.dW_hh,
                    "dbias" + suffix: g.db}
         if case.peepholes:
-            answer["dpeepholes" + suffix] = g.dpeepholes
+            answer["dweight_peephole" + suffix] = g.dpeepholes
         dx = dx + g.dx
         if not reverse:  # the forward direction comes last: both have given their part
             dy, dx_of_layer, dx = dx, dx, 0

@@ -1,0 +1,283 @@
+"""lstmcore against the other LSTMs on CPU: `python -m bench.compare`.
+
+Each library runs in its own process, on the same cores, with the same number of threads. For every
+case all of them first prove their results against the reference in float64; a library that is
+wrong, cannot do it or fails is shown as such. Then they take turns, each turn a quarter of a
+second or one run, and the median of the turns' medians counts. Training is forward and backward
+with all gradients, dx included; one stream step is the next step with the state carried over.
+
+Writes compare.md and compare.png into --output. A library that lives in another environment is
+found with --python, e.g. --python openvino,jax=/opt/peers/bin/python; one that is not installed is
+a line that says so. The whole comparison takes some eight minutes, --quick about two.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import namedtuple
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+from bench import report, roofline
+from bench.cases import (CASES, DENSE, EVEN, PEEPHOLES, RAGGED, STREAM, TOLERANCE, WORDLM, expected,
+                         make_data)
+from bench.peers import PEERS
+from bench.worker import ROOT, Failure, Worker
+
+Timing = namedtuple("Timing", "median p99 error")  # seconds, seconds, largest relative error
+Contest = namedtuple("Contest", "section case job libraries")
+Versus = namedtuple("Versus", "title case job threads other other_job other_threads limit")
+
+INEXACT = ("onnxruntime int8",)  # shown with its error, never as the fastest
+QUICK = ("char-rnn", "small", "seq-b1", "tiny", "stream", "ragged")
+TURN, PATIENT_ROUNDS, SLOW = 0.25, 3, 12.0  # s per turn; after SLOW s, 3 rounds must do
+SECTIONS = ("train", "infer", "float64", "ragged", "self", "process")
+
+
+def contests():
+    """Every line of the tables."""
+    dense = [(case, "infer") for case in DENSE] + [(STREAM, "stream")]
+    exact = [name for name in PEERS if name not in ("torch", "torch.compile")]
+    lines = [Contest("train", case, "train", ("lstmcore", "torch", "torch.compile", "jax"))
+             for case in (*DENSE, WORDLM)]
+    lines += [Contest("infer", case, job, ("lstmcore", "torch", "torch.compile", *exact[1:]))
+              for case, job in dense]
+    lines += [Contest("float64", replace(case, dtype="float64"), "train", ("lstmcore", "torch"))
+              for case in DENSE]
+    lines += [Contest("ragged", case, job, ("lstmcore", "torch", "onnxruntime"))
+              for case in RAGGED for job in ("train", "infer")]
+    return lines
+
+
+def self_contests(threads):
+    """lstmcore against itself: what a second thread, peepholes and ragged batches give or cost."""
+    named = {case.name: case for case in DENSE}
+    lines = [Versus(f"1 thread / {threads} threads", case, "train", 1, case, "train", threads, None)
+             for case in (named["ptb-medium"], named["char-512"], named["big"]) if threads > 1]
+    lines.append(Versus("peepholes / plain", PEEPHOLES, "train", threads,
+                        named["char-512"], "train", threads, None))
+    lines.append(Versus("ragged / dense of as many tokens", RAGGED[0], "train", threads,
+                        EVEN, "train", threads, None))
+    return lines
+
+
+class Arena:
+    """The processes of all libraries and the folder through which they get their data."""
+
+    def __init__(self, threads, pythons, rounds):
+        self.threads, self.pythons, self.rounds = threads, pythons, rounds
+        self._stack, self._workers = ExitStack(), {}
+        self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._stack.close()
+
+    def python(self, library):
+        """The interpreter that has the library."""
+        return self.pythons.get(library, sys.executable)
+
+    def worker(self, library, threads=None, role=""):
+        """The library's process; another `role` is another process."""
+        threads = threads or self.threads
+        key = library, threads, role
+        if key not in self._workers:
+            self._workers[key] = self._stack.enter_context(
+                Worker(library, threads, self.python(library)))
+        return self._workers[key]
+
+    def write(self, case, job, folder=None, answer=True):
+        """Put the case's data, and the reference's answer, where the processes find them."""
+        folder = Path(folder or self.folder)
+        folder.mkdir(exist_ok=True)
+        data = make_data(case, job)
+        np.savez(folder / "data.npz", **data)
+        (folder / "expected.npz").unlink(missing_ok=True)
+        if answer:
+            np.savez(folder / "expected.npz", **expected(case, job, data))
+        return folder
+
+    def hold(self, contest):
+        """One contest: library -> Timing, or the reason why there is none."""
+        self.write(contest.case, contest.job)
+        result, runners = {}, {}
+        for library in contest.libraries:
+            try:
+                error = self.worker(library).prepare(contest.case, contest.job, self.folder)
+            except Failure as failure:
+                result[library] = str(failure)
+                continue
+            if error > TOLERANCE[contest.case.dtype] and library not in INEXACT:
+                result[library] = f"wrong: largest relative error {error:.1e}"
+            else:
+                runners[library] = self.worker(library), error
+        return result | self.race(runners)
+
+    def race(self, runners):
+        """label -> (prepared worker, error) take turns: label -> Timing or the reason."""
+        turns, failed = {label: [] for label in runners}, {}
+        start = time.monotonic()
+        for turn in range(self.rounds):
+            order = list(runners)
+            order = order[turn % len(order):] + order[:turn % len(order)] if order else []
+            for label in order:
+                if label in failed:
+                    continue
+                try:
+                    turns[label].append(runners[label][0].time(TURN))
+                except Failure as failure:
+                    failed[label] = str(failure)
+            if turn + 1 >= PATIENT_ROUNDS and time.monotonic() - start > SLOW:
+                break
+        return failed | {
+            label: Timing(statistics.median(map(statistics.median, times)),
+                          float(np.quantile(np.concatenate(times), 0.99)), runners[label][1])
+            for label, times in turns.items() if label not in failed}
+
+    def hold_self(self, versus):
+        """The ratio of two ways of running lstmcore, or the reason why there is none."""
+        sides = ((versus.case, versus.job, versus.threads, "this"),
+                 (versus.other, versus.other_job, versus.other_threads, "that"))
+        runners = {}
+        try:
+            for case, job, threads, role in sides:
+                worker = self.worker("lstmcore", threads, role)
+                error = worker.prepare(case, job, self.write(case, job))
+                if error > TOLERANCE[case.dtype]:
+                    return f"wrong: largest relative error {error:.1e}"
+                runners[role] = worker, error
+        except Failure as failure:
+            return str(failure)
+        times = self.race(runners)
+        failures = [time for time in times.values() if isinstance(time, str)]
+        return failures[0] if failures else times["this"].median / times["that"].median
+
+    def memory(self, library, case):
+        """Megabytes by which one training step raises the peak; in a process of its own."""
+        folder = self.write(case, "train", answer=False)
+        small = CASES["tiny"]
+        self.write(small, "train", folder / "warm_up", answer=False)
+        with Worker(library, self.threads, self.python(library)) as worker:
+            try:
+                return worker.ask("memory", case=asdict(case), job="train", folder=str(folder),
+                                  warm_up={"case": asdict(small), "job": "train"})["megabytes"]
+            except Failure as failure:
+                return str(failure)
+
+    def import_seconds(self, library, times=5):
+        """The median time of importing the library after NumPy, or None."""
+        code = (f"import numpy, time; begin = time.perf_counter(); {PEERS[library].load}; "
+                "print(time.perf_counter() - begin)")
+        taken = []
+        for _ in range(times):
+            done = subprocess.run([self.python(library), "-c", code], cwd=ROOT, text=True,
+                                  capture_output=True)
+            if done.returncode:
+                return None
+            taken.append(float(done.stdout.split()[-1]))
+        return statistics.median(taken)
+
+    def process(self, library):
+        """What having the library costs: a dict for its row of the table, or the reason."""
+        try:
+            about = self.worker(library).ask("about")
+        except Failure as failure:
+            return str(failure)
+        row = {**about, "import": self.import_seconds(library)}
+        if "train" in PEERS[library].jobs:
+            row |= {name: self.memory(library, CASES[name]) for name in ("ptb-medium", "char-512")}
+        return row
+
+
+def parse(argv):
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.compare",
+                                     description="Compare lstmcore with other LSTMs on CPU.")
+    parser.add_argument("--section", action="append", choices=SECTIONS,
+                        help="only this table (repeatable)")
+    parser.add_argument("--case", action="append", choices=[*CASES], metavar="NAME",
+                        help=f"only this case (repeatable): {', '.join(CASES)}")
+    parser.add_argument("--library", action="append", choices=[*PEERS], metavar="NAME",
+                        help=f"only this library beside lstmcore (repeatable): {', '.join(PEERS)}")
+    parser.add_argument("--python", action="append", default=[], metavar="LIB[,LIB]=PATH",
+                        help="the interpreter that has these libraries (default: this one)")
+    parser.add_argument("--threads", type=int, default=2, help="threads and cores for each library")
+    parser.add_argument("--quick", action="store_true", help="small cases, 3 rounds instead of 5")
+    parser.add_argument("--output", type=Path, default=Path("bench/results"), metavar="FOLDER",
+                        help="where compare.md and compare.png go (default: bench/results)")
+    options = parser.parse_args(argv)
+    options.pythons = {}
+    for pair in options.python:
+        names, _, path = pair.partition("=")
+        if not path or not set(names.split(",")) <= set(PEERS):
+            parser.error(f"--python must be LIB[,LIB]=PATH with LIB of {', '.join(PEERS)}; "
+                         f"got {pair}")
+        options.pythons |= dict.fromkeys(names.split(","), path)
+    return options
+
+
+def chosen(options, lines):
+    """The contests that the command line asks for."""
+    names = options.case or (QUICK if options.quick else CASES)
+    keep = {"lstmcore", *(options.library or PEERS)}
+    return [line._replace(libraries=tuple(name for name in line.libraries if name in keep))
+            for line in lines
+            if line.case.name in names and line.section in (options.section or SECTIONS)]
+
+
+def progress(title, result):
+    """One line to stderr for what was just measured."""
+    if isinstance(result, dict):
+        result = "  ".join(f"{name} {report.milliseconds(value)}" for name, value in result.items())
+    print(f"{time.strftime('%H:%M:%S')}  {title:28} {result}", file=sys.stderr, flush=True)
+
+
+def main(argv=None):
+    """Measure, write the report, print it."""
+    options = parse(argv)
+    sections = options.section or SECTIONS
+    libraries = [name for name in PEERS if name in {"lstmcore", *(options.library or PEERS)}]
+    results, versus, processes = [], [], {}
+    with Arena(options.threads, options.pythons, 3 if options.quick else 5) as arena:
+        for contest in chosen(options, contests()):
+            results.append((contest, arena.hold(contest)))
+            progress(f"{contest.case.name} {contest.job} {contest.case.dtype}", results[-1][1])
+        names = options.case or (QUICK if options.quick else CASES)
+        for line in self_contests(options.threads) if "self" in sections else ():
+            if line.case.name in names:
+                versus.append((line, arena.hold_self(line)))
+                progress(f"{line.case.name}: {line.title}", versus[-1][1])
+        if "process" in sections:
+            for library in libraries:
+                if library not in ("torch.compile", *INEXACT):
+                    processes[library] = arena.process(library)
+                    progress(library, str(processes[library]))
+        versions = {}
+        for library in libraries:
+            try:
+                versions[library] = arena.worker(library).ask("about")["version"]
+            except Failure as failure:
+                versions[library] = str(failure)
+    peaks = {}
+    try:
+        peaks = {dtype: roofline.peak_gflops(options.threads, dtype) for dtype in TOLERANCE}
+    except (OSError, subprocess.CalledProcessError) as error:
+        progress("no roofline", error)
+    command = "python -m bench.compare " + " ".join(argv if argv is not None else sys.argv[1:])
+    text = report.markdown(results, versus, processes, versions, peaks, options.threads, command)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "compare.md").write_text(text)
+    report.chart(results, options.threads, options.output / "compare.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
