@@ -15,6 +15,11 @@
 #define GROUP (8 * MR)  /* rows per group */
 #define KC 512          /* k per block of a panel: KC·4·VECTOR_BYTES is 128 KB with AVX-512 */
 #define KW 256          /* k per block of a weight gradient: part of the definition of its bits */
+#ifdef __GNUC__
+#define PREFETCH(p) __builtin_prefetch(p, 0, 2)
+#else
+#define PREFETCH(p) (void)(p)
+#endif
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define EACH(x, n) _Pragma("GCC unroll 6") for (int x = 0; x < (n); x++)
 #endif
@@ -24,11 +29,13 @@ typedef vec F(row4)[4];
 /* ---- the tile: acc[r][v] += Σ_k a[r][k·step] panel[k][v] for rows r < mr, vectors v < nv --------- */
 
 INLINE void F(tile)(const int mr, const int nv, const ptrdiff_t step, ptrdiff_t K,
-                    const R *const *a, const R *restrict panel, F(row4) *restrict out) {
+                    const R *const *a, const R *restrict panel, const char *ahead,
+                    F(row4) *restrict out) {
     vec acc[MR][4];
     EACH(r, mr) EACH(v, nv) acc[r][v] = out[r][v];
-    for (ptrdiff_t k = 0; k < K; k++, panel += nv * VL) {
+    for (ptrdiff_t k = 0; k < K; k++, panel += nv * VL, ahead += 64) {
         vec w[4];
+        PREFETCH(ahead);
         EACH(v, nv) w[v] = F(v_load)(panel + v * VL);
         EACH(r, mr) {
             vec x = F(v_set1)(a[r][k * step]);
@@ -38,11 +45,13 @@ INLINE void F(tile)(const int mr, const int nv, const ptrdiff_t step, ptrdiff_t 
     EACH(r, mr) EACH(v, nv) out[r][v] = acc[r][v];
 }
 
-typedef void F(tile_fn)(ptrdiff_t K, const R *const *a, const R *panel, F(row4) *out);
+typedef void F(tile_fn)(ptrdiff_t K, const R *const *a, const R *panel, const char *ahead,
+                        F(row4) *out);
 
 #define TILE(mr, nv)                                                                                 \
-    static void F(tile_##mr##_##nv)(ptrdiff_t K, const R *const *a, const R *panel, F(row4) *out) {  \
-        F(tile)(mr, nv, 1, K, a, panel, out);                                                        \
+    static void F(tile_##mr##_##nv)(ptrdiff_t K, const R *const *a, const R *panel,                  \
+                                    const char *ahead, F(row4) *out) {                               \
+        F(tile)(mr, nv, 1, K, a, panel, ahead, out);                                                 \
     }
 #define TILES(mr) TILE(mr, 1) TILE(mr, 2) TILE(mr, 3) TILE(mr, 4)
 #define TILE_NAMES(mr) {0, F(tile_##mr##_1), F(tile_##mr##_2), F(tile_##mr##_3), F(tile_##mr##_4)}
@@ -103,6 +112,22 @@ INLINE ptrdiff_t F(lanes)(const F(panel) *g, int v) {
     return g->stride == VL && v < g->nv - 1 ? VL : g->end;
 }
 
+/* out[k·out_stride + l] = in[l·in_stride + k] for k, l < VL.  Interleaving the two halves of the rows
+   log2(VL) times transposes them. */
+INLINE void F(transpose)(const R *in, ptrdiff_t in_stride, R *out, ptrdiff_t out_stride) {
+    vec row[VECTOR_BYTES / sizeof(R)];
+    for (int l = 0; l < VL; l++) row[l] = F(v_load)(in + l * in_stride);
+    for (int width = 1; width < VL; width *= 2) {
+        vec next[VECTOR_BYTES / sizeof(R)];
+        for (int l = 0; l < VL / 2; l++) {
+            next[2 * l] = F(v_interleave)(row[l], row[l + VL / 2], 0);
+            next[2 * l + 1] = F(v_interleave)(row[l], row[l + VL / 2], 1);
+        }
+        for (int l = 0; l < VL; l++) row[l] = next[l];
+    }
+    for (int k = 0; k < VL; k++) F(v_store)(out + k * out_stride, row[k]);
+}
+
 static void F(pack)(int panels, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1, ptrdiff_t first,
                     ptrdiff_t last, const void *W_, ptrdiff_t k_stride, ptrdiff_t col_stride,
                     void *out_) {
@@ -121,6 +146,9 @@ static void F(pack)(int panels, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff_
                 if (col_stride == 1)
                     for (ptrdiff_t k = k0; k < k1; k++)
                         F(v_store_n)(out + (k * g.nv + v) * VL, F(v_load_n)(W + k * k_stride, n), n);
+                else if (n == VL && k1 - k0 == BLOCK && k_stride == 1)
+                    for (ptrdiff_t k = k0; k < k1; k += VL)
+                        F(transpose)(W + k, col_stride, out + (k * g.nv + v) * VL, g.nv * VL);
                 else
                     for (ptrdiff_t l = 0; l < n; l++)
                         for (ptrdiff_t k = k0; k < k1; k++)
@@ -132,16 +160,21 @@ static void F(pack)(int panels, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff_
 
 /* ---- rows over a panel ---------------------------------------------------------------------------- */
 
-/* acc[r] += a[r] · panel for n <= GROUP rows, in tiles of nearly equal height. */
+/* acc[r] += a[r] · panel for n <= GROUP rows, in tiles of nearly equal height.  Meanwhile the tiles
+   fetch what follows the panel, the next one, a line per k: its first use by the first tile of the next
+   group would wait for the third-level cache (predicted and measured for (35,20,650,650): see README). */
 static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const R *const *a, const R *panel,
                      F(row4) *acc) {
+    const char *ahead = (const char *)(panel + K * nv * VL);
     for (ptrdiff_t k = 0; k < K; k += KC) {
+        ptrdiff_t kn = MIN(KC, K - k);
         const R *ak[MR];
         for (ptrdiff_t r = 0, tiles = (n + MR - 1) / MR; tiles > 0; tiles--) {
             ptrdiff_t mr = (n - r + tiles - 1) / tiles;
             for (ptrdiff_t q = 0; q < mr; q++) ak[q] = a[r + q] + k;
-            F(tiles)[mr][nv](MIN(KC, K - k), ak, panel + k * nv * VL, acc + r);
+            F(tiles)[mr][nv](kn, ak, panel + k * nv * VL, ahead, acc + r);
             r += mr;
+            ahead += kn * 64;
         }
     }
 }
@@ -264,10 +297,10 @@ static void F(packed_tile)(int nv, ptrdiff_t K, const R *a, const R *panel, F(ro
         rows[r] = a + r;
         for (int v = 0; v < nv; v++) acc[r][v] = F(v_set1)(0);
     }
-    if (nv == 4) F(tile)(MR, 4, MR, K, rows, panel, acc);
-    else if (nv == 3) F(tile)(MR, 3, MR, K, rows, panel, acc);
-    else if (nv == 2) F(tile)(MR, 2, MR, K, rows, panel, acc);
-    else F(tile)(MR, 1, MR, K, rows, panel, acc);
+    if (nv == 4) F(tile)(MR, 4, MR, K, rows, panel, (const char *)a, acc);
+    else if (nv == 3) F(tile)(MR, 3, MR, K, rows, panel, (const char *)a, acc);
+    else if (nv == 2) F(tile)(MR, 2, MR, K, rows, panel, (const char *)a, acc);
+    else F(tile)(MR, 1, MR, K, rows, panel, (const char *)a, acc);
 }
 
 static void F(weight_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t m1, ptrdiff_t N,

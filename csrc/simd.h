@@ -97,6 +97,18 @@ INLINE void F(v_store)(R *p, vec a) { *(F(uvec) *)p = (F(uvec))a; }
 INLINE vec F(v_select)(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
 INLINE vec F(v_abs)(vec a) { return (vec)((ivec)a & ~(ivec)(-(vec){0})); }
 INLINE vec F(v_copysign)(vec a, vec s) { return F(v_select)((ivec)(-(vec){0}), s, a); }
+/* half 0 or 1 of a[0], b[0], a[1], b[1], ... */
+INLINE vec F(v_interleave)(vec a, vec b, const int half) {
+    ivec pick;
+    for (int l = 0; l < VL; l++) pick[l] = l % 2 * VL + half * (VL / 2) + l / 2;
+#ifdef __clang__
+    vec out;
+    for (int l = 0; l < VL; l++) out[l] = pick[l] < VL ? a[pick[l]] : b[pick[l] - VL];
+    return out;
+#else
+    return __builtin_shuffle(a, b, pick);
+#endif
+}
 INLINE vec F(v_from_bits)(ivec a) { return (vec)a; }
 INLINE ivec F(v_bits)(vec a) { return (ivec)a; }
 #else
@@ -104,6 +116,7 @@ INLINE vec F(v_set1)(R a) { return a; }
 INLINE vec F(v_load)(const R *p) { return *p; }
 INLINE void F(v_store)(R *p, vec a) { *p = a; }
 INLINE vec F(v_select)(int mask, vec a, vec b) { return mask ? a : b; }
+INLINE vec F(v_interleave)(vec a, vec b, int half) { return half ? b : a; }
 INLINE vec F(v_abs)(vec a) { return (vec)fabs(a); }
 INLINE vec F(v_copysign)(vec a, vec s) { return (vec)copysign(a, s); }
 INLINE vec F(v_from_bits)(ivec a) { vec v; memcpy(&v, &a, sizeof v); return v; }
