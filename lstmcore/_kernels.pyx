@@ -298,16 +298,29 @@ cdef struct Pass:
     team_barrier *barriers         # [0] all threads; [1 + g] row group g
 
 
-cdef inline Py_ssize_t active(const Pass *f, Py_ssize_t s, int part, int parts, Py_ssize_t guess) \
-        noexcept nogil:
-    """How many of the rows part, part + parts, ... run at step s; guess >= the answer."""
-    while guess > 0 and f.lengths[part + (guess - 1) * parts] <= s:
+cdef struct Rows:                  # the rows of a row group: first, first + stride, ... (n of them)
+    Py_ssize_t first, stride, n
+
+
+cdef inline Rows rows_of(const Pass *f, int group, int groups) noexcept nogil:
+    """Neighbors if all are equally long (interleaved rows cost 1.2x at (50,50,128,128): each core
+    prefetches the other's lines); dealt in turn, longest first, if not."""
+    cdef Rows mine
+    if f.ragged:
+        mine.first, mine.stride = group, groups
+        mine.n = (f.B - group + groups - 1) // groups
+    else:
+        mine.first, mine.stride = f.B * group // groups, 1
+        mine.n = f.B * (group + 1) // groups - mine.first
+    return mine
+
+
+cdef inline Py_ssize_t active(const Pass *f, Py_ssize_t s, const Rows *mine,
+                              Py_ssize_t guess) noexcept nogil:
+    """How many of the rows run at step s; guess >= the answer."""
+    while guess > 0 and f.lengths[mine.first + (guess - 1) * mine.stride] <= s:
         guess -= 1
     return guess
-
-
-cdef inline Py_ssize_t n_rows(const Pass *f, int part, int parts) noexcept nogil:
-    return (f.B - part + parts - 1) // parts
 
 
 cdef inline Py_ssize_t place(const Pass *f, Py_ssize_t s, Py_ssize_t r) noexcept nogil:
@@ -466,6 +479,7 @@ cdef void lay_out_rows(Pass *f, Arena *arena) noexcept nogil:
 
 cdef void number_tokens(Pass *f) noexcept nogil:
     cdef Py_ssize_t s, r, n = f.B, tokens = 0
+    cdef Rows all_rows = rows_of(f, 0, 1)
     memset(f.zeros, 0, max(f.H, f.K) * f.item)
     memset(f.barriers, 0, (f.n_threads + 1) * sizeof(team_barrier))
     if not f.ragged:
@@ -473,7 +487,7 @@ cdef void number_tokens(Pass *f) noexcept nogil:
             (<int64_t *>f.order)[r] = r
             (<int64_t *>f.lengths)[r] = f.T
     for s in range(f.steps):
-        n = active(f, s, 0, 1, n)
+        n = active(f, s, &all_rows, n)
         f.first[s] = tokens
         f.start[s] = tokens if f.ragged else (f.T - 1 - s if f.reverse else s) * f.B
         tokens += n
@@ -519,19 +533,20 @@ cdef void forward(void *arg, int me, int team) noexcept nogil:
 
 cdef void forward_rows(Pass *f, int group, int groups, int slab, int slabs, char *scratch,
                        lstm_row *rows, const void **a, void **C) noexcept nogil:
-    """The time loop for the rows group, group + groups, ... and one slab of their units.
+    """The time loop for the rows of a group and one slab of their units.
 
     The threads of a group fill the same rows with the same values: each writes its own copy.
     """
     cdef Py_ssize_t s0, s, q, r, at, token, n, count, j0, j1
-    cdef Py_ssize_t mine = n_rows(f, group, groups), running = mine
+    cdef Rows mine = rows_of(f, group, groups)
+    cdef Py_ssize_t running = mine.n
     cdef Py_ssize_t row_x = f.I * f.item, row_h = f.K * f.item, row_c = f.H * f.item
     cdef Py_ssize_t row_g = f.G * f.item
     cdef team_barrier *barrier = &f.barriers[1 + group]
     cdef bint projected = f.hr.W != NULL
     unit_range(f.H, f.k.VL, slab, slabs, &j0, &j1)
-    for q in range(mine):
-        r = f.order[group + q * groups]
+    for q in range(mine.n):
+        r = f.order[mine.first + q * mine.stride]
         rows[q].h_prev = f.h0 + r * row_h if f.h0 != NULL else f.zeros
         rows[q].c_prev = f.c0 + r * row_c if f.c0 != NULL else f.zeros
     s0 = -f.chunk
@@ -540,9 +555,9 @@ cdef void forward_rows(Pass *f, int group, int groups, int slab, int slabs, char
         # a = x W_ihᵀ + b        (n,I) (I,G) for all steps of the chunk
         count, n = 0, running
         for s in range(s0, min(f.steps, s0 + f.chunk)):
-            n = active(f, s, group, groups, n)
+            n = active(f, s, &mine, n)
             for q in range(n):
-                r = group + q * groups
+                r = mine.first + q * mine.stride
                 at = place(f, s, r)
                 a[count] = f.x + at * row_x
                 if f.rnn:
@@ -553,9 +568,9 @@ cdef void forward_rows(Pass *f, int group, int groups, int slab, int slabs, char
         multiply(f, &f.ih, slab, slabs, START_BIAS if f.b != NULL else START_ZERO, count, a, f.b, C,
                  scratch)
         for s in range(s0, min(f.steps, s0 + f.chunk)):
-            running = active(f, s, group, groups, running)
+            running = active(f, s, &mine, running)
             for q in range(running):
-                r = group + q * groups
+                r = mine.first + q * mine.stride
                 token = f.start[s] + r
                 rows[q].h = f.y + place(f, s, r) * row_h
                 if not f.rnn:
@@ -568,15 +583,15 @@ cdef void forward_rows(Pass *f, int group, int groups, int slab, int slabs, char
                 team_wait(barrier, slabs)
                 for q in range(running):
                     a[q] = rows[q].h
-                    C[q] = rows[q].h = f.y + place(f, s, group + q * groups) * row_h
+                    C[q] = rows[q].h = f.y + place(f, s, mine.first + q * mine.stride) * row_h
                 multiply(f, &f.hr, slab, slabs, START_ZERO, running, a, NULL, C, scratch)
             for q in range(running):
                 rows[q].h_prev = rows[q].h
                 rows[q].c_prev = rows[q].c
             team_wait(barrier, slabs)
     if slab == 0:
-        for q in range(mine):
-            r = f.order[group + q * groups]
+        for q in range(mine.n):
+            r = f.order[mine.first + q * mine.stride]
             memcpy(f.h_n + r * row_h, rows[q].h_prev, row_h)
             if not f.rnn and rows[q].c_prev != f.c_n + r * row_c:
                 memcpy(f.c_n + r * row_c, rows[q].c_prev, row_c)
@@ -673,10 +688,11 @@ cdef void backward(void *arg, int me, int team) noexcept nogil:
 cdef void list_tokens(Pass *f, int me, int team) noexcept nogil:
     """Row pointers of every token, for the products over time; tokens are in the order of steps."""
     cdef Py_ssize_t s, r, n, k, at, before
+    cdef Rows all_rows = rows_of(f, 0, 1)
     cdef Py_ssize_t row_h = f.K * f.item, row_c = f.H * f.item
     n, k = f.B, 0
     for s in range(f.steps):
-        n = active(f, s, 0, 1, n)
+        n = active(f, s, &all_rows, n)
         if s % team == me:
             for r in range(n):
                 at = place(f, s, r)
@@ -703,16 +719,16 @@ cdef void backward_rows(Pass *f, int group, int groups, int slab, int slabs, cha
                         lstm_back_row *rows, const void **a, void **C) noexcept nogil:
     """The time loop, last step first, for the rows of a group and one slab of their units."""
     cdef Py_ssize_t s, q, r, at, j0, j1, p0, p1, n, going_on = 0
-    cdef Py_ssize_t mine = n_rows(f, group, groups)
+    cdef Rows mine = rows_of(f, group, groups)
     cdef Py_ssize_t row_h = f.K * f.item, row_c = f.H * f.item, row_g = f.G * f.item
     cdef team_barrier *barrier = &f.barriers[1 + group]
     cdef lstm_back_row *row
     unit_range(f.H, f.k.VL, slab, slabs, &j0, &j1)
     unit_range(f.K, f.k.VL, slab, slabs, &p0, &p1)
     for s in range(f.steps - 1, -1, -1):
-        n = active(f, s, group, groups, mine)  # of these, the first `going_on` have a step s + 1
+        n = active(f, s, &mine, mine.n)  # of these, the first `going_on` have a step s + 1
         for q in range(n):
-            r = group + q * groups
+            r = mine.first + q * mine.stride
             at = f.start[s] + r
             row = &rows[q]
             row.gates = f.gates + at * row_g
@@ -729,7 +745,7 @@ cdef void backward_rows(Pass *f, int group, int groups, int slab, int slabs, cha
                 else:
                     row.c_prev = f.c0 + f.order[r] * row_c if f.c0 != NULL else f.zeros
         if f.rnn or f.blas or f.hr.W != NULL:
-            back_step(f, s, n, going_on, group, groups, slab, slabs, rows, a, C, scratch)
+            back_step(f, s, n, going_on, &mine, barrier, slab, slabs, rows, a, C, scratch)
         else:
             f.k.lstm_back_step(going_on, f.G, f.H, j0, j1, rows, packed_at(f, &f.hh, j0),
                                f.peepholes)
@@ -738,22 +754,22 @@ cdef void backward_rows(Pass *f, int group, int groups, int slab, int slabs, cha
         team_wait(barrier, slabs)
     # dh0 = da_0 W_hh        (n,G) (G,K)
     for q in range(going_on):
-        r = group + q * groups
+        r = mine.first + q * mine.stride
         a[q] = f.gates + (f.start[0] + r) * row_g
         C[q] = f.dh0 + f.order[r] * row_h
     multiply(f, &f.hh, slab, slabs, START_ZERO, going_on, a, NULL, C, scratch)
 
 
-cdef void back_step(Pass *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t going_on, int group, int groups,
-                    int slab, int slabs, lstm_back_row *rows, const void **a, void **C,
-                    char *scratch) noexcept nogil:
+cdef void back_step(Pass *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t going_on, const Rows *mine,
+                    team_barrier *barrier, int slab, int slabs, lstm_back_row *rows, const void **a,
+                    void **C, char *scratch) noexcept nogil:
     """One step whose product and cell are not one tile: RNN, BLAS, projection."""
     cdef Py_ssize_t q, r, j0, j1, p0, p1, row_h = f.K * f.item
     cdef bint projected = f.hr.W != NULL
     unit_range(f.H, f.k.VL, slab, slabs, &j0, &j1)
     unit_range(f.K, f.k.VL, slab, slabs, &p0, &p1)
     for q in range(n):  # dh = dy + da_next W_hh        (n,G) (G,K)
-        r = group + q * groups
+        r = mine.first + q * mine.stride
         a[q] = rows[q].da_next
         if f.rnn:
             C[q] = rows[q].gates
@@ -765,17 +781,17 @@ cdef void back_step(Pass *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t going_on, in
     multiply(f, &f.hh, slab, slabs, START_ADD, going_on, a, NULL, C, scratch)
     if f.rnn:
         for q in range(n):
-            a[q] = f.y + place(f, s, group + q * groups) * row_h
+            a[q] = f.y + place(f, s, mine.first + q * mine.stride) * row_h
         f.k.rnn_back_cell(f.relu, n, j0, j1, a, C)
         return
     if projected:  # m for dW_hr, before the gates become da;  dm = dh W_hr        (n,P) (P,H)
-        team_wait(&f.barriers[1 + group], slabs)
+        team_wait(barrier, slabs)
         for q in range(n):
-            r = group + q * groups
+            r = mine.first + q * mine.stride
             f.k.cell_output(1, f.H, j0, j1, <const void **>&rows[q].gates, &rows[q].c,
                             <void **>&f.m_rows[f.first[s] + r])
             a[q] = C[q]
-            C[q] = f.dm + (group + q * groups) * f.H * f.item
+            C[q] = f.dm + (mine.first + q * mine.stride) * f.H * f.item
             rows[q].dy = C[q]
         multiply(f, &f.hr, slab, slabs, START_ZERO, n, a, NULL, C, scratch)
     f.k.lstm_back_step(n, 0, f.H, j0, j1, rows, NULL, f.peepholes)
