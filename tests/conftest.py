@@ -1,7 +1,13 @@
-"""What every test shares: the one table of tolerances, and the comparison that reads it."""
+"""What every test shares: the table of tolerances, the comparison that reads it, the machine's modes."""
+
+import os
 
 import numpy as np
 import pytest
+from hypothesis import settings
+
+settings.register_profile("lstmcore", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("lstmcore")
 
 # Every figure is the largest |got - want| allowed, divided by the largest |want| of the array:
 # an entry that is small beside its neighbors is only as good as the sums it comes from.
@@ -34,7 +40,7 @@ def largest_error(got, want):
     return float(np.abs(got - want).max() / (scale if scale else 1))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def close():
     """close(got, want, "kernel"): assert agreement within TOLERANCES, for arrays or results.
 
@@ -55,3 +61,43 @@ def close():
             error, limit = largest_error(got, want), TOLERANCES[why][str(got.dtype)]
             assert error <= limit, f"{name}: off by {error:.2g} of its scale, allowed {limit:.2g}"
     return check
+
+
+def instruction_sets():
+    """Those that can run here, or the one that LSTMCORE_ISA forces on this whole run."""
+    from lstmcore import _kernels
+
+    return [_kernels.isa()] if os.environ.get("LSTMCORE_ISA") else _kernels.available_isas()
+
+
+def pytest_generate_tests(metafunc):
+    if "isa" in metafunc.fixturenames:
+        metafunc.parametrize("isa", instruction_sets(), indirect=True)
+
+
+@pytest.fixture
+def isa(request):
+    """The test runs once per instruction set of this machine."""
+    from lstmcore import _kernels
+
+    before = _kernels.isa()
+    _kernels.use_isa(request.param)
+    yield request.param
+    _kernels.use_isa(before)
+
+
+@pytest.fixture(params=["tiles", "blas"])
+def plan(request, monkeypatch):
+    """The test runs once with the register tiles and once over BLAS."""
+    from lstmcore import _kernels
+
+    monkeypatch.setattr(_kernels, "plan", request.param)
+    return request.param
+
+
+@pytest.fixture
+def share_small_work(monkeypatch):
+    """Small problems use all the threads that they are given, as large ones do."""
+    from lstmcore import functional
+
+    monkeypatch.setattr(functional, "_SERIAL_WORK", 0)
