@@ -303,43 +303,46 @@ static void F(packed_tile)(int nv, ptrdiff_t K, const R *a, const R *panel, F(ro
     else F(tile)(MR, 1, MR, K, rows, panel, (const char *)a, acc);
 }
 
-static void F(weight_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t m1, ptrdiff_t N,
-                               const void *const *da, const void *const *x, void *dW_, void *db_,
-                               void *work) {
+/* A[tile][k][r] = da[k][m0 + tile·MR + r], the last tile padded with zeros; db += Σ_k da[k] */
+static void F(pack_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t M, const void *const *da, R *A, R *db) {
+    for (ptrdiff_t k = 0; k < K; k++) {
+        const R *row = (const R *)da[k] + m0;
+        R *out = A + k * MR;
+        ptrdiff_t m = 0;
+        for (; m + MR <= M; m += MR, out += K * MR) memcpy(out, row + m, MR * sizeof(R));
+        for (ptrdiff_t r = 0; m < M && r < MR; r++) out[r] = m + r < M ? row[m + r] : 0;
+        for (m = 0; db && m < M; m++) db[m0 + m] += row[m];
+    }
+}
+
+static void F(weight_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t m1, const void *const *da,
+                               int n_products, const lstm_product *products, void *db_, void *work) {
     F(row4) acc[MR];
     ptrdiff_t M = m1 - m0, tiles = (M + MR - 1) / MR;
-    R *panel = work, *A = panel + KW * 4 * VL, *dW = dW_, *db = db_;
+    R *panel = work, *A = panel + KW * 4 * VL, *db = db_;
     for (ptrdiff_t m = m0; db && m < m1; m++) db[m] = 0;
-    for (ptrdiff_t m = m0; K == 0 && m < m1; m++)
-        for (ptrdiff_t j = 0; j < N; j++) dW[m * N + j] = 0;
     for (ptrdiff_t k0 = 0; k0 < K; k0 += KW) {
         ptrdiff_t kn = MIN(KW, K - k0);
-        for (ptrdiff_t k = 0; k < kn; k++) {  /* A[tile][k][r] = da[k0 + k][m0 + tile·MR + r] */
-            const R *row = (const R *)da[k0 + k] + m0;
-            R *out = A + k * MR;
-            for (ptrdiff_t m = 0; m + MR <= M; m += MR, out += kn * MR)
-                for (int r = 0; r < MR; r++) out[r] = row[m + r];
-            for (ptrdiff_t r = 0; r < M % MR; r++) out[r] = row[M - M % MR + r];
-            for (ptrdiff_t r = M % MR; r > 0 && r < MR; r++) out[r] = 0;
-            for (ptrdiff_t m = 0; db && m < M; m++) db[m0 + m] += row[m];
-        }
-        for (ptrdiff_t p = 0; p < F(n_panels)(PANEL_PLAIN, 0, N); p++) {
-            F(panel) g = F(panel_at)(PANEL_PLAIN, p, 0, 0, N);
-            for (ptrdiff_t k = 0; k < kn; k++)
-                for (int v = 0; v < g.nv; v++)
-                    F(v_store)(panel + (k * g.nv + v) * VL,
-                               F(v_load_n)((const R *)x[k0 + k] + g.col + v * VL, F(lanes)(&g, v)));
-            for (ptrdiff_t t = 0; t < tiles; t++) {
-                F(packed_tile)(g.nv, kn, A + t * kn * MR, panel, acc);
-                for (ptrdiff_t r = 0; r < MIN(MR, M - t * MR); r++)
-                    for (int v = 0; v < g.nv; v++) {
-                        R *out = dW + (m0 + t * MR + r) * N + g.col + v * VL;
-                        ptrdiff_t w = F(lanes)(&g, v);
-                        if (k0) acc[r][v] += F(v_load_n)(out, w);
-                        F(v_store_n)(out, acc[r][v], w);
-                    }
+        F(pack_gradient)(kn, m0, M, da + k0, A, db);
+        for (const lstm_product *q = products; q < products + n_products; q++)
+            for (ptrdiff_t p = 0; p < F(n_panels)(PANEL_PLAIN, 0, q->N); p++) {
+                F(panel) g = F(panel_at)(PANEL_PLAIN, p, 0, 0, q->N);
+                for (ptrdiff_t k = 0; k < kn; k++)
+                    for (int v = 0; v < g.nv; v++)
+                        F(v_store)(panel + (k * g.nv + v) * VL,
+                                   F(v_load_n)((const R *)q->x[k0 + k] + g.col + v * VL,
+                                               F(lanes)(&g, v)));
+                for (ptrdiff_t t = 0; t < tiles; t++) {
+                    F(packed_tile)(g.nv, kn, A + t * kn * MR, panel, acc);
+                    for (ptrdiff_t r = 0; r < MIN(MR, M - t * MR); r++)
+                        for (int v = 0; v < g.nv; v++) {
+                            R *out = (R *)q->dW + (m0 + t * MR + r) * q->N + g.col + v * VL;
+                            ptrdiff_t w = F(lanes)(&g, v);
+                            if (k0) acc[r][v] += F(v_load_n)(out, w);
+                            F(v_store_n)(out, acc[r][v], w);
+                        }
+                }
             }
-        }
     }
 }
 

@@ -35,6 +35,13 @@ typedef struct {
     void *dc;            /* (H)   in: what reaches c_t from step t+1; out: what reaches c_{t-1} */
 } lstm_back_row;
 
+/* One gradient dW (M, N) = daᵀ x among several that share da. */
+typedef struct {
+    const void *const *x;  /* a row (N) for each k */
+    ptrdiff_t N;
+    void *dW;
+} lstm_product;
+
 /* How the columns of a packed operand are grouped into panels of up to four vectors. */
 enum { PANEL_PLAIN = 0,  /* vectors 4p..4p+3: neighboring columns, counted from j0 */
        PANEL_GATES = 1 };/* vector p of each of the four gates: a row of the panel is i, f, g, o */
@@ -69,12 +76,11 @@ typedef struct {
     void (*lstm_back_step)(ptrdiff_t n, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1,
                            const lstm_back_row *rows, const void *packed, const void *peepholes);
 
-    /* dW[m, n] = Σ_k da[k][m] x[k][n] for m in [m0, m1), n < N, and, if db is not NULL,
-       db[m] = Σ_k da[k][m].  Sums are cut into blocks of a fixed number of k and added in order.
+    /* dW[m, n] = Σ_k da[k][m] x[k][n] of each product and, if db is not NULL, db[m] = Σ_k da[k][m],
+       for m in [m0, m1) and K >= 1.  Sums are cut into blocks of a fixed number of k and added in order.
        work: weight_gradient_work(m1 - m0) bytes, 64-byte aligned. */
-    void (*weight_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t m1, ptrdiff_t N,
-                            const void *const *da, const void *const *x, void *dW, void *db,
-                            void *work);
+    void (*weight_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t m1, const void *const *da,
+                            int n_products, const lstm_product *products, void *db, void *work);
     ptrdiff_t (*weight_gradient_work)(ptrdiff_t M);
 
     /* dp (3, H), columns [j0, j1): Σ_k da_i ∘ c_{t-1}, Σ_k da_f ∘ c_{t-1}, Σ_k da_o ∘ c_t. */

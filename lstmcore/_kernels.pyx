@@ -60,6 +60,10 @@ cdef extern from "lstm.h" nogil:
         const void *c_prev
         const void *dy
         void *dc
+    ctypedef struct lstm_product:
+        const void **x
+        Py_ssize_t N
+        void *dW
     enum: PANEL_PLAIN
     enum: PANEL_GATES
     enum: START_ZERO
@@ -78,8 +82,8 @@ cdef extern from "lstm.h" nogil:
                           const lstm_row *, const void *, const void *) noexcept nogil
         void (*lstm_back_step)(Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t,
                                const lstm_back_row *, const void *, const void *) noexcept nogil
-        void (*weight_gradient)(Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, const void **,
-                                const void **, void *, void *, void *) noexcept nogil
+        void (*weight_gradient)(Py_ssize_t, Py_ssize_t, Py_ssize_t, const void **, int,
+                                const lstm_product *, void *, void *) noexcept nogil
         Py_ssize_t (*weight_gradient_work)(Py_ssize_t) noexcept nogil
         void (*peephole_gradient)(Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, const void **,
                                   const void **, const void **, void *) noexcept nogil
@@ -427,39 +431,41 @@ cdef size_t multiply_bytes(const Pass *f) noexcept nogil:
     return 2 * BLAS_ROWS * max(f.G, max(f.I, f.K)) * f.item if f.blas else 0
 
 
-cdef void weight_gradient(const Pass *f, Py_ssize_t M, Py_ssize_t N, const void **da,
-                          const void **x, char *dW, char *db, char *scratch, int me,
+cdef void weight_gradient(const Pass *f, Py_ssize_t M, const void **da, int n_products,
+                          const lstm_product *products, char *db, char *scratch, int me,
                           int team) noexcept nogil:
-    """dW (M,N) = daᵀ x and db = Σ da over all tokens; this thread owns a share of the rows of dW."""
+    """dW (M,N) = daᵀ x of each product and db = Σ da; this thread owns a share of the M rows."""
     cdef Py_ssize_t cut = BLAS_COLUMNS if f.blas else f.k.MR
     cdef Py_ssize_t tiles = (M + cut - 1) // cut
-    cdef Py_ssize_t m0 = min(M, tiles * me // team * cut), m1 = min(M, tiles * (me + 1) // team * cut)
-    cdef Py_ssize_t k, k0, kn, tile, m, mn
-    cdef char *A = scratch
-    cdef char *X = A + BLAS_TOKENS * BLAS_COLUMNS * f.item
-    if m0 == m1:
+    cdef Py_ssize_t t0 = tiles * me // team, t1 = tiles * (me + 1) // team, t, q
+    if t0 == t1:
         return
     if not f.blas:
-        f.k.weight_gradient(f.tokens, m0, m1, N, da, x, dW, db, scratch)
+        f.k.weight_gradient(f.tokens, t0 * cut, min(M, t1 * cut), da, n_products, products, db,
+                            scratch)
         return
-    if db != NULL:
-        for m in range(m0 // cut, (m1 + cut - 1) // cut):
-            f.k.weight_gradient(f.tokens, m * cut, min((m + 1) * cut, m1), 0, da, x, dW, db, scratch)
-    memset(dW + m0 * N * f.item, 0, (m1 - m0) * N * f.item)
-    k0 = -BLAS_TOKENS
-    while k0 + BLAS_TOKENS < f.tokens:
-        k0 += BLAS_TOKENS
+    for t in range(t0, t1):
+        if db != NULL:
+            f.k.weight_gradient(f.tokens, t * cut, min(M, (t + 1) * cut), da, 0, NULL, db, scratch)
+        for q in range(n_products):
+            blas_weight_gradient(f, t * cut, min(M, (t + 1) * cut), da, &products[q], scratch)
+
+
+cdef void blas_weight_gradient(const Pass *f, Py_ssize_t m0, Py_ssize_t m1, const void **da,
+                               const lstm_product *product, char *scratch) noexcept nogil:
+    """Rows [m0, m1) of one gradient, in blocks of BLAS_TOKENS."""
+    cdef Py_ssize_t k, k0 = 0, kn, m = m1 - m0, N = product.N
+    cdef char *A = scratch
+    cdef char *X = A + BLAS_TOKENS * BLAS_COLUMNS * f.item
+    while k0 < f.tokens:
         kn = min(<Py_ssize_t>BLAS_TOKENS, f.tokens - k0)
         for k in range(kn):
-            memcpy(X + k * N * f.item, x[k0 + k], N * f.item)
-        for tile in range(m0 // cut, (m1 + cut - 1) // cut):
-            m = tile * cut
-            mn = min(cut, m1 - m)
-            for k in range(kn):
-                memcpy(A + k * mn * f.item, <char *>da[k0 + k] + m * f.item, mn * f.item)
-            # dW[m:m+mn] += Aᵀ X        (mn,N) (kn,mn)ᵀ (kn,N)
-            blas_gemm(f.k.is_double, True, False, <int>mn, <int>N, <int>kn, 1.0, A, <int>mn, X,
-                      <int>N, 1.0, dW + m * N * f.item, <int>N)
+            memcpy(A + k * m * f.item, <char *>da[k0 + k] + m0 * f.item, m * f.item)
+            memcpy(X + k * N * f.item, product.x[k0 + k], N * f.item)
+        # dW[m0:m1] += Aᵀ X        (m,N) (kn,m)ᵀ (kn,N)
+        blas_gemm(f.k.is_double, True, False, <int>m, <int>N, <int>kn, 1.0, A, <int>m, X, <int>N,
+                  1.0 if k0 else 0.0, <char *>product.dW + m0 * N * f.item, <int>N)
+        k0 += kn
 
 
 cdef size_t weight_gradient_bytes(const Pass *f) noexcept nogil:
@@ -659,6 +665,7 @@ cdef void backward(void *arg, int me, int team) noexcept nogil:
     cdef bint idle = group >= grid.rows
     cdef char *scratch = f.thread + me * f.thread_bytes
     cdef Py_ssize_t j0, j1
+    cdef lstm_product products[3]
     if me == 0:
         f.grid = grid
     list_tokens(f, me, team)
@@ -676,13 +683,15 @@ cdef void backward(void *arg, int me, int team) noexcept nogil:
     # what has no recurrence, over all tokens at once
     if f.dx != NULL:
         input_gradient(f, me, team, scratch)
-    weight_gradient(f, f.G, f.I, f.da, f.x_rows, f.dW_ih, f.db, scratch, me, team)
-    weight_gradient(f, f.G, f.K, f.da, f.h_prev, f.dW_hh, NULL, scratch, me, team)
+    products[0].x, products[0].N, products[0].dW = f.x_rows, f.I, f.dW_ih
+    products[1].x, products[1].N, products[1].dW = f.h_prev, f.K, f.dW_hh
+    products[2].x, products[2].N, products[2].dW = f.m_rows, f.H, f.dW_hr
+    weight_gradient(f, f.G, f.da, 2, products, f.db, scratch, me, team)
     if f.dpeepholes != NULL:
         unit_range(f.H, f.k.VL, me, team, &j0, &j1)
         f.k.peephole_gradient(f.tokens, f.H, j0, j1, f.da, f.c_prev, f.c_rows, f.dpeepholes)
     if f.hr.W != NULL:
-        weight_gradient(f, f.K, f.H, f.dh_rows, f.m_rows, f.dW_hr, NULL, scratch, me, team)
+        weight_gradient(f, f.K, f.dh_rows, 1, products + 2, NULL, scratch, me, team)
 
 
 cdef void list_tokens(Pass *f, int me, int team) noexcept nogil:
