@@ -54,16 +54,18 @@ def softmax_cross_entropy(logits, targets, *, ignore_index=None, mask=None, redu
         raise ValueError(f"targets must be in 0..{V - 1}, got {targets.min()}..{targets.max()}")
 
     # loss = log Σ_j e^(z_j - max z) - (z_k - max z);    dz = softmax(z) - 1 at k
-    k = targets[..., None]
+    k, each = targets.reshape(-1), np.arange(targets.size)
     with np.errstate(invalid="ignore"):     # what is not finite shows in the loss
         d = np.subtract(logits, logits.max(axis=-1, keepdims=True, initial=-np.inf), out=out)
-        z_k = np.take_along_axis(d, k, axis=-1)
-        np.exp(d, out=d)
-        total = d.sum(axis=-1, keepdims=True)
-        losses = (np.log(total) - z_k)[..., 0]
-        d /= total
-    np.put_along_axis(d, k, np.take_along_axis(d, k, axis=-1) - 1, axis=-1)
-    return _reduce(losses, d, weights, reduction)
+        rows = d.reshape(-1, V)
+        z_k = rows[each, k]
+        np.exp(rows, out=rows)
+        total = rows.sum(axis=1)
+        loss, factor = _reduce((np.log(total) - z_k).reshape(shape), weights, reduction)
+        factor = np.broadcast_to(factor, shape).reshape(-1)
+        _scale(rows, (factor / total)[:, None], factor == 0)
+    rows[each, k] -= factor
+    return loss, d
 
 
 def mse_loss(y, target, *, mask=None, reduction="mean"):
@@ -86,9 +88,9 @@ def mse_loss(y, target, *, mask=None, reduction="mean"):
     _check_reduction(reduction, "mean", "sum", "none", "half_sum")
     y, target, weights = _pair("y", y, "target", target, mask)
     d = y - target
-    if reduction == "half_sum":
-        return _reduce(0.5 * d * d, d, weights, "sum")
-    return _reduce(d * d, 2 * d, weights, reduction)
+    half = reduction == "half_sum"
+    loss, factor = _reduce(0.5 * d * d if half else d * d, weights, "sum" if half else reduction)
+    return loss, _scale(d, factor if half else 2 * factor, weights == 0)
 
 
 def bce_with_logits(logits, targets, *, mask=None, reduction="mean"):
@@ -115,7 +117,8 @@ def bce_with_logits(logits, targets, *, mask=None, reduction="mean"):
         raise ValueError(f"targets must be in 0..1, got {t.min()}..{t.max()}")
     # max(z, 0) - t z + log(1 + e^-|z|): the same, without overflow
     losses = np.maximum(z, 0) - t * z + np.log1p(np.exp(-np.abs(z)))
-    return _reduce(losses, sigmoid(z) - t, weights, reduction)
+    loss, factor = _reduce(losses, weights, reduction)
+    return loss, _scale(sigmoid(z) - t, factor, weights == 0)
 
 
 def _floats(name, a):
@@ -137,6 +140,7 @@ def _pair(name, a, other, b, mask):
 
 
 def _weights(mask, shape):
+    """The mask as weights, None for all ones."""
     if mask is not None and np.shape(mask) != shape:
         raise ValueError(f"mask must be {shape}, got {np.shape(mask)}")
     return None if mask is None else np.asarray(mask)
@@ -147,24 +151,25 @@ def _check_reduction(reduction, *names):
         raise ValueError(f"reduction must be one of {', '.join(names)}, got {reduction!r}")
 
 
-def _reduce(losses, d, weights, reduction):
-    """The losses as `reduction` says, and d, their gradients, scaled alike and in place.
-
-    d is (...) as the losses, or (..., V).
-    """
+def _reduce(losses, weights, reduction):
+    """The losses as `reduction` says, and how much each counts in it: a number, or as losses."""
+    factor = losses.dtype.type(1) if weights is None else weights.astype(losses.dtype)
     if weights is not None:
         # A weight of zero wins over a loss of infinity or nan.
-        there = weights != 0
-        weights = weights.astype(losses.dtype)
-        losses = np.multiply(losses, weights, out=np.zeros_like(losses), where=there)
-        wide = (Ellipsis,) + (None,) * (d.ndim - losses.ndim)
-        d *= weights[wide]
-        d[~there] = 0
+        losses = np.multiply(losses, factor, out=np.zeros_like(losses), where=weights != 0)
     if reduction == "none":
-        return losses, d
+        return losses, factor
     loss = float(losses.sum(dtype=np.float64))
-    if reduction == "mean":
-        count = losses.size if weights is None else float(weights.sum(dtype=np.float64))
-        loss *= (scale := 1 / count if count else 0.0)
-        d *= scale
-    return loss, d
+    if reduction == "sum":
+        return loss, factor
+    count = losses.size if weights is None else float(weights.sum(dtype=np.float64))
+    share = 1 / count if count else 0.0
+    return loss * share, factor * losses.dtype.type(share)
+
+
+def _scale(d, factor, nothing):
+    """d *= factor in place, where `nothing` counts 0 even for infinity or nan; returns d."""
+    d *= factor
+    if np.any(nothing):
+        d[nothing] = 0
+    return d

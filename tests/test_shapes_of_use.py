@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lstmcore import (LSTM, Embedding, LastStep, Linear, MaxOverTime, MeanOverTime, Module, Tanh,
-                      clip_grad_norm, sequence_mask, softmax_cross_entropy)
+                      clip_grad_norm, sequence_mask, softmax_cross_entropy, threads)
 from lstmcore.optim import Adam
 
 STEP = 1e-4
@@ -37,11 +37,12 @@ def assert_gradients(model, loss, close):
 def train(model, batches, lr=0.01):
     """Adam over batches of arguments for model.loss, which also does the backward pass."""
     optimizer = Adam(model, lr)
-    for batch in batches:
-        model.zero_grad()
-        loss = model.loss(*batch)
-        clip_grad_norm(model, 1.0)
-        optimizer.step()
+    with threads(1):
+        for batch in batches:
+            model.zero_grad()
+            loss = model.loss(*batch)
+            clip_grad_norm(model, 1.0)
+            optimizer.step()
     return loss
 
 
