@@ -1,0 +1,122 @@
+"""Text from a language model: drawing token after token, and beam search.
+
+Knows a network that maps tokens (T, B) and a state to logits and a state, and a vocabulary.
+"""
+
+import math
+
+import numpy as np
+
+
+def drawing(temperature=1.0, top_k=None, top_p=None, seed=None):
+    """A function from logits (V,) to the id of a token drawn from them.
+
+    >>> drawing(temperature=0)(np.array([0.1, 3.0, 2.0]))
+    1
+    """
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
+    if top_k is not None and (top_k != int(top_k) or top_k < 1):
+        raise ValueError(f"top_k must be an int of at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    rng = np.random.default_rng(seed)
+
+    def draw(logits):
+        z = logits.astype(np.float64)
+        best = int(z.argmax())
+        if temperature == 0:
+            return best
+        p = np.exp((z - z[best]) / temperature)
+        order = np.argsort(-p, kind="stable")[:top_k]
+        p = p[order]
+        p /= p.sum()
+        cumulative = p.cumsum()
+        if top_p is not None:
+            kept = np.searchsorted(cumulative, top_p) + 1
+            order, cumulative = order[:kept], cumulative[:kept]
+        at = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
+        return int(order[min(at, len(order) - 1)])
+    return draw
+
+
+def generate(network, vocabulary, prime, length, draw, stop):
+    """The text of `length` drawn tokens after `prime` (N,) ids, in pieces as they come."""
+    decode, tail = vocabulary.decoder(), ""
+    longest = max(map(len, stop), default=0)
+    logits, state = _read(network, vocabulary, prime)
+    for n in range(length):
+        token = draw(logits)
+        if piece := decode(token):
+            cut = _stopped(tail, piece, stop)
+            yield piece[:cut]
+            if cut is not None:
+                return
+            tail = (tail + piece)[-longest:] if longest else ""
+        if n + 1 < length:
+            logits, state = network(np.array([[token]]), state)
+            logits = _without_unknown(logits[0, 0], vocabulary)
+    if piece := decode(None):
+        yield piece
+
+
+def beam_search(network, vocabulary, prime, length, width, stop):
+    """The best text found when only the `width` likeliest beginnings are followed."""
+    logits, state = _read(network, vocabulary, prime)
+    scores, beams, ended = np.zeros(1), np.zeros((1, 0), np.int64), []
+    for n in range(length):
+        if n:
+            logits, state = network(beams[:, -1:].T, state)
+            logits = _without_unknown(logits[0], vocabulary)
+        total = scores[:, None] + _log_softmax(np.atleast_2d(logits))
+        best = np.argsort(-total, axis=None, kind="stable")[:width]
+        best = best[np.isfinite(total.flat[best])]
+        rows, tokens = np.unravel_index(best, total.shape)
+        scores, beams = total.flat[best], np.column_stack([beams[rows], tokens])
+        if stop:
+            texts = [vocabulary.decode(beam) for beam in beams]
+            over = np.array([any(s in t for s in stop) for t in texts])
+            ended += [(score / (n + 1), t) for score, t, o in zip(scores, texts, over) if o]
+            scores, beams, rows = scores[~over], beams[~over], rows[~over]
+            if not len(beams):
+                break
+        state = tuple(part[:, rows] for part in state) if isinstance(state, tuple) \
+            else state[:, rows]
+    ended += [(score / max(1, length), vocabulary.decode(beam))
+              for score, beam in zip(scores, beams)]
+    return max(ended, key=lambda pair: pair[0])[1]
+
+
+def check_stop(stop):
+    """The strings that end a text, as a tuple."""
+    stop = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(s, str) and s for s in stop):
+        raise ValueError(f"stop must be a str, or several, none of them empty, got {stop!r}")
+    return stop
+
+
+def _read(network, vocabulary, prime):
+    """Logits after `prime`, or after the vocabulary's start, and the state then."""
+    tokens = prime if len(prime) else np.array([vocabulary.start])
+    logits, state = network(tokens[:, None])
+    return _without_unknown(logits[-1, 0], vocabulary), state
+
+
+def _without_unknown(logits, vocabulary):
+    """Logits (..., V) that never lead to the token for the unknown."""
+    if vocabulary.unknown is not None and logits.shape[-1] > 1:
+        logits[..., vocabulary.unknown] = -np.inf
+    return logits
+
+
+def _log_softmax(logits):
+    z = logits.astype(np.float64)
+    z -= z.max(axis=-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+
+
+def _stopped(tail, piece, stop):
+    """Where in `piece` the first stop string ends that appears in tail + piece, or None."""
+    whole = tail + piece
+    ends = [at + len(s) - len(tail) for s in stop if (at := whole.find(s)) >= 0]
+    return min((end for end in ends if end > 0), default=None)

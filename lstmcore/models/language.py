@@ -1,0 +1,415 @@
+"""LanguageModel: an LSTM that reads a text and tells, for each place in it, what may come next.
+
+The network predicts token t+1 from tokens 1..t; trained by `lstmcore.models.training`, measured in
+nats per token, it writes by drawing from its own predictions (Graves 2013). It is saved as one
+safetensors file that holds weights, configuration, vocabulary and, if wanted, the training run.
+"""
+
+import json
+import math
+import os
+from collections import namedtuple
+
+import numpy as np
+
+from lstmcore.formats import safetensors
+from lstmcore.layers import LSTM, RNN, Dropout, Embedding, Linear
+from lstmcore.models import generation, text
+from lstmcore.models.training import Budget, Settings, Trainer, total_nats
+from lstmcore.module import Module, check_probability, check_size, float_dtype
+
+Evaluation = namedtuple("Evaluation", "nats bits_per_char perplexity tokens unknown")
+KEY, RUN = "lstmcore.language_model", "lstmcore.training"
+CELLS = ("lstm", "rnn")
+
+
+class Network(Module):
+    """Tokens (T, B) -> logits (T, B, V): rows of a table, or one-hot; recurrent layers; a linear head.
+
+    Dropout acts between the recurrent layers and before the head.
+    """
+
+    def __init__(self, V, *, cell, hidden_size, num_layers, embed_size, peepholes, dropout, dtype,
+                 seed):
+        rng = np.random.default_rng(seed)
+        common = dict(dtype=dtype, seed=rng)
+        self.embedding = Embedding(V, embed_size, **common) if embed_size else None
+        inputs = embed_size or V
+        if cell == "lstm":
+            self.recurrent = LSTM(inputs, hidden_size, num_layers, dropout=dropout,
+                                  peepholes=peepholes, **common)
+        else:
+            self.recurrent = RNN(inputs, hidden_size, num_layers, dropout=dropout, **common)
+        self.dropout = Dropout(dropout, seed=rng) if dropout else None
+        self.head = Linear(hidden_size, V, **common)
+
+    def __call__(self, tokens, state=None):
+        """Tokens (T, B) and the state so far -> logits (T, B, V) and the state after them."""
+        y, state = self.recurrent(self.inputs(tokens), state)
+        return self.head(self.dropout(y) if self.dropout else y), state
+
+    def backward(self, dlogits):
+        """The gradient by the logits -> gradients of all parameters; none by the first state."""
+        dy = self.head.backward(dlogits)
+        dx, _ = self.recurrent.backward(self.dropout.backward(dy) if self.dropout else dy)
+        if self.embedding:
+            self.embedding.backward(dx)
+
+    def inputs(self, tokens):
+        """What the recurrent layers read for tokens (T, B)."""
+        if self.embedding:
+            return self.embedding(tokens)
+        return np.eye(self.head.out_features, dtype=self.recurrent.dtype)[tokens]
+
+
+class LanguageModel:
+    """A character, byte or word model of text.
+
+    Parameters
+    ----------
+    level : "char", "byte" or "word"
+    cell : "lstm" or "rnn"
+    hidden_size, num_layers : of the recurrent layers
+    embed_size : width of the table of tokens; 0 for one-hot rows (and 128 for words, by default)
+    dropout : probability, between the layers and before the output, in training
+    peepholes : as in `lstmcore.LSTM`
+    vocab_size : keep at most so many tokens, the most frequent; None for all
+    min_count : keep tokens that the text has so often; by default 2 for words and 1 for characters
+    dtype : "float32" or "float64"
+    seed : int, of the weights and of dropout
+
+    Attributes, after `fit`: `network`, `vocabulary`, `history` (a dict per evaluation), `outcome`
+    ("finished", "no progress", "SIGINT", ...).
+
+    >>> from lstmcore import LanguageModel
+    >>> model = LanguageModel(hidden_size=32, num_layers=1, seed=0)
+    >>> text = "she sells sea shells by the sea shore. " * 100
+    >>> model.fit(text, steps=80, lr=0.02, seq_length=20, batch_size=8, progress=False)
+    LanguageModel(hidden_size=32, num_layers=1)
+    >>> model.sample("she sells ", length=28, temperature=0.1, seed=0)
+    'sea shells by the sea shore.'
+    >>> round(model.perplexity(text), 1)
+    1.0
+    """
+
+    def __init__(self, level="char", *, cell="lstm", hidden_size=256, num_layers=2, embed_size=None,
+                 dropout=0.0, peepholes=False, vocab_size=None, min_count=None, dtype="float32",
+                 seed=0):
+        text.Vocabulary(level)
+        if cell not in CELLS:
+            raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
+        if peepholes and cell != "lstm":
+            raise ValueError("peepholes need cell='lstm'")
+        if embed_size is None:
+            embed_size = 128 if level == "word" else 0
+        if min_count is None:
+            min_count = 2 if level == "word" else 1
+        self.level, self.cell, self.peepholes, self.seed = level, cell, bool(peepholes), seed
+        self.hidden_size = check_size("hidden_size", hidden_size)
+        self.num_layers = check_size("num_layers", num_layers)
+        self.embed_size = check_size("embed_size", embed_size, at_least=0)
+        self.dropout = check_probability("dropout", dropout)
+        self.vocab_size = None if vocab_size is None else check_size("vocab_size", vocab_size, 2)
+        self.min_count = check_size("min_count", min_count)
+        self.dtype = str(float_dtype(dtype))
+        self.network = self.vocabulary = self.outcome = None
+        self.history = []
+
+    def fit(self, source=None, *, validation=None, epochs=None, minutes=None, steps=None,
+            checkpoint=None, resume=None, callbacks=(), progress=True, encoding=None, **settings):
+        """Train on a text.
+
+        Parameters
+        ----------
+        source : the text, a path, "-" for standard input, bytes, or a list of these; by default
+            Python's documentation of its own language. A str that names a file is a path
+        validation : a share of the text, at its end (0.05), or another text or path; 0 for none
+        epochs, minutes, steps : when to end, counted from the start of a resumed run; by default
+            10 epochs
+        checkpoint : a path to save the model to after every evaluation and at the end, together
+            with what `resume` needs
+        resume : a checkpoint whose run is to be continued, on the same text. It goes on with the
+            settings and, bit for bit, with the numbers that it would have had without the break
+        callbacks : functions of the model and a dict: step, epoch, loss, validation, lr, seconds,
+            tokens_per_second, best. Called after every evaluation; a true result ends the training
+        progress : show a bar on standard error
+        encoding : of files; found out by default
+        **settings : seq_length=100, batch_size=64, optimizer="adam", lr=2e-3, clip=5.0,
+            schedule=None, decay=0.97, decay_after=10, warmup=0, momentum=0.9, weight_decay=0.0,
+            evaluate_every=None, patience=None: see `lstmcore.models.training.Settings`
+
+        The model ends with the weights of its best evaluation. SIGINT (Ctrl-C) ends the training
+        after the current step, saves and returns. A model that was fitted before goes on from its
+        weights, with its vocabulary. Returns self.
+
+        Raises FloatingPointError where the loss is no longer finite, naming the step; the model
+        has its best weights then, and the checkpoint stays as it was.
+        """
+        if checkpoint is not None:
+            check_writable(checkpoint)
+        run = None if resume is None else self._load_run(resume)
+        if isinstance(validation, (int, float)) and not isinstance(validation, bool):
+            settings["validation"] = float(validation)
+        settings = _settings({**(run[2]["settings"] if run else {}), **settings})
+        budget = Budget(epochs, minutes, steps)
+        train, held_out = self._tokens(source, validation, settings, encoding)
+
+        bar = _Bar(budget) if progress else None
+        trainer = Trainer(self.network, train, held_out, settings, budget,
+                          tick=bar and bar.tick, report=lambda record: report(record))
+
+        def report(record):
+            self.history = [h for h in self.history if h is not record] + [record]
+            if bar:
+                bar.report(record)
+            if checkpoint is not None:
+                self._save_run(checkpoint, trainer)
+            return any([callback(self, record) for callback in callbacks])
+
+        if run:
+            trainer.restore(run[1], run[2], run[0])
+        self.history = list(trainer.history)
+        try:
+            trainer.run()
+        except FloatingPointError as error:
+            kept = "" if checkpoint is None else (
+                f"; {os.fspath(checkpoint)} keeps the best weights before that"
+                if trainer.chosen is not None else "; nothing was saved yet")
+            raise FloatingPointError(f"{error}{kept}") from None
+        finally:
+            if bar:
+                bar.close()
+        self.outcome = trainer.outcome
+        if checkpoint is not None:
+            self._save_run(checkpoint, trainer)
+        return self
+
+    def evaluate(self, source, *, encoding=None):
+        """How well the model predicts a text (or a file; see `fit`), all of it but the first token.
+
+        Returns (nats, bits_per_char, perplexity, tokens, unknown): nats and perplexity are per
+        token; unknown counts the tokens that are not in the vocabulary.
+        """
+        self._check_fitted()
+        data = text.load(source, self.level, encoding)
+        tokens = self.vocabulary.encode(data)
+        n = len(tokens) - 1
+        if n < 1:
+            raise ValueError(f"a text to evaluate needs 2 tokens, got {len(tokens)}")
+        nats = total_nats(self.network.eval(), tokens)
+        first = len(text.WORD.match(data)[0]) if self.level == "word" else 1
+        chars = max(1, text.count_chars(data[first:]))
+        unknown = 0 if self.level == "byte" else int(np.count_nonzero(tokens[1:] == 0))
+        perplexity = math.exp(nats / n) if nats / n < 700 else math.inf
+        return Evaluation(nats / n, nats / math.log(2) / chars, perplexity, n, unknown)
+
+    def perplexity(self, source, *, encoding=None):
+        """e to the mean nats per token of a text or file."""
+        return self.evaluate(source, encoding=encoding).perplexity
+
+    def bits_per_char(self, source, *, encoding=None):
+        """Bits per character (not per token) of a text or file."""
+        return self.evaluate(source, encoding=encoding).bits_per_char
+
+    def generate(self, prime="", length=400, *, temperature=1.0, top_k=None, top_p=None, seed=None,
+                 stop=None):
+        """An iterator over the pieces of a text that goes on from `prime`: see `sample`."""
+        self._check_fitted()
+        prime = self.vocabulary.encode(self._check_prime(prime))
+        draw = generation.drawing(temperature, top_k, top_p, seed)
+        return generation.generate(self.network.eval(), self.vocabulary, prime,
+                                   check_size("length", length, 0), draw,
+                                   generation.check_stop(stop))
+
+    def sample(self, prime="", length=400, *, temperature=1.0, top_k=None, top_p=None, seed=None,
+               stop=None):
+        """A text that goes on from `prime`, without it.
+
+        Parameters
+        ----------
+        prime : what was written before; "" begins as after the end of a line
+        length : tokens to draw
+        temperature : below 1 plays safe, above 1 dares; 0 always takes the most likely token
+        top_k : draw from the k most likely tokens only
+        top_p : draw from the fewest most likely tokens with so much probability in all
+        seed : int, for the same text again
+        stop : a str, or several: end right after the first of them appears
+        """
+        return "".join(self.generate(prime, length, temperature=temperature, top_k=top_k,
+                                     top_p=top_p, seed=seed, stop=stop))
+
+    def beam_search(self, prime="", length=100, *, width=8, stop=None):
+        """The most likely text of `length` tokens after `prime` that a search of this width finds.
+
+        With `stop`, texts that end with it compete by their mean log-probability per token.
+        """
+        self._check_fitted()
+        prime = self.vocabulary.encode(self._check_prime(prime))
+        return generation.beam_search(self.network.eval(), self.vocabulary, prime,
+                                      check_size("length", length, 0), check_size("width", width),
+                                      generation.check_stop(stop))
+
+    def save(self, path):
+        """Write the model to one safetensors file, at once or not at all."""
+        self._check_fitted()
+        self._write(path, self.network.state_dict(), {})
+
+    @classmethod
+    def load(cls, path):
+        """The model in a file that `save` or a training run wrote."""
+        arrays, metadata = _read(path)
+        try:
+            saved = json.loads(metadata[KEY])
+            model = cls(**saved["config"])
+            model.vocabulary = text.Vocabulary(saved["level"], saved["tokens"])
+            model.history, model.outcome = saved["history"], saved["outcome"]
+            model._build()
+            model.network.load_state_dict({name: a for name, a in arrays.items()
+                                           if not name.startswith("training.")})
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{os.fspath(path)} holds a language model that this version of "
+                             f"lstmcore cannot read: {error!r:.200}") from None
+        model.network.eval()
+        return model
+
+    @property
+    def config(self):
+        """The arguments of the constructor, as they act."""
+        names = ("level cell hidden_size num_layers embed_size dropout peepholes vocab_size "
+                 "min_count dtype seed").split()
+        return {name: getattr(self, name) for name in names}
+
+    def __repr__(self):
+        default = LanguageModel(self.level).config
+        said = [f"{name}={value!r}" for name, value in self.config.items()
+                if value != default[name]]
+        level = [] if self.level == "char" else [repr(self.level)]
+        return f"LanguageModel({', '.join(level + said)})"
+
+    def _build(self):
+        names = "cell hidden_size num_layers embed_size dropout peepholes dtype seed".split()
+        self.network = Network(len(self.vocabulary), **{n: getattr(self, n) for n in names})
+
+    def _tokens(self, source, validation, settings, encoding):
+        """Tokens to train on and to validate by, or None; makes vocabulary and network once."""
+        data = text.default_text() if source is None else text.load(source, self.level, encoding)
+        if source is None and self.level == "byte":
+            data = data.encode()
+        if not data:
+            raise ValueError("the text to train on is empty")
+        share = settings.validation or 0
+        held_out = None
+        if validation is not None and not isinstance(validation, (int, float)):
+            held_out, share = text.load(validation, self.level, encoding), 0
+        if self.network is None:
+            self.vocabulary = text.Vocabulary.of(data, self.level, self.vocab_size, self.min_count)
+            self._build()
+        tokens = self.vocabulary.encode(data)
+        cut = len(tokens) - round(len(tokens) * share)
+        if share:
+            train, held_out = tokens[:cut], tokens[cut:]
+        else:
+            train, held_out = tokens, held_out and self.vocabulary.encode(held_out)
+        for name, part in ("train on", train), ("validate by", held_out):
+            if part is not None and len(part) < 2:
+                hint = f" ({data[:60]!r}: is that a file that does not exist?)" \
+                    if len(data) < 200 else ""
+                raise ValueError(f"the text to {name} needs at least 2 tokens, got "
+                                 f"{len(part)}{hint}")
+        return train, held_out
+
+    def _load_run(self, path):
+        """(weights, arrays, meta) of the training run in a checkpoint; takes over its vocabulary."""
+        arrays, metadata = _read(path)
+        if RUN not in metadata:
+            raise ValueError(f"{os.fspath(path)} holds a model but no training run to resume")
+        saved = LanguageModel.load(path)
+        if self.network is None:
+            self.vocabulary = saved.vocabulary
+            self._build()
+        if (len(self.vocabulary), self.config) != (len(saved.vocabulary), saved.config):
+            raise ValueError(f"{os.fspath(path)} is the run of another model, {saved}")
+        weights = {name: a for name, a in arrays.items() if not name.startswith("training.")}
+        rest = {name[len("training."):]: a for name, a in arrays.items()
+                if name.startswith("training.")}
+        return weights, rest, json.loads(metadata[RUN])
+
+    def _save_run(self, path, trainer):
+        weights, arrays, meta = trainer.snapshot()
+        self._write(path, {**weights, **{f"training.{name}": a for name, a in arrays.items()}},
+                    {RUN: json.dumps(meta)})
+
+    def _write(self, path, arrays, metadata):
+        tokens = self.vocabulary.tokens[1:] if self.level != "byte" else []
+        saved = {"config": self.config, "level": self.level, "tokens": tokens,
+                 "history": self.history, "outcome": self.outcome}
+        safetensors.write(path, arrays, {KEY: json.dumps(saved), **metadata})
+
+    def _check_fitted(self):
+        if self.network is None:
+            raise ValueError("this LanguageModel has no weights yet: call fit first, or load one")
+
+    def _check_prime(self, prime):
+        if not isinstance(prime, str):
+            raise TypeError(f"prime must be a str, got {type(prime).__name__}")
+        if self.level == "char" and (odd := set(prime) - self.vocabulary.ids.keys()):
+            raise ValueError("prime has characters that the training text did not have: "
+                             + " ".join(map(repr, sorted(odd))))
+        return prime
+
+
+class _Bar:
+    """The progress of a run on standard error."""
+
+    def __init__(self, budget):
+        from tqdm.auto import tqdm
+        self.bar = tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
+        self.budget, self.validation = budget, ""
+        self.shown = -1.0
+
+    def tick(self, trainer):
+        if trainer.seconds - self.shown < 0.2:
+            return
+        self.shown = trainer.seconds
+        loss = trainer.loss_sum / trainer.loss_tokens if trainer.loss_tokens else math.nan
+        rate = trainer.tokens_seen / trainer.seconds
+        self.bar.set_postfix_str(f"loss {loss:.3f}{self.validation}, {rate:,.0f} tokens/s", False)
+        self.bar.update(100 * trainer._share() - self.bar.n)
+
+    def report(self, record):
+        if record["validation"] is not None:
+            self.validation = f", validation {record['validation']:.3f}"
+
+    def close(self):
+        self.bar.close()
+
+
+def check_writable(path):
+    """OSError unless a file can be written at this path; a file that is there stays as it is."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path):
+        raise IsADirectoryError(21, "is a directory", os.fspath(path))
+    probe = os.path.join(folder, f".{os.path.basename(path)}.{os.getpid()}.probe")
+    try:
+        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, os.fspath(path)) from None
+    os.remove(probe)
+
+
+def _settings(given):
+    known = list(Settings.__dataclass_fields__)
+    if unknown := sorted(given.keys() - set(known)):
+        raise TypeError(f"fit has no setting {', '.join(unknown)}; it has {', '.join(known)}")
+    return Settings(**given)
+
+
+def _read(path):
+    try:
+        arrays, metadata = safetensors.read(path)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)} cannot be read: {error}") from None
+    if KEY not in metadata:
+        raise ValueError(f"{os.fspath(path)} is a safetensors file, but not of a language model "
+                         "that lstmcore saved")
+    return arrays, metadata

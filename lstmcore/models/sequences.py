@@ -1,0 +1,141 @@
+"""What the estimators read: tables, arrays, lists of arrays and strings, all as `Sequences`.
+
+`recognize` says which of the four an X is, `from_...` turn it into sequences of channels, and a
+`Vocabulary` turns strings into sequences of token ids. Nothing here knows a network.
+"""
+
+import re
+from collections import Counter
+
+import numpy as np
+
+WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
+UNKNOWN = "<unk>"
+
+
+class Sequences:
+    """Sequences of any lengths, joined end to end.
+
+    values : (steps of all sequences, C) floats, or (steps of all sequences,) token ids
+    lengths : (n,) ints
+
+    >>> s = Sequences(np.arange(6.0)[:, None], [3, 1, 2])
+    >>> x, lengths = s.batch([0, 2])
+    >>> x.shape, lengths
+    ((3, 2, 1), array([3, 2]))
+    """
+
+    def __init__(self, values, lengths):
+        self.values, self.lengths = values, np.asarray(lengths, np.intp)
+        self._starts = np.cumsum(self.lengths) - self.lengths
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def batch(self, rows):
+        """Some sequences, time-major and padded with zeros: x (T,B,C) or (T,B), lengths (B,).
+
+        The lengths are None where all are equal.
+        """
+        lengths = self.lengths[rows]
+        t = np.arange(lengths.max(initial=0))[:, None]
+        there = t < lengths
+        x = np.zeros((*there.shape, *self.values.shape[1:]), self.values.dtype)
+        x[there] = self.values[(self._starts[rows] + t)[there]]
+        return x, None if there.all() else lengths
+
+
+def recognize(X):
+    """("text" | "list" | "array" | "table", X): which kind of input X is.
+
+    A list of equally long one-dimensional rows is a table, as anywhere in scikit-learn.
+    """
+    if isinstance(X, (str, bytes)):
+        raise TypeError("X must hold many sequences, got a single string: pass [X]")
+    if getattr(X, "ndim", None) == 1 and hasattr(X, "to_numpy"):    # a pandas Series
+        X = X.to_numpy()
+    if isinstance(X, np.ndarray) and not (X.ndim == 1 and X.dtype.kind in "OUT"):
+        return ("array" if X.ndim == 3 else "table"), X
+    if not isinstance(X, (list, tuple, np.ndarray)) or not len(X):
+        return "table", X
+    if all(isinstance(x, str) for x in X):
+        return "text", list(X)
+    if any(isinstance(x, str) for x in X):
+        raise TypeError("X must hold strings only or arrays only, got both")
+    dimensions = {np.ndim(x[0]) + 1 if isinstance(x, (list, tuple)) and len(x) else np.ndim(x)
+                  for x in X}
+    if dimensions == {1} and len({len(x) for x in X}) == 1 or dimensions & {0}:
+        return "table", X
+    return "list", X
+
+
+def from_list(X, n_channels, dtype):
+    """Arrays (T_i, C), or (T_i·C,) when n_channels says what C is -> Sequences of C channels."""
+    rows = [np.asarray(x) for x in X]
+    widths = {row.shape[1] for row in rows if row.ndim == 2}
+    if any(row.ndim not in (1, 2) for row in rows) or len(widths) > 1:
+        raise ValueError("each sequence in X must be (steps, channels), with the same number of "
+                         f"channels; got shapes {sorted({row.shape for row in rows})[:4]}")
+    for row in rows:
+        if row.dtype.kind not in "biuf":
+            raise TypeError(f"each sequence in X must hold real numbers, got {row.dtype}")
+        if row.ndim == 1 and row.size % n_channels:
+            raise ValueError(f"a sequence of {row.size} numbers does not divide into n_channels = "
+                             f"{n_channels}")
+    C = widths.pop() if widths else n_channels
+    rows = [row.reshape(-1, C if row.ndim == 2 else n_channels) for row in rows]
+    if any(row.shape[1] != C for row in rows):
+        raise ValueError(f"X mixes sequences of {C} and of n_channels = {n_channels} channels")
+    dtype = float_type(rows, dtype)
+    return Sequences(np.concatenate(rows).astype(dtype, copy=False), [len(row) for row in rows])
+
+
+def from_array(X):
+    """An array (n, T, C) -> Sequences of C channels."""
+    n, T, C = X.shape
+    return Sequences(X.reshape(n * T, C), np.full(n, T))
+
+
+def float_type(arrays, dtype=None):
+    """`dtype` if there is one; else float32 if every array is float32; else float64."""
+    if dtype is not None:
+        return np.dtype(dtype)
+    return np.dtype("float32" if all(a.dtype == np.float32 for a in arrays) else "float64")
+
+
+class Vocabulary:
+    """The tokens of some texts, numbered by frequency; 0 stands for every token not among them.
+
+    tokenizer is "char", "word" (lower-case words and single marks), or a function str -> [str].
+
+    >>> v = Vocabulary(["to be or not to be"], "word")
+    >>> v.tokens
+    ['<unk>', 'to', 'be', 'or', 'not']
+    >>> v.encode(["To live!"]).values
+    array([1, 0, 0])
+    """
+
+    def __init__(self, texts, tokenizer="char", min_count=1):
+        self.tokenizer = tokenizer
+        counts = Counter(token for text in texts for token in self.split(text))
+        kept = [token for token, count in counts.most_common() if count >= min_count]
+        self.tokens = [UNKNOWN] + kept
+        self._ids = {token: n for n, token in enumerate(kept, start=1)}
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def split(self, text):
+        """One text -> its tokens."""
+        if callable(self.tokenizer):
+            return self.tokenizer(text)
+        if self.tokenizer == "word":
+            return WORD.findall(text.lower())
+        if self.tokenizer == "char":
+            return text
+        raise ValueError(f"tokenizer must be 'char', 'word' or a function, got {self.tokenizer!r}")
+
+    def encode(self, texts):
+        """Texts -> Sequences of token ids."""
+        ids = [[self._ids.get(token, 0) for token in self.split(text)] for text in texts]
+        return Sequences(np.array([n for row in ids for n in row], np.int64), [len(r) for r in ids])
