@@ -183,6 +183,20 @@ def tanh(x):
     return _activation(x, True)
 
 
+def fits(a, shape, bint is_double):
+    """Whether a is a C-contiguous, aligned array of native floats or doubles of this shape."""
+    cdef int d
+    cdef int number = <int>(cnp.NPY_DOUBLE if is_double else cnp.NPY_FLOAT)
+    if not cnp.PyArray_Check(a) or cnp.PyArray_TYPE(a) != number:
+        return False
+    if cnp.PyArray_NDIM(a) != len(<tuple>shape) or not cnp.PyArray_ISCARRAY_RO(a):
+        return False
+    for d in range(cnp.PyArray_NDIM(a)):
+        if cnp.PyArray_DIM(a, d) != <Py_ssize_t>(<tuple>shape)[d]:
+            return False
+    return True
+
+
 cdef inline char *address(a):
     return NULL if a is None else <char *>cnp.PyArray_DATA(a)
 
@@ -249,7 +263,7 @@ cdef struct Grid:
 
 cdef struct Pass:
     const lstm_kernels *k
-    bint rnn, relu, ragged, reverse, keep, blas
+    bint rnn, relu, ragged, reverse, keep, blas, prepacked
     Py_ssize_t T, B, I, H, K, G, item, steps, tokens
     int n_threads
     Grid grid
@@ -350,7 +364,8 @@ cdef Grid choose_grid(const Pass *f, int team) noexcept nogil:
     cdef Py_ssize_t weights = f.G * f.K * f.item
     cdef Py_ssize_t vectors = (f.H + f.k.VL - 1) // f.k.VL
     grid.units = 1
-    if not f.blas:
+    # plain panels are counted from the first column of a slab: packed ahead, there is one slab
+    if not f.blas and not (f.prepacked and (f.rnn or f.hr.W != NULL)):
         while grid.units < team and weights // grid.units > L2_BYTES * 3 // 4 \
                 and f.B < 32 * f.k.MR * team // grid.units:
             grid.units += 1
@@ -508,10 +523,9 @@ cdef void lay_out_forward(Pass *f, Arena *arena) noexcept nogil:
     f.rows = <lstm_row *>take(arena, f.n_threads * f.B * sizeof(lstm_row))
     f.a = <const void **>take(arena, f.n_threads * f.chunk * f.B * sizeof(void *))
     f.C = <void **>take(arena, f.n_threads * f.chunk * f.B * sizeof(void *))
-    f.ih.packed = take(arena, packed_bytes(f, &f.ih))
-    f.hh.packed = take(arena, packed_bytes(f, &f.hh))
+    if not f.prepacked:
+        lay_out_weights(f, arena)
     if f.hr.W != NULL:
-        f.hr.packed = take(arena, packed_bytes(f, &f.hr))
         f.m = take(arena, f.B * f.H * f.item)
     if not f.keep and not f.rnn:
         f.gates = take(arena, f.chunk * f.B * f.G * f.item)
@@ -519,20 +533,32 @@ cdef void lay_out_forward(Pass *f, Arena *arena) noexcept nogil:
     f.thread = take(arena, f.n_threads * f.thread_bytes)
 
 
+cdef void lay_out_weights(Pass *f, Arena *arena) noexcept nogil:
+    f.ih.packed = take(arena, packed_bytes(f, &f.ih))
+    f.hh.packed = take(arena, packed_bytes(f, &f.hh))
+    if f.hr.W != NULL:
+        f.hr.packed = take(arena, packed_bytes(f, &f.hr))
+
+
+cdef void pack_weights(const Pass *f, const Grid *grid, int group, int slab) noexcept nogil:
+    """Packs this thread's share of the weights of its slab of units."""
+    if group >= grid.rows or f.prepacked:
+        return
+    pack(f, &f.ih, slab, grid.units, group, grid.rows)
+    pack(f, &f.hh, slab, grid.units, group, grid.rows)
+    if f.hr.W != NULL:
+        pack(f, &f.hr, slab, grid.units, group, grid.rows)
+
+
 cdef void forward(void *arg, int me, int team) noexcept nogil:
     cdef Pass *f = <Pass *>arg
     cdef Grid grid = choose_grid(f, team)
     cdef int group = me // grid.units, slab = me % grid.units
-    cdef bint idle = group >= grid.rows
     if me == 0:
         f.grid = grid
-    if not idle:
-        pack(f, &f.ih, slab, grid.units, group, grid.rows)
-        pack(f, &f.hh, slab, grid.units, group, grid.rows)
-        if f.hr.W != NULL:
-            pack(f, &f.hr, slab, grid.units, group, grid.rows)
+    pack_weights(f, &grid, group, slab)
     team_wait(&f.barriers[0], team)
-    if not idle:
+    if group < grid.rows:
         forward_rows(f, group, grid.rows, slab, grid.units, f.thread + me * f.thread_bytes,
                      f.rows + me * f.B, f.a + me * f.chunk * f.B, f.C + me * f.chunk * f.B)
 
@@ -870,22 +896,57 @@ cdef run(Pass *f, void (*lay_out)(Pass *, Arena *) noexcept nogil, team_fn *fn):
     last_plan = ("blas" if f.blas else "tiles", f.grid.rows, f.grid.units)
 
 
+cdef void forward_operands(Pass *f, W_ih, W_hh, W_hr):
+    cdef int panels = PANEL_PLAIN if f.rnn else PANEL_GATES
+    f.ih = operand(panels, f.I, f.H, f.H, W_ih, 1, f.I)  # W[k, column] = W_ih[column, k]
+    f.hh = operand(panels, f.K, f.H, f.H, W_hh, 1, f.K)
+    f.hr = operand(PANEL_PLAIN, f.H, f.K, 0, W_hr, 1, f.H)
+
+
+cdef class Packed:
+    """The weights of one layer and direction as they were when this was made, packed for `run_forward`.
+
+    Packing costs more than a single step, so a stream of steps does it once.
+    """
+    cdef Workspace work
+    cdef Operand ih, hh, hr
+    cdef const lstm_kernels *k
+    cdef object weights            # W_hr is also read to see whether there is a projection
+
+    def __init__(self, cell, W_ih, W_hh, W_hr):
+        cdef Pass f
+        cdef Arena arena
+        cdef Grid one
+        x = np.empty((1, 1, W_ih.shape[1]), W_ih.dtype)
+        fill(&f, cell, x, W_ih, W_hh, W_hr, None, None, None, None, None, False, None, None, None, 1)
+        f.blas = False
+        forward_operands(&f, W_ih, W_hh, W_hr)
+        arena.base, arena.used = NULL, 0
+        lay_out_weights(&f, &arena)
+        self.work = Workspace(arena.used)
+        arena.base, arena.used = <char *>((<size_t>self.work.data + 63) & ~<size_t>63), 0
+        lay_out_weights(&f, &arena)
+        one.rows = one.units = 1
+        pack_weights(&f, &one, 0, 0)
+        self.k, self.ih, self.hh, self.hr, self.weights = f.k, f.ih, f.hh, f.hr, (W_ih, W_hh, W_hr)
+
+
 def run_forward(cell, x, W_ih, W_hh, b, W_hr, h0, c0, peepholes, order, lengths, reverse, y, h_n, c_n,
-                gates, c, n_threads):
+                gates, c, n_threads, Packed packed=None):
     """Fills y, h_n, c_n and, if given, the tape's gates and c. cell: "lstm", "tanh" or "relu".
 
     All arrays are C-contiguous of one dtype; order and lengths (int64) are sorted by length, longest
-    first; y is zero where no row runs. T, B >= 1.
+    first; y is zero where no row runs. T, B >= 1. Without a tape h_n and c_n may be h0 and c0.
     """
     cdef Pass f
     fill(&f, cell, x, W_ih, W_hh, W_hr, h0, c0, peepholes, order, lengths, reverse, y, gates, c,
          n_threads)
     f.b, f.h_n, f.c_n, f.keep = address(b), address(h_n), address(c_n), gates is not None
     f.chunk = min(max(1, f.steps), (CHUNK_ROWS + f.B - 1) // f.B)
-    cdef int panels = PANEL_PLAIN if f.rnn else PANEL_GATES
-    f.ih = operand(panels, f.I, f.H, f.H, W_ih, 1, f.I)  # W[k, column] = W_ih[column, k]
-    f.hh = operand(panels, f.K, f.H, f.H, W_hh, 1, f.K)
-    f.hr = operand(PANEL_PLAIN, f.H, f.K, 0, W_hr, 1, f.H)
+    if packed is None:
+        forward_operands(&f, W_ih, W_hh, W_hr)
+    else:
+        f.k, f.ih, f.hh, f.hr, f.prepacked, f.blas = packed.k, packed.ih, packed.hh, packed.hr, True, False
     run(&f, lay_out_forward, forward)
 
 

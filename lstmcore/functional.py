@@ -18,6 +18,8 @@ _SERIAL_WORK = 400_000  # multiply-adds that one thread does faster than two: ab
 
 def _array(value, name, letters, shape, dtype):
     """value as a C-contiguous array of this shape and dtype, or an error in the caller's words."""
+    if _kernels.fits(value, shape, dtype is _F64):
+        return value
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name} must be a NumPy array, got {type(value).__module__}."
                         f"{type(value).__qualname__}")
@@ -25,7 +27,7 @@ def _array(value, name, letters, shape, dtype):
         raise TypeError(f"{name} must be {dtype} like x, got {value.dtype}")
     if value.shape != shape:
         raise ValueError(f"{name} must be {letters} = {shape}, got {value.shape}")
-    return value if value.flags.c_contiguous and value.flags.aligned else value.copy(order="C")
+    return np.array(value, order="C", subok=False)
 
 
 def _optional(value, name, letters, shape, dtype):
@@ -38,6 +40,7 @@ def _sequence(x, W_hh, gates, W_hr=None):
         raise TypeError(f"x must be a NumPy array, got {type(x).__module__}.{type(x).__qualname__}")
     if x.dtype != _F32 and x.dtype != _F64:
         raise TypeError(f"x must be float32 or float64, got {x.dtype}")
+    dtype = _F64 if x.dtype == _F64 else _F32
     if x.ndim != 3:
         raise ValueError(f"x must be (T, B, I), got shape {x.shape}")
     if not isinstance(W_hh, np.ndarray):
@@ -56,7 +59,7 @@ def _sequence(x, W_hh, gates, W_hr=None):
                          f"{getattr(W_hr, 'shape', type(W_hr).__qualname__)}")
     if I == 0:
         raise ValueError(f"x must be (T, B, I) with I >= 1, got {x.shape}")
-    return T, B, I, H, K, x.dtype
+    return T, B, I, H, K, dtype
 
 
 def _lengths(lengths, T, B):
@@ -259,7 +262,7 @@ def lstm_backward(tape, dy, dh_n=None, dc_n=None, *, n_threads=None):
         raise TypeError(f"tape must be one of lstm_forward, got {type(tape).__qualname__}")
     tape.check_unspent()
     x, W_ih, W_hh, W_hr, y = tape.x, tape.W_ih, tape.W_hh, tape.W_hr, tape.y
-    (T, B, I), K, H, dtype = x.shape, y.shape[2], W_hh.shape[0] // 4, x.dtype
+    (T, B, I), K, H, dtype = x.shape, y.shape[2], W_hh.shape[0] // 4, y.dtype
     dy = _array(dy, "dy", "(T, B, H)" if W_hr is None else "(T, B, P)", (T, B, K), dtype)
     dh_n = _optional(dh_n, "dh_n", "(B, H)" if W_hr is None else "(B, P)", (B, K), dtype)
     dc_n = _optional(dc_n, "dc_n", "(B, H)", (B, H), dtype)
@@ -362,7 +365,7 @@ def rnn_backward(tape, dy, dh_n=None, *, n_threads=None):
     if not isinstance(tape, RNNTape):
         raise TypeError(f"tape must be one of rnn_forward, got {type(tape).__qualname__}")
     x, W_ih, W_hh, y = tape.x, tape.W_ih, tape.W_hh, tape.y
-    (T, B, I), H, dtype = x.shape, y.shape[2], x.dtype
+    (T, B, I), H, dtype = x.shape, y.shape[2], y.dtype
     dy = _array(dy, "dy", "(T, B, H)", (T, B, H), dtype)
     dh_n = _optional(dh_n, "dh_n", "(B, H)", (B, H), dtype)
     tokens = T * B if tape.order is None else int(tape.sorted_lengths.sum())
