@@ -1,4 +1,4 @@
-"""What every test shares: the table of tolerances, the comparison that reads it, the machine's modes."""
+"""What every test shares: the tolerances, the comparison that reads them, the modes to run in."""
 
 import os
 

@@ -99,7 +99,7 @@ def test_rnn_options(options, nonlinearity, dtype, plan, isa, close):
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
 def test_rnn_shapes(shape, nonlinearity, plan, isa, close):
     T, B, I, H = shape
-    check(rnn_problem, close, T=T, B=B, I=I, H=H, dtype="float32", nonlinearity=nonlinearity, seed=3)
+    check(rnn_problem, close, T=T, B=B, I=I, H=H, nonlinearity=nonlinearity, seed=3)
 
 
 needs_openmp = pytest.mark.skipif(not _kernels.has_openmp(), reason="this build has one thread")

@@ -128,7 +128,8 @@ def test_lstm_step_by_hand(p, close):
     dc0 = dc / 4 + p_i * da[0] + p_f * da[1]
     close(g, reference.Gradients(
         dx=np.array([[[da[0] - da[1] + da[2] / 2]]]), dW_ih=da[:, None] * log(3),
-        dW_hh=da[:, None] * 2, db=da, dpeepholes=np.array([[da[0] * c0], [da[1] * c0], [da_o * c]]),
+        dW_hh=da[:, None] * 2, db=da,
+        dpeepholes=np.array([[da[0] * c0], [da[1] * c0], [da_o * c]]),
         dh0=np.array([[da_o * log(2)]]), dc0=np.array([[dc0]]), dW_hr=None), "by hand")
 
 
