@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lstmcore.formats.safetensors import widened
+
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 UNDEFINED = (1 << 64) - 1
 MAX_DEPTH = 32
@@ -67,7 +69,12 @@ class _Reader:
         if 0x11 in found:
             return Node(attributes, self._members(found[0x11][0], depth), None)
         if found.keys() >= {0x01, 0x03, 0x08}:
-            return Node(attributes, None, self._dataset(*(found[k] for k in (0x01, 0x03, 0x08))))
+            array = self._dataset(*(found[k] for k in (0x01, 0x03, 0x08)))
+            if array.dtype.kind == "V":                 # what Keras marks is bfloat16's 16 bits
+                if attributes.get("dtype") != "bfloat16":
+                    raise ValueError("the HDF5 file has opaque values, which are not read here")
+                array = widened(array.view("<u2"))
+            return Node(attributes, None, array)
         raise ValueError("the HDF5 file has an object that is neither a group nor an array")
 
     def _unpack(self, layout, at, mark=b""):
@@ -199,6 +206,8 @@ class _Reader:
             return np.dtype(f"S{size}")
         if name == "variable-length" and bits & 15 == 1:
             return None
+        if name == "opaque" and size == 2:
+            return np.dtype("V2")
         if name == "enumeration" and size == 1:         # h5py's bool
             return np.dtype("u1")
         raise ValueError(f"the HDF5 file has values of the kind {name}, {size} bytes, which are "
