@@ -18,6 +18,9 @@ import warnings
 
 from lstmcore.formats import assemble, safetensors
 from lstmcore.formats.archive import Archive
+from lstmcore.formats.stack import Stack
+
+__all__ = ["Stack", "convert", "load", "read_arrays", "save"]
 
 SAVED = {".safetensors": "safetensors", ".onnx": "onnx", ".weights.h5": "keras"}
 
