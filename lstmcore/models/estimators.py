@@ -8,7 +8,7 @@ import numpy as np
 
 from lstmcore import optim
 from lstmcore.layers import (LSTM, RNN, Dropout, Embedding, LastStep, Linear, MaxOverTime,
-                             MeanOverTime)
+                             MeanOverTime, Sequential)
 from lstmcore.losses import mse_loss, softmax_cross_entropy
 from lstmcore.models import sequences
 from lstmcore.module import Module, check_size
@@ -228,7 +228,8 @@ class _SequenceEstimator(BaseEstimator):
             recurrent, pool() if pool else LastStep(bidirectional=self.bidirectional),
             Linear(self.hidden_size * (1 + bool(self.bidirectional)), self._n_outputs(),
                    dtype=self._dtype, seed=rng),
-            [Dropout(self.dropout, seed=rng) for _ in range(2)], embed)
+            [Dropout(self.dropout, seed=rng) if self.dropout else Sequential() for _ in range(2)],
+            embed)
         self._optimizer = OPTIMIZERS[self.optimizer](
             self.network_, self.learning_rate, weight_decay=self.weight_decay)
         self.n_iter_, self.loss_curve_, self.validation_curve_ = 0, [], []
