@@ -45,6 +45,8 @@ def softmax_cross_entropy(logits, targets, *, ignore_index=None, mask=None, redu
         check_dtype("out", out, logits.dtype)
         if out.shape != logits.shape:
             raise ValueError(f"out must be {logits.shape}, as logits, got {out.shape}")
+        if not out.flags.c_contiguous:
+            raise ValueError("out must be C-contiguous")
     weights = _weights(mask, shape)
     if ignore_index is not None:
         counts = targets != ignore_index
@@ -56,7 +58,8 @@ def softmax_cross_entropy(logits, targets, *, ignore_index=None, mask=None, redu
     # loss = log Σ_j e^(z_j - max z) - (z_k - max z);    dz = softmax(z) - 1 at k
     k, each = targets.reshape(-1), np.arange(targets.size)
     with np.errstate(invalid="ignore"):     # what is not finite shows in the loss
-        d = np.subtract(logits, logits.max(axis=-1, keepdims=True, initial=-np.inf), out=out)
+        top = logits.max(axis=-1, keepdims=True, initial=-np.inf)
+        d = np.subtract(logits, top, out=out, order="C")
         rows = d.reshape(-1, V)
         z_k = rows[each, k]
         np.exp(rows, out=rows)

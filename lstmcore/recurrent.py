@@ -86,7 +86,8 @@ class _Recurrent(Module):
         dinitial = [None] * len(dfinal)
         for layer in reversed(range(self.num_layers)):
             mask, runs = tapes[layer]
-            halves, dx = np.split(dx, self.directions, axis=2), None
+            halves = [dx] if self.directions == 1 else np.split(dx, 2, axis=2)
+            dx = None
             for d, (tape, half) in enumerate(zip(runs, halves)):
                 n = layer * self.directions + d
                 g, dinitial[n] = self._cell_backward(tape, half, dfinal[n])
@@ -131,7 +132,8 @@ class _Recurrent(Module):
                 final.append(last)
                 runs.append((y, tape))
             x = y if len(runs) == 1 else np.concatenate([y for y, _ in runs], axis=2)
-            tapes.append((mask, runs))
+            if keep_tape:
+                tapes.append((mask, runs))
         return x, final, tapes
 
     def _inputs(self, x, state):

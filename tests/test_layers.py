@@ -20,6 +20,7 @@ RECURRENT = {
     "LSTM both ways": lambda: LSTM(3, 4, 2, bidirectional=True, dtype="float64", seed=1),
     "LSTM peepholes": lambda: LSTM(3, 4, 2, peepholes=True, dtype="float64", seed=1),
     "LSTM projected": lambda: LSTM(3, 4, 2, proj_size=2, dtype="float64", seed=1),
+    "LSTM projected to H": lambda: LSTM(3, 4, proj_size=4, dtype="float64", seed=1),
     "LSTM glorot": lambda: LSTM(3, 4, 2, init="glorot", dtype="float64", seed=1),
     "LSTM everything": lambda: LSTM(3, 5, 2, batch_first=True, dropout=0.4, bidirectional=True,
                                     proj_size=4, peepholes=True, dtype="float64", seed=1),
@@ -333,6 +334,25 @@ def test_inputs_are_not_written():
     layer(x, state, RAGGED)
     layer.backward(dy, dstate)
     assert any(g.any() for g in layer.gradients().values())
+
+
+@by_name({**RECURRENT, **PLAIN, **POOLS})
+def test_any_layout_will_do(make):
+    results = []
+    for layout in (np.array, np.asfortranarray, lambda a: np.repeat(a, 2, axis=0)[::2]):
+        layer = make()
+        if isinstance(layer, (LSTM, RNN)):
+            x, _, dy, _ = recurrent_case(layer)
+            y = layer(layout(x))[0]
+        else:
+            x = normal(6, 4, 5)
+            y = layer(layout(x))
+            dy = normal(*y.shape, seed=1)
+        dx = layer.backward(layout(dy))
+        results.append([y, dx[0] if isinstance(dx, tuple) else dx, *layer.gradients().values()])
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15)    # BLAS may sum otherwise
 
 
 def test_threads_change_no_bit():

@@ -157,6 +157,20 @@ def test_out_may_be_the_logits():
     assert again == loss and d is z and (z == want).all()
 
 
+@by_name(CASES)
+def test_any_layout_will_do(loss, given, target, masked):
+    mask = weights(*masked)
+    want, gradient = loss(given, target, mask=mask)
+    for layout in (np.asfortranarray, lambda a: np.repeat(a, 2, axis=0)[::2],
+                   lambda a: a.swapaxes(0, 1).copy().swapaxes(0, 1)):
+        a, b, m = layout(given), layout(target), layout(mask)
+        for array in (a, b, m):
+            array.flags.writeable = False
+        got, found = loss(a, b, mask=m)
+        np.testing.assert_allclose(got, want, rtol=1e-13)       # sums in another order
+        np.testing.assert_allclose(found, gradient, rtol=1e-13, atol=1e-16)
+
+
 def test_long_float32_sums_stay_exact():
     """A million equal losses: a float32 sum would be off in the third digit."""
     y = np.full(1_000_000, 0.1, "float32")
@@ -179,6 +193,8 @@ def test_long_float32_sums_stay_exact():
      r"out must be \(2, 7\), as logits, got \(2, 6\)"),
     (lambda: softmax_cross_entropy(normal(2, 7), [1, 0], out=np.zeros((2, 7), "float32")),
      TypeError, "out must be float64, got float32"),
+    (lambda: softmax_cross_entropy(normal(2, 7), [1, 0], out=normal(7, 2).T), ValueError,
+     "out must be C-contiguous"),
     (lambda: mse_loss(normal(5), normal(5, 1)), ValueError, r"target must be \(5,\), as y, got \(5, 1\)"),
     (lambda: mse_loss(normal(5), normal(5, dtype="float32")), TypeError, "target must be float64"),
     (lambda: bce_with_logits(normal(2), np.array([0.0, 1.5])), ValueError, r"targets must be in 0..1"),
