@@ -27,7 +27,11 @@ __all__ = ["LSTM", "accelerate"]
 # The operators ------------------------------------------------------------------------------------
 #
 # _CELL are the arguments of functional.lstm_forward in its letters; x (T,B,I) -> y (T,B,P).
-# gates (T,B,4H) and c (T,B,H) are the tape; both have shape (0,) when keep_tape is false.
+# gates and c are the tape: (T,B,4H) and (T,B,H); of a ragged batch its real tokens, (N,4H) and
+# (N,H); without keep_tape both (0,), and the backward pass runs the forward pass once more.
+# The kernels' backward pass overwrites the gates. lstm_backward gives them a copy, unless the caller
+# of lstm promises with spend_tape to drop gates, and autograd is about to free them anyway: 0 to 11 %
+# of a training step, most where H is small.
 
 _CELL = ("Tensor x, Tensor W_ih, Tensor W_hh, Tensor? b, Tensor? h0, Tensor? c0, "
          "Tensor? peepholes, Tensor? W_hr, Tensor? lengths, bool reverse")
@@ -48,25 +52,32 @@ def _array(tensor):
     return None if tensor is None else tensor.contiguous().numpy(force=True)
 
 
-@_operator("lstm", f"({_CELL}, bool keep_tape) -> "
+@_operator("lstm", f"({_CELL}, bool keep_tape, bool spend_tape) -> "
                    "(Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor c)")
-def lstm(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, keep_tape):
+def lstm(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, keep_tape,
+         spend_tape):
     y, (h_n, c_n), tape = functional.lstm_forward(
         *map(_array, (x, W_ih, W_hh, b, h0, c0)), peepholes=_array(peepholes), W_hr=_array(W_hr),
         lengths=_array(lengths), reverse=reverse, keep_tape=keep_tape,
         n_threads=torch.get_num_threads())
-    saved = (tape.gates, tape.c) if keep_tape else ()
-    y, h_n, c_n, *saved = map(torch.from_numpy, (y, h_n, c_n, *saved))
-    return y, h_n, c_n, *(saved or (x.new_empty(0), x.new_empty(0)))
+    y, h_n, c_n = map(torch.from_numpy, (y, h_n, c_n))
+    if not keep_tape:
+        return y, h_n, c_n, x.new_empty(0), x.new_empty(0)
+    gates, c = torch.from_numpy(tape.raw_gates), torch.from_numpy(tape.raw_c)
+    if lengths is None:
+        T, B, _ = x.shape
+        gates, c = gates.view(T, B, gates.shape[1]), c.view(T, B, c.shape[1])
+    return y, h_n, c_n, gates, c
 
 
 @lstm.register_fake
-def _(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, keep_tape):
+def _(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, keep_tape, spend_tape):
     (T, B, _), (H4, P) = x.shape, W_hh.shape
-    H = H4 // 4
-    return (x.new_empty(T, B, P), x.new_empty(B, P), x.new_empty(B, H),
-            *((x.new_empty(T, B, H4), x.new_empty(T, B, H)) if keep_tape
-              else (x.new_empty(0), x.new_empty(0))))
+    outputs = x.new_empty(T, B, P), x.new_empty(B, P), x.new_empty(B, H4 // 4)
+    if not keep_tape:
+        return *outputs, x.new_empty(0), x.new_empty(0)
+    tokens = (T, B) if lengths is None else (torch.library.get_ctx().new_dynamic_size(),)
+    return *outputs, x.new_empty(*tokens, H4), x.new_empty(*tokens, H4 // 4)
 
 
 @_operator("lstm_backward_", f"({_UPSTREAM}, {_CELL}, {_TAPE.format('(a!)')}) -> {_GRADIENTS}",
@@ -74,12 +85,15 @@ def _(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, keep_tape):
 def _lstm_backward_in_place(dy, dh_n, dc_n, x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths,
                             reverse, y, gates, c):
     """As lstm_backward; the gates are overwritten by their gradients, as the kernels like it."""
-    B, H = x.shape[1], c.shape[2]
-    tape = functional.tape_from(
-        x=_array(x), W_ih=_array(W_ih), W_hh=_array(W_hh), peepholes=_array(peepholes),
-        W_hr=_array(W_hr), h0=_array(y.new_zeros(B, y.shape[2]) if h0 is None else h0),
-        c0=_array(y.new_zeros(B, H) if c0 is None else c0), lengths=_array(lengths),
-        reverse=reverse, y=_array(y), gates=gates.numpy(force=True), c=_array(c))
+    cell = dict(x=_array(x), W_ih=_array(W_ih), W_hh=_array(W_hh), h0=_array(h0), c0=_array(c0),
+                peepholes=_array(peepholes), W_hr=_array(W_hr), lengths=_array(lengths),
+                reverse=reverse)
+    if gates.dim() == 1:
+        tape = functional.lstm_forward(b=_array(b), n_threads=torch.get_num_threads(), **cell)[2]
+    else:
+        tape = functional.tape_from(
+            y=_array(y), raw_gates=gates.numpy(force=True).reshape(-1, gates.shape[-1]),
+            raw_c=_array(c).reshape(-1, c.shape[-1]), **cell)
     g = functional.lstm_backward(tape, _array(torch.zeros_like(y) if dy is None else dy),
                                  _array(dh_n), _array(dc_n), n_threads=torch.get_num_threads())
     return tuple(x.new_empty(0) if array is None else torch.from_numpy(array) for array in
@@ -106,7 +120,7 @@ def _(dy, dh_n, dc_n, x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, revers
 
 
 def _save_for_backward(ctx, inputs, output):
-    *tensors, ctx.reverse, _ = inputs
+    *tensors, ctx.reverse, _, ctx.spend_tape = inputs
     y, _, _, gates, c = output
     ctx.save_for_backward(*tensors, y, gates, c)
     ctx.mark_non_differentiable(gates, c)
@@ -115,13 +129,12 @@ def _save_for_backward(ctx, inputs, output):
 
 def _lstm_gradient(ctx, dy, dh_n, dc_n, _dgates, _dc):
     *cell, y, gates, c = ctx.saved_tensors
-    cell = (*cell, ctx.reverse)
-    if gates.dim() == 1:  # the forward pass kept no tape: run it again
-        y, _, _, gates, c = _lstm(*cell, True)
-    backward = _lstm_backward_in_place if _is_last_use(gates) else _lstm_backward
-    gradients = backward(dy, dh_n, dc_n, *cell, y, gates, c)
+    spend = ctx.spend_tape and _is_last_use(gates)
+    backward = _lstm_backward_in_place if spend else _lstm_backward
+    gradients = backward(dy, dh_n, dc_n, *cell, ctx.reverse, y, gates, c)
     wanted = ctx.needs_input_grad[:_N_DIFFERENTIABLE]
-    return (*(g if want else None for g, want in zip(gradients, wanted)), None, None, None)
+    return (*(g if want else None for g, want in zip(gradients, wanted)),
+            None, None, None, None)
 
 
 def _is_last_use(gates):
@@ -230,8 +243,10 @@ def _as_larger_batch(op):
             shape = (*arg.shape[:axis], info.batch_size, *arg.shape[axis + 1:])
             return arg.expand(shape).flatten(axis, axis + 1)
 
-        outputs = op(*(merge(k, arg, dim) for k, (arg, dim) in enumerate(zip(args, in_dims))))
-        axes = (1, 0, 0, 1, 1) if args[-1] else (1, 0, 0, None, None)  # with or without a tape
+        *cell, lengths, reverse, keep_tape, spend_tape = map(merge, range(len(args)), args, in_dims)
+        keep_tape = keep_tape and lengths is None  # a ragged tape cannot be split by examples
+        outputs = op(*cell, lengths, reverse, keep_tape, spend_tape)
+        axes = (1, 0, 0, 1, 1) if keep_tape else (1, 0, 0, None, None)
         return tuple(out if axis is None else out.unflatten(axis, (info.batch_size, -1))
                      for out, axis in zip(outputs, axes)), axes
     return rule
@@ -438,9 +453,11 @@ class LSTM(torch.nn.LSTM):
                 raise ValueError(
                     f"lstmcore.torch.LSTM computes in float32 and float64, got {what} of "
                     f"{tensor.dtype}: convert with .float(), or call it under torch.autocast('cpu')")
-        if input.dtype != weight.dtype and not autocast:
-            raise ValueError(f"input must be {weight.dtype} as the weights are, got {input.dtype}: "
-                             f"convert with input.to({weight.dtype})")
+        if input.dtype != weight.dtype and not autocast:  # in torch's words
+            raise ValueError(
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: "
+                f"model.to({input.dtype})")
         if input.size(-1) != self.input_size:
             raise RuntimeError(f"input.size(-1) must be equal to input_size = {self.input_size}, "
                                f"got {input.size(-1)}")
@@ -471,7 +488,8 @@ class LSTM(torch.nn.LSTM):
         W_hr = weight("weight_hr", self.proj_size > 0)
         keep_tape = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, W_ih, W_hh, b, h0, c0, peepholes, W_hr))
-        return _lstm(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, keep_tape)[:3]
+        return _lstm(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, keep_tape,
+                     True)[:3]
 
 
 # A whole model ------------------------------------------------------------------------------------
