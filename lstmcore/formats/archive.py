@@ -11,19 +11,20 @@ import zipfile
 import zlib
 
 _DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, EOFError,
-            RuntimeError, OverflowError, IndexError)
+            RuntimeError, OverflowError, IndexError, OSError)
 
 class Archive:
     """The members of a zip file: `members` (their names) and `read(name)`; a context manager."""
 
     def __init__(self, path):
         self.path = path
-        with self._complaining():
-            self._zip = zipfile.ZipFile(path)
+        self._file = open(path, "rb")
         try:
+            with self._complaining():
+                self._zip = zipfile.ZipFile(self._file)
             self.members = self._checked()
         except ValueError:
-            self._zip.close()
+            self._file.close()
             raise
 
     def __enter__(self):
@@ -31,6 +32,7 @@ class Archive:
 
     def __exit__(self, *_):
         self._zip.close()
+        self._file.close()
 
     def read(self, name):
         """The bytes of a member, its checksum verified."""

@@ -88,10 +88,10 @@ class Graph:
         if model.graph.sparse_initializer:
             raise ValueError("the ONNX model has sparse_initializer, which is not read here")
         self.budget = budget
-        self.constants = {t.name: _array(t, folder) for t in model.graph.initializer}
+        self.constants = {_text(t.name): _array(t, folder) for t in model.graph.initializer}
         self.nodes = [_Node(n, node, folder) for n, node in enumerate(model.graph.node)]
-        self.inputs = {v.name: v for v in model.graph.input if v.name not in self.constants}
-        self.outputs = [v.name for v in model.graph.output]
+        self.inputs = {_text(v.name): v for v in model.graph.input if v.name not in self.constants}
+        self.outputs = [_text(v.name) for v in model.graph.output]
 
     def run(self, inputs):
         """inputs: arrays by name -> the graph's outputs by name."""
@@ -116,12 +116,21 @@ class _Node:
     """One node: its name, op, inputs, outputs and attributes as Python values."""
 
     def __init__(self, n, node, folder):
-        self.op = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
-        self.inputs, self.outputs = list(node.input), list(node.output)
-        self.name = node.name or f"{node.op_type}_{n}"
+        self.op = _text(node.op_type)
+        if node.domain not in ("", "ai.onnx"):
+            self.op = f"{_text(node.domain)}.{self.op}"
+        self.inputs, self.outputs = [*map(_text, node.input)], [*map(_text, node.output)]
+        self.name = _text(node.name) or f"{node.op_type}_{n}"
         self.attributes = {}
         if self.op in GATES or self.op in _PLUMBING:
-            self.attributes = {a.name: _attribute(a, folder) for a in node.attribute}
+            self.attributes = {_text(a.name): _attribute(a, folder) for a in node.attribute}
+
+
+def _text(value):
+    """protobuf gives what is not UTF-8 as bytes."""
+    if not isinstance(value, str):
+        raise ValueError(f"the ONNX model has a name that is not UTF-8: {value!r:.100}")
+    return value
 
 
 class _Budget:
@@ -174,7 +183,7 @@ def _array(tensor, folder):
 
 def _external(tensor, folder, size):
     """The bytes of a tensor that stands in a file beside the model."""
-    entries = {entry.key: entry.value for entry in tensor.external_data}
+    entries = {_text(entry.key): _text(entry.value) for entry in tensor.external_data}
     location = entries.get("location", "")
     if folder is None or not location or os.path.basename(location) != location \
             or "\\" in location or location in (".", ".."):
