@@ -93,7 +93,8 @@ RAGGED = (
     Case("sentiment", 400, 32, 300, 256, 1, "reviews, bidirectional, lengths uniform in 20..400",
          D=2, lengths=(20, 400)),
 )
-WORDLM = Case("wordlm", 35, 20, 200, 200, 2, "word model with a softmax over 10,000 words", V=10_000)
+WORDLM = Case("wordlm", 35, 20, 200, 200, 2, "word model with a softmax over 10,000 words",
+              V=10_000)
 PEEPHOLES = replace(DENSE[2], name="char-512-peep", peepholes=True,
                     origin="char-512 with peepholes")
 EVEN = Case("even", RAGGED[0].tokens() // 64, 64, 128, 256, 1, "dense, as many tokens as ragged")

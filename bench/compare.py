@@ -12,6 +12,7 @@ a line that says so. The whole comparison takes some eight minutes, --quick abou
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -36,7 +37,8 @@ Versus = namedtuple("Versus", "title case job threads other other_job other_thre
 
 INEXACT = ("onnxruntime int8",)  # shown with its error, never as the fastest
 QUICK = ("char-rnn", "small", "seq-b1", "tiny", "stream", "ragged")
-TURN, PATIENT_ROUNDS, SLOW = 0.25, 3, 12.0  # s per turn; after SLOW s, 3 rounds must do
+TURN = 0.25  # s
+SLOW, SLOW_ROUNDS = 12.0, 3  # after 12 s three rounds must do, and after 36 s what there is
 SECTIONS = ("train", "infer", "float64", "ragged", "self", "process")
 
 
@@ -110,6 +112,9 @@ class Arena:
         self.write(contest.case, contest.job)
         result, runners = {}, {}
         for library in contest.libraries:
+            if contest.job not in PEERS[library].jobs:
+                result[library] = f"does not {contest.job}"
+                continue
             try:
                 error = self.worker(library).prepare(contest.case, contest.job, self.folder)
             except Failure as failure:
@@ -135,7 +140,8 @@ class Arena:
                     turns[label].append(runners[label][0].time(TURN))
                 except Failure as failure:
                     failed[label] = str(failure)
-            if turn + 1 >= PATIENT_ROUNDS and time.monotonic() - start > SLOW:
+            slow = (time.monotonic() - start) / SLOW
+            if slow > 3 or slow > 1 and turn + 1 >= SLOW_ROUNDS:
                 break
         return failed | {
             label: Timing(statistics.median(map(statistics.median, times)),
@@ -214,6 +220,10 @@ def parse(argv):
     parser.add_argument("--output", type=Path, default=Path("bench/results"), metavar="FOLDER",
                         help="where compare.md and compare.png go (default: bench/results)")
     options = parser.parse_args(argv)
+    options.cases = options.case or (QUICK if options.quick else tuple(CASES))
+    options.section = options.section or SECTIONS
+    options.libraries = [name for name in PEERS
+                         if name == "lstmcore" or name in (options.library or PEERS)]
     options.pythons = {}
     for pair in options.python:
         names, _, path = pair.partition("=")
@@ -226,11 +236,10 @@ def parse(argv):
 
 def chosen(options, lines):
     """The contests that the command line asks for."""
-    names = options.case or (QUICK if options.quick else CASES)
-    keep = {"lstmcore", *(options.library or PEERS)}
-    return [line._replace(libraries=tuple(name for name in line.libraries if name in keep))
+    return [line._replace(libraries=tuple(name for name in line.libraries
+                                          if name in options.libraries))
             for line in lines
-            if line.case.name in names and line.section in (options.section or SECTIONS)]
+            if line.case.name in options.cases and line.section in options.section]
 
 
 def progress(title, result):
@@ -240,39 +249,40 @@ def progress(title, result):
     print(f"{time.strftime('%H:%M:%S')}  {title:28} {result}", file=sys.stderr, flush=True)
 
 
-def main(argv=None):
-    """Measure, write the report, print it."""
-    options = parse(argv)
-    sections = options.section or SECTIONS
-    libraries = [name for name in PEERS if name in {"lstmcore", *(options.library or PEERS)}]
-    results, versus, processes = [], [], {}
+def measure(options):
+    """Hold every contest: results, versus, processes and versions, as bench.report wants them."""
+    results, versus, processes, versions = [], [], {}, {}
     with Arena(options.threads, options.pythons, 3 if options.quick else 5) as arena:
         for contest in chosen(options, contests()):
             results.append((contest, arena.hold(contest)))
             progress(f"{contest.case.name} {contest.job} {contest.case.dtype}", results[-1][1])
-        names = options.case or (QUICK if options.quick else CASES)
-        for line in self_contests(options.threads) if "self" in sections else ():
-            if line.case.name in names:
+        for line in self_contests(options.threads) if "self" in options.section else ():
+            if line.case.name in options.cases:
                 versus.append((line, arena.hold_self(line)))
                 progress(f"{line.case.name}: {line.title}", versus[-1][1])
-        if "process" in sections:
-            for library in libraries:
-                if library not in ("torch.compile", *INEXACT):
-                    processes[library] = arena.process(library)
-                    progress(library, str(processes[library]))
-        versions = {}
-        for library in libraries:
+        for library in options.libraries:
             try:
                 versions[library] = arena.worker(library).ask("about")["version"]
             except Failure as failure:
                 versions[library] = str(failure)
-    peaks = {}
+            if "process" in options.section and library not in ("torch.compile", *INEXACT):
+                processes[library] = arena.process(library)
+                progress(library, str(processes[library]))
+    return results, versus, processes, versions
+
+
+def main(argv=None):
+    """Measure, write the report, print it."""
+    argv = sys.argv[1:] if argv is None else argv
+    options, load = parse(argv), os.getloadavg()[0]
+    results, versus, processes, versions = measure(options)
     try:
         peaks = {dtype: roofline.peak_gflops(options.threads, dtype) for dtype in TOLERANCE}
     except (OSError, subprocess.CalledProcessError) as error:
+        peaks = {}
         progress("no roofline", error)
-    command = "python -m bench.compare " + " ".join(argv if argv is not None else sys.argv[1:])
-    text = report.markdown(results, versus, processes, versions, peaks, options.threads, command)
+    text = report.markdown(results, versus, processes, versions, peaks, options.threads,
+                           " ".join(["python -m bench.compare", *argv]), load)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "compare.md").write_text(text)
     report.chart(results, options.threads, options.output / "compare.png")

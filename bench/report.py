@@ -80,12 +80,12 @@ def section(name, results, peaks):
             if ours and peak else "–"
         job = f", {contest.job}" if name == "ragged" else ""
         rows.append([f"{contest.case.name}{job} ({contest.case.sizes})", *cells,
-                     f"{ratio:.2f}×" if ratio else "–", share])
-    text = [f"### {HEADINGS[name]}", "", table(
-        ["case (T, B, I, H, L)", *shown, "lstmcore against the fastest other", "of FMA peak"], rows)]
+                     f"{digits(ratio)}×" if ratio else "–", share])
+    head = ["case (T, B, I, H, L)", *shown, "lstmcore against the fastest other", "of FMA peak"]
+    text = [f"### {HEADINGS[name]}", "", table(head, rows)]
     if ratios:
         text += ["", f"Geometric mean against the fastest other: "
-                 f"{geometric_mean(ratios):.2f}×, least {min(ratios):.2f}×."]
+                 f"{digits(geometric_mean(ratios))}×, least {digits(min(ratios))}×."]
     return [*text, *failures(results), ""]
 
 
@@ -145,7 +145,7 @@ def losses(results):
         if ratio is not None and ratio < 1:
             others = peers_times(result)
             found.append(f"- {contest.case.name}, {contest.job}, {contest.case.dtype}: "
-                         f"{min(others, key=others.get)} takes {ratio:.2f} of lstmcore's time")
+                         f"{min(others, key=others.get)} takes {digits(ratio)} of lstmcore's time")
         elif isinstance(result.get("lstmcore"), str):
             found.append(f"- {contest.case.name}, {contest.job}, {contest.case.dtype}: "
                          f"lstmcore has no figure ({result['lstmcore']})")
@@ -162,8 +162,8 @@ def cpu():
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def markdown(results, versus, processes, versions, peaks, threads, command):
-    """The whole page."""
+def markdown(results, versus, processes, versions, peaks, threads, command, load):
+    """The whole page; `load` is the load average before the first measurement."""
     peak = ", ".join(f"{value:.0f} GFLOP/s in {dtype}" for dtype, value in peaks.items())
     installed = ", ".join(f"{library} {version}" for library, version in versions.items())
     head = [f"{cpu()}, {os.cpu_count()} cores, {threads} threads for every library"
@@ -171,7 +171,8 @@ def markdown(results, versus, processes, versions, peaks, threads, command):
             f"Python {platform.python_version()}, {installed}.",
             f"{time.strftime('%Y-%m-%d')}, `{command.strip()}`. One process per library, "
             "taking turns, medians; all results verified first. The fastest is bold; int8 "
-            "computes other numbers and is shown for information.", ""]
+            "computes other numbers and is shown for information."
+            + (f" **The machine was busy: load average {load:.1f}.**" if load > 0.5 else ""), ""]
     tables = [line for name in HEADINGS for line in section(name, results, peaks)]
     return "\n".join([*head, *tables, *latency(results), *versus_table(versus),
                       *process_table(processes), *losses(results)])
@@ -194,9 +195,9 @@ def chart(results, threads, path):
     markers = dict(zip(libraries, "osD^vP*X"))
     colors = dict(zip(libraries, plt.get_cmap("tab10").colors))
     heights = [len(rows) for _, rows in panels]
-    fig, axes = plt.subplots(len(panels), 1, figsize=(8.5, 1.2 * len(panels) + 0.34 * sum(heights)),
-                             sharex=True, squeeze=False, layout="constrained",
-                             gridspec_kw={"height_ratios": heights})
+    fig, axes = plt.subplots(
+        len(panels), 1, figsize=(8.5, 1.2 + 0.5 * len(panels) + 0.3 * sum(heights)), sharex=True,
+        squeeze=False, layout="constrained", gridspec_kw={"height_ratios": heights})
     for ax, (name, rows) in zip(axes[:, 0], panels):
         for at, (contest, result) in enumerate(rows):
             for library, value in result.items():

@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -57,11 +58,7 @@ class Worker:
         except BrokenPipeError:
             line = b""
         if not line:
-            reason = f"no answer in {self.patience} s" if line is None else "the process died"
-            self._errors.seek(0)
-            last = self._errors.read().decode(errors="replace").strip().splitlines()[-1:]
-            self._stop()
-            raise Failure(": ".join([reason, *last]))
+            raise self._silence(timed_out=line is None)
         answer = json.loads(line)
         if "failed" in answer:
             raise Failure(answer["failed"])
@@ -75,6 +72,18 @@ class Worker:
     def time(self, seconds):
         """Run what was prepared for about `seconds` and return the seconds of each run."""
         return self.ask("time", seconds=seconds)["times"]
+
+    def _silence(self, timed_out):
+        """The Failure of a process that did not answer, which is stopped."""
+        reason = f"no answer in {self.patience} s"
+        if not timed_out:
+            code = self._process.wait()
+            reason = f"the process died of {signal.Signals(-code).name}" if code < 0 else \
+                f"the process ended with exit code {code}"
+        self._errors.seek(0)
+        last = self._errors.read().decode(errors="replace").strip().splitlines()[-1:]
+        self._stop()
+        return Failure(": ".join([reason, *last]))
 
     def _start(self):
         self._errors = tempfile.TemporaryFile()
