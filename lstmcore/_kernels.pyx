@@ -840,6 +840,53 @@ cdef void input_gradient(Pass *f, int me, int team, char *scratch) noexcept nogi
     multiply(f, &f.ih, 0, 1, START_ZERO, k1 - k0, f.da + k0, NULL, f.C + k0, scratch)
 
 
+# ---- a dense layer: the same products without a recurrence ------------------------------------------
+# It shares the letters of a pass: x (tokens, I), W_ih (G, I), y (tokens, G), da = dy.
+
+cdef void lay_out_linear(Pass *f, Arena *arena) noexcept nogil:
+    cdef size_t pointers = f.tokens * sizeof(void *)
+    lay_out_rows(f, arena)
+    f.zeros = take(arena, max(f.H, f.K) * f.item)
+    f.barriers = <team_barrier *>take(arena, (f.n_threads + 1) * sizeof(team_barrier))
+    f.x_rows = <const void **>take(arena, pointers)
+    f.da = <const void **>take(arena, pointers)
+    f.C = <void **>take(arena, pointers)
+    f.ih.packed = take(arena, packed_bytes(f, &f.ih) if f.ih.W != NULL else 0)
+    f.thread_bytes = max(weight_gradient_bytes(f), multiply_bytes(f))
+    f.thread_bytes = (f.thread_bytes + 63) & ~<size_t>63
+    f.thread = take(arena, f.n_threads * f.thread_bytes)
+
+
+cdef void linear_forward(void *arg, int me, int team) noexcept nogil:
+    cdef Pass *f = <Pass *>arg
+    cdef Py_ssize_t k, k0 = f.tokens * me // team, k1 = f.tokens * (me + 1) // team
+    pack(f, &f.ih, 0, 1, me, team)
+    for k in range(k0, k1):
+        f.x_rows[k] = f.x + k * f.I * f.item
+        f.C[k] = f.y + k * f.G * f.item
+    team_wait(&f.barriers[0], team)
+    # y = x Wᵀ + b        (n,I) (I,G)
+    multiply(f, &f.ih, 0, 1, START_BIAS if f.b != NULL else START_ZERO, k1 - k0, f.x_rows + k0, f.b,
+             f.C + k0, f.thread + me * f.thread_bytes)
+
+
+cdef void linear_backward(void *arg, int me, int team) noexcept nogil:
+    cdef Pass *f = <Pass *>arg
+    cdef Py_ssize_t k, k0 = f.tokens * me // team, k1 = f.tokens * (me + 1) // team
+    cdef char *scratch = f.thread + me * f.thread_bytes
+    cdef lstm_product product
+    for k in range(k0, k1):
+        f.x_rows[k] = f.x + k * f.I * f.item
+        f.da[k] = f.dy + k * f.G * f.item
+    if f.dx != NULL:
+        pack(f, &f.ih, 0, 1, me, team)
+    team_wait(&f.barriers[0], team)
+    if f.dx != NULL:
+        input_gradient(f, me, team, scratch)
+    product.x, product.N, product.dW = f.x_rows, f.I, f.dW_ih
+    weight_gradient(f, f.G, f.da, 1, &product, f.db, scratch, me, team)
+
+
 # ---- entry points ----------------------------------------------------------------------------------
 
 cdef Operand operand(int panels, Py_ssize_t K, Py_ssize_t N, Py_ssize_t H, W, Py_ssize_t k_stride,
@@ -893,7 +940,8 @@ cdef run(Pass *f, void (*lay_out)(Pass *, Arena *) noexcept nogil, team_fn *fn):
             number_tokens(f)
             team_run(f.n_threads, fn, f)
     give_back(work)
-    last_plan = ("blas" if f.blas else "tiles", f.grid.rows, f.grid.units)
+    if f.grid.rows:
+        last_plan = ("blas" if f.blas else "tiles", f.grid.rows, f.grid.units)
 
 
 cdef void forward_operands(Pass *f, W_ih, W_hh, W_hr):
@@ -967,6 +1015,34 @@ def run_backward(cell, x, W_ih, W_hh, W_hr, h0, c0, peepholes, order, lengths, r
     f.hh = operand(PANEL_PLAIN, f.G, f.K, 0, W_hh, f.K, 1)
     f.hr = operand(PANEL_PLAIN, f.K, f.H, 0, W_hr, f.H, 1)
     run(&f, lay_out_backward, backward)
+
+
+cdef void fill_linear(Pass *f, x, Py_ssize_t outputs, int n_threads):
+    memset(f, 0, sizeof(Pass))
+    f.rnn, f.tokens, f.I, f.G = True, cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), outputs
+    f.B = f.T = f.steps = 1
+    f.H = f.K = 1
+    f.item, f.n_threads, f.x = cnp.PyArray_ITEMSIZE(x), min(n_threads, MAX_TEAM), address(x)
+    f.k = tables[f.item == 8]
+    f.blas = choose_blas(f)
+
+
+def run_linear_forward(x, W, b, y, n_threads):
+    """y (n,O) = x (n,I) Wᵀ + b, with W (O,I); n >= 1."""
+    cdef Pass f
+    fill_linear(&f, x, W.shape[0], n_threads)
+    f.b, f.y = address(b), address(y)
+    f.ih = operand(PANEL_PLAIN, f.I, f.G, 0, W, 1, f.I)
+    run(&f, lay_out_linear, linear_forward)
+
+
+def run_linear_backward(x, W, dy, dx, dW, db, n_threads):
+    """dx (n,I) = dy W, dW (O,I) = dyᵀ x, db (O) = Σ dy; dx may be None; n >= 1."""
+    cdef Pass f
+    fill_linear(&f, x, W.shape[0], n_threads)
+    f.dy, f.dx, f.dW_ih, f.db = address(dy), address(dx), address(dW), address(db)
+    f.ih = operand(PANEL_PLAIN, f.G, f.I, 0, W, f.I, 1)
+    run(&f, lay_out_linear, linear_backward)
 
 
 use_isa(os.environ.get("LSTMCORE_ISA") or None)

@@ -383,6 +383,59 @@ def rnn_backward(tape, dy, dh_n=None, *, n_threads=None):
     return RNNGradients(dx, dW_ih, dW_hh, db, dh0)
 
 
+# ---- dense layer -------------------------------------------------------------------------------------
+
+def linear_forward(x, W, b=None, *, n_threads=None):
+    """y = x Wᵀ + b on the project's own threads: x (n, I), W (O, I), b (O,) -> y (n, O).
+
+    A matrix product of NumPy would use a second pool of threads, which slows the kernels down, and
+    the bits of a row could depend on the other rows.
+
+    >>> import numpy as np
+    >>> from lstmcore.functional import linear_forward
+    >>> linear_forward(np.ones((2, 3)), np.ones((1, 3)), np.array([0.5]))
+    array([[3.5],
+           [3.5]])
+    """
+    x, W, dtype = _dense(x, W)
+    b = _optional(b, "b", "(O,)", (len(W),), dtype)
+    y = np.empty((len(x), len(W)), dtype)
+    if y.size:
+        _kernels.run_linear_forward(x, W, b, y, _threads(n_threads, len(x), *W.shape))
+    return y
+
+
+def linear_backward(x, W, dy, *, need_dx=True, n_threads=None):
+    """dy (n, O) -> dx (n, I) or None, dW (O, I), db (O,).
+
+    >>> import numpy as np
+    >>> from lstmcore.functional import linear_backward
+    >>> [d.shape for d in linear_backward(np.ones((2, 3)), np.ones((1, 3)), np.ones((2, 1)))]
+    [(2, 3), (1, 3), (1,)]
+    """
+    x, W, dtype = _dense(x, W)
+    dy = _array(dy, "dy", "(n, O)", (len(x), len(W)), dtype)
+    dx = np.empty_like(x) if need_dx else None
+    dW, db = np.zeros_like(W), np.zeros(len(W), dtype)
+    if dy.size:
+        _kernels.run_linear_backward(x, W, dy, dx, dW, db, _threads(n_threads, len(x), *W.shape))
+    return dx, dW, db
+
+
+def _dense(x, W):
+    for name, value in (("x", x), ("W", W)):
+        if not isinstance(value, np.ndarray) or value.ndim != 2:
+            raise TypeError(f"{name} must be a 2-D NumPy array, got "
+                            f"{getattr(value, 'shape', type(value).__qualname__)}")
+    if x.dtype != _F32 and x.dtype != _F64:
+        raise TypeError(f"x must be float32 or float64, got {x.dtype}")
+    dtype = _F64 if x.dtype == _F64 else _F32
+    if W.shape[1] == 0:
+        raise ValueError(f"W must be (O, I) with I >= 1, got {W.shape}")
+    return (_array(x, "x", "(n, I)", (len(x), W.shape[1]), dtype),
+            _array(W, "W", "(O, I)", W.shape, dtype), dtype)
+
+
 # ---- the machine -------------------------------------------------------------------------------------
 
 def info():
