@@ -13,7 +13,7 @@ _HOME = {  # module: the public names that live there
               "MeanOverTime MaxOverTime sequence_mask Module",
     "losses": "softmax_cross_entropy mse_loss bce_with_logits",
     "optim": "clip_grad_norm clip_grad_value",
-    "models": "LanguageModel LSTMClassifier LSTMRegressor",
+    "models": "LanguageModel LSTMClassifier LSTMRegressor Forecaster",
     "formats": "load convert",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}

@@ -1,9 +1,9 @@
-"""What a user trains: LanguageModel, LSTMClassifier, LSTMRegressor."""
+"""What a user trains: LanguageModel, LSTMClassifier, LSTMRegressor, Forecaster."""
 
 import importlib
 
 _HOME = {"LanguageModel": "language", "LSTMClassifier": "estimators",
-         "LSTMRegressor": "estimators"}
+         "LSTMRegressor": "estimators", "Forecaster": "forecasting"}
 __all__ = list(_HOME)
 
 
