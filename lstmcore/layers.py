@@ -6,6 +6,7 @@ layer. Sizes: T steps, B batch, V vocabulary, W width of whatever comes in.
 
 import numpy as np
 
+from lstmcore import functional
 from lstmcore.module import (Module, check_dtype, check_probability, check_size, dropout_mask,
                              float_dtype)
 from lstmcore.recurrent import LSTM, RNN, LSTMTrace, RNNTrace, Stream
@@ -74,6 +75,7 @@ class Linear(Module):
         self.in_features = check_size("in_features", in_features)
         self.out_features = check_size("out_features", out_features)
         self.bias, self.dtype = bool(bias), float_dtype(dtype)
+        self.n_threads = None                       # handed on to lstmcore.functional
         rng, bound = np.random.default_rng(seed), in_features**-0.5
         shapes = {"weight": (out_features, in_features), "bias": (out_features,)}
         for name in ("weight", "bias")[:1 + self.bias]:
@@ -86,9 +88,9 @@ class Linear(Module):
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"x must be (..., {self.in_features}), got {x.shape}")
         rows = x.reshape(-1, self.in_features)
-        y = rows @ self._own["weight"][0].T
-        if self.bias:
-            y += self._own["bias"][0]
+        y = functional.linear_forward(rows, self._own["weight"][0],
+                                      self._own["bias"][0] if self.bias else None,
+                                      n_threads=self.n_threads)
         y = y.reshape(*x.shape[:-1], self.out_features)
         self._keep(y, rows)
         return y
@@ -96,13 +98,14 @@ class Linear(Module):
     def backward(self, dy):
         """dy (..., O) -> dx (..., I); adds to the gradients of weight and bias."""
         dy, x = self._take(dy)
-        rows = dy.reshape(-1, self.out_features)
         weight, dweight = self._own["weight"]
-        dweight += rows.T @ x
+        dx, dW, db = functional.linear_backward(x, weight, dy.reshape(-1, self.out_features),
+                                                n_threads=self.n_threads)
+        dweight += dW
         if self.bias:
             dbias = self._own["bias"][1]
-            dbias += rows.sum(axis=0)
-        return (rows @ weight).reshape(*dy.shape[:-1], self.in_features)
+            dbias += db
+        return dx.reshape(*dy.shape[:-1], self.in_features)
 
 
 class Dropout(Module):
