@@ -129,7 +129,7 @@ def _save_for_backward(ctx, inputs, output):
 
 def _lstm_gradient(ctx, dy, dh_n, dc_n, _dgates, _dc):
     *cell, y, gates, c = ctx.saved_tensors
-    spend = ctx.spend_tape and _is_last_use(gates)
+    spend = ctx.spend_tape and _is_last_use(gates, (dy, dh_n, dc_n))
     backward = _lstm_backward_in_place if spend else _lstm_backward
     gradients = backward(dy, dh_n, dc_n, *cell, ctx.reverse, y, gates, c)
     wanted = ctx.needs_input_grad[:_N_DIFFERENTIABLE]
@@ -137,14 +137,17 @@ def _lstm_gradient(ctx, dy, dh_n, dc_n, _dgates, _dc):
             None, None, None, None)
 
 
-def _is_last_use(gates):
+def _is_last_use(gates, upstream):
     """Whether autograd frees the saved gates after this backward pass, so that it may spoil them.
 
-    Not with retain_graph or create_graph, not under torch.func, and not while being traced.
+    Not with retain_graph or create_graph, not under torch.func or is_grads_batched, and not while
+    being traced.
     """
+    is_grads_batched = torch._C._functorch.is_legacy_batchedtensor
     return not (torch._C._autograd._get_current_graph_task_keep_graph()
                 or torch.is_grad_enabled()
-                or torch._C._functorch.peek_interpreter_stack() is not None
+                or torch._C._are_functorch_transforms_active()
+                or any(is_grads_batched(d) for d in upstream if d is not None)
                 or type(gates) is not Tensor)
 
 
