@@ -319,8 +319,7 @@ def _plumb(node, arguments, budget):
                          f"{', '.join(_PLUMBING)}")
     try:
         result = _PLUMBING[node.op](node.attributes, budget, *arguments)
-    except (TypeError, IndexError, KeyError, AttributeError, OverflowError,
-            np.exceptions.AxisError) as error:
+    except (TypeError, IndexError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"{node.name} ({node.op}) of the ONNX graph: {error}") from None
     budget.pay(result.shape)
     return [result]

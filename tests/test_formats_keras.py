@@ -1,0 +1,210 @@
+"""Keras's files against Keras itself, and our HDF5 reader against h5py."""
+
+import json
+
+import fuzz_formats
+import numpy as np
+import pytest
+
+import lstmcore
+from lstmcore import formats
+from lstmcore.formats import hdf5
+from lstmcore.formats import keras as keras_files
+
+h5py = pytest.importorskip("h5py")
+
+
+@pytest.fixture(scope="module")
+def keras():
+    pytest.importorskip("torch")
+    import os
+    os.environ.setdefault("KERAS_BACKEND", "torch")
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("keras")
+
+
+def build(keras, *layers, functional=False):
+    """A model of these layers with random weights and biases."""
+    x = keras.layers.Input((None, 5))
+    y = x
+    for layer in layers:
+        y = layer(y)
+    model = keras.Model(x, y) if functional else keras.Sequential([x, *layers])
+    rng = np.random.default_rng(len(layers))
+    model.set_weights([rng.normal(size=w.shape) * 0.5 for w in model.get_weights()])
+    return model
+
+
+def stacks(keras):
+    L = keras.layers
+    return [
+        [L.LSTM(4, return_sequences=True)],
+        [L.LSTM(4, return_sequences=True), L.Dropout(0.3), L.LSTM(4, return_sequences=True)],
+        [L.Bidirectional(L.LSTM(4, return_sequences=True)),
+         L.LSTM(6, return_sequences=True, use_bias=False)],
+        [L.SimpleRNN(4, activation="relu", return_sequences=True),
+         L.Bidirectional(L.SimpleRNN(3, return_sequences=True))],
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize("n", range(4))
+def test_keras_models_compute_the_same(tmp_path, keras, n, functional):
+    model = build(keras, *stacks(keras)[n], functional=functional)
+    x = np.random.default_rng(9).normal(size=(3, 7, 5)).astype("float32")
+    want = model.predict(x, verbose=0)
+    for ending in (".keras", ".h5"):
+        model.save(tmp_path / f"m{ending}")
+        m = lstmcore.load(tmp_path / f"m{ending}")
+        np.testing.assert_allclose(m(x)[0], want, rtol=0, atol=1e-6)
+    m.save(tmp_path / "back.weights.h5")
+    model.set_weights([np.zeros_like(w) for w in model.get_weights()])
+    model.load_weights(tmp_path / "back.weights.h5")
+    np.testing.assert_array_equal(model.predict(x, verbose=0), want)
+    model.set_weights([a for layer in keras_files.arrays(m) for a in layer])
+    np.testing.assert_array_equal(model.predict(x, verbose=0), want)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_alone_need_their_order(tmp_path, keras):
+    L = keras.layers
+    model = build(keras, L.Bidirectional(L.LSTM(4, return_sequences=True), name="first"),
+                  L.LSTM(6, return_sequences=True, name="second"))
+    x = np.random.default_rng(9).normal(size=(3, 7, 5)).astype("float32")
+    model.save_weights(tmp_path / "m.weights.h5")
+    with pytest.raises(ValueError, match="'first', 'second'"):
+        lstmcore.load(tmp_path / "m.weights.h5")
+    m = lstmcore.load(tmp_path / "m.weights.h5", ["first", "second"])
+    np.testing.assert_allclose(m(x)[0], model.predict(x, verbose=0), rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_keras_asks_for_is_refused_by_name(tmp_path, keras):
+    L = keras.layers
+    for message, layer in {
+            "activation='relu'": L.LSTM(3, activation="relu"),
+            "recurrent_activation='hard_sigmoid'": L.LSTM(3, recurrent_activation="hard_sigmoid"),
+            "go_backwards=True": L.LSTM(3, go_backwards=True),
+            "merge_mode='sum'": L.Bidirectional(L.LSTM(3), merge_mode="sum"),
+            r"'a \(GRU\)'": L.GRU(3, name="a")}.items():
+        build(keras, layer).save(tmp_path / "m.keras")
+        with pytest.raises(ValueError, match=message):
+            lstmcore.load(tmp_path / "m.keras")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_layers_are_named_and_bfloat16_is_widened(tmp_path, keras):
+    L = keras.layers
+    model = build(keras, L.LSTM(3, dtype="bfloat16", recurrent_initializer="zeros"),
+                  L.Dense(2, name="head"))
+    model.save(tmp_path / "m.keras")
+    with pytest.warns(UserWarning, match=r"left in the file: 'head \(Dense\)'"):
+        m = lstmcore.load(tmp_path / "m.keras")
+    want = np.asarray(model.get_weights()[0], "float32")
+    np.testing.assert_array_equal(m.parameters()["weight_ih_l0"], want.T)
+
+
+def legacy_file(path, kind, arrays, config=True):
+    """An .h5 as Keras 2 wrote it: bytes as names, `:0` after them."""
+    with h5py.File(path, "w") as file:
+        group = file
+        if config:
+            file.attrs["model_config"] = json.dumps({"class_name": "Sequential", "config": [
+                {"class_name": kind, "config": {"name": "rnn", "return_sequences": True}}]})
+            group = file.create_group("model_weights")
+        group.attrs["layer_names"] = [b"rnn"]
+        layer = group.create_group("rnn")
+        names = [f"rnn/{name}:0" for name in ("kernel", "recurrent_kernel", "bias")]
+        layer.attrs["weight_names"] = [name.encode() for name in names]
+        for name, a in zip(names, arrays):
+            layer.create_dataset(name, data=a)
+
+
+@pytest.mark.parametrize("config", [True, False])
+def test_keras_2_files(tmp_path, config):
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=s).astype("float32") for s in ((3, 20), (5, 20), (20,))]
+    legacy_file(tmp_path / "m.h5", "LSTM", arrays, config)
+    m = lstmcore.load(tmp_path / "m.h5")
+    np.testing.assert_array_equal(m.parameters()["weight_ih_l0"], arrays[0].T)
+    np.testing.assert_array_equal(m.parameters()["weight_hh_l0"], arrays[1].T)
+
+
+def test_cudnn_layout(tmp_path):
+    """Written as Keras documents the conversion: per gate, in Fortran order and transposed."""
+    rng = np.random.default_rng(0)
+    I, H = 3, 5
+    kernel, recurrent, bias = (rng.normal(size=s).astype("float32")
+                               for s in ((I, 4 * H), (H, 4 * H), (8 * H,)))
+    legacy_file(tmp_path / "m.h5", "CuDNNLSTM", [kernel, recurrent, bias])
+    m = lstmcore.load(tmp_path / "m.h5")
+    plain = np.hstack([g.T.reshape(g.shape, order="F") for g in np.hsplit(kernel, 4)])
+    np.testing.assert_array_equal(m.parameters()["weight_ih_l0"], plain.T)
+    plain = np.hstack([g.T for g in np.hsplit(recurrent, 4)])
+    np.testing.assert_array_equal(m.parameters()["weight_hh_l0"], plain.T)
+    np.testing.assert_array_equal(m.parameters()["bias_l0"], bias[:4 * H] + bias[4 * H:])
+
+
+def test_hdf5_reader_agrees_with_h5py(tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "m.h5"
+    with h5py.File(path, "w") as file:
+        for n in range(70):                             # more than one leaf of the groups' B-tree
+            group = file.create_group(f"group {n:02}/deep/er")
+            group.attrs["text"], group.attrs["bytes"] = "ünïcode" * n, np.bytes_(b"abc")
+            group.attrs["names"] = [f"name {k}" for k in range(n)] or "none"
+            group.attrs["numbers"] = rng.normal(size=(2, n))
+        for n, kind in enumerate(("<f4", ">f8", "<f2", "<i8", ">i2", "u1")):
+            file.create_dataset(f"data {kind}", data=rng.normal(size=(3, n)).astype(kind))
+        file["scalar"] = 2.5
+    root = hdf5.read(path.read_bytes())
+
+    def compare(node, want):
+        for key, value in want.attrs.items():
+            np.testing.assert_array_equal(node.attributes[key], value.astype("U")
+                                          if isinstance(value, np.bytes_) else value)
+        if isinstance(want, h5py.Group):
+            assert node.members.keys() == want.keys()
+            for key in want:
+                compare(node.members[key], want[key])
+        else:
+            np.testing.assert_array_equal(node.array, want[()])
+            assert node.array.dtype == want.dtype
+
+    with h5py.File(path) as file:
+        compare(root, file)
+
+
+def test_hdf5_that_keras_does_not_write_is_refused(tmp_path):
+    path = tmp_path / "m.h5"
+    for message, make in {
+            "compression|chunks": lambda f: f.create_dataset("a", (9, 9), "f4", compression="gzip"),
+            "chunks": lambda f: f.create_dataset("a", (9, 9), "f4", chunks=(3, 3)),
+            "soft links": lambda f: f.update({"a": h5py.SoftLink("/b")}),
+            "two links": lambda f: f.update({"a": f, "b": f}),
+            "neither a group nor an array|1.8|external": lambda f: f.create_dataset(
+                "a", (9,), "f4", external=[("/etc/passwd", 0, 36)])}.items():
+        with h5py.File(path, "w") as file:
+            make(file)
+        with pytest.raises(ValueError, match=message):
+            formats.read_arrays(path)
+    with h5py.File(path, "w", libver="latest") as file:
+        file["a"] = np.ones(3)
+    with pytest.raises(ValueError, match="classic layout"):
+        formats.read_arrays(path)
+
+
+def test_layers_that_keras_does_not_have_are_not_written(tmp_path):
+    for message, m in {"weight_peephole": lstmcore.LSTM(2, 3, peepholes=True),
+                       "weight_hr": lstmcore.LSTM(2, 3, proj_size=2),
+                       "go_backwards": formats.Stack([lstmcore.LSTM(2, 3)], [True])}.items():
+        with pytest.raises(ValueError, match=message):
+            m.save(tmp_path / "m.weights.h5")
+
+
+def test_npz_weights_are_refused(tmp_path):
+    fuzz_formats.pack(tmp_path / "m.keras", {"config.json": b"{}", "model.weights.npz": b""})
+    with pytest.raises(ValueError, match="npz are pickled"):
+        lstmcore.load(tmp_path / "m.keras")

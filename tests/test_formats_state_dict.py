@@ -1,0 +1,226 @@
+"""safetensors and PyTorch archives: what comes in is what the other side wrote, and back."""
+
+import itertools
+import json
+import subprocess
+import sys
+import warnings
+
+import fuzz_formats
+import numpy as np
+import pytest
+
+import lstmcore
+from lstmcore import formats
+from lstmcore.formats import safetensors
+
+# One rounding of b_ih + b_hh more or less, and another library's order of sums, over 7 steps.
+ABSOLUTE = {"float32": 1e-6, "float64": 1e-12}
+
+
+def random_state_dict(I, H, L, D, P=0, seed=0, dtype="float32"):
+    """A torch.nn.LSTM's state_dict without torch: two biases, none of them zero."""
+    rng, found = np.random.default_rng(seed), {}
+    for n, suffix in itertools.product(range(L), ["", "_reverse"][:D]):
+        shapes = {"weight_ih": (4 * H, I if n == 0 else D * (P or H)), "weight_hh": (4 * H, P or H),
+                  "bias_ih": (4 * H,), "bias_hh": (4 * H,)}
+        shapes.update({"weight_hr": (P, H)} if P else {})
+        for name, shape in shapes.items():
+            found[f"{name}_l{n}{suffix}"] = rng.uniform(-0.6, 0.6, shape).astype(dtype)
+    return found
+
+
+def same_parameters(got, want):
+    assert got.parameters().keys() == want.parameters().keys()
+    for name, p in want.parameters().items():
+        np.testing.assert_array_equal(got.parameters()[name], p)
+
+
+@pytest.mark.parametrize("options", [
+    dict(num_layers=2, bidirectional=True), dict(proj_size=3, peepholes=True, dtype="float64"),
+    dict(bias=False, batch_first=True, dropout=0.25, num_layers=3)])
+def test_saved_layer_comes_back(tmp_path, options):
+    m = lstmcore.LSTM(4, 6, seed=1, **options).eval()
+    m.save(tmp_path / "m.safetensors")
+    got = lstmcore.load(tmp_path / "m.safetensors")
+    assert repr(got) == repr(m) and not got.training
+    same_parameters(got, m)
+
+
+def test_saved_rnn_and_stack_come_back(tmp_path):
+    rnn = lstmcore.RNN(4, 3, nonlinearity="relu", bidirectional=True, seed=1)
+    stack = formats.Stack([lstmcore.LSTM(4, 6, 2, seed=1), lstmcore.LSTM(6, 5, seed=2)],
+                          reverse=[False, True], batch_first=True)
+    for m in (rnn, stack):
+        m.save(tmp_path / "m.safetensors")
+        got = lstmcore.load(tmp_path / "m.safetensors")
+        assert repr(got) == repr(m)
+        same_parameters(got, m)
+
+
+def test_stack_reads_from_the_end_of_each_sequence():
+    rng = np.random.default_rng(0)
+    layer = lstmcore.LSTM(3, 4, dtype="float64", seed=1)
+    x, lengths = rng.normal(size=(6, 2, 3)), np.array([6, 4])
+    stack = formats.Stack([layer], reverse=[True])
+    y, ((h_n, c_n),) = stack(x, lengths=lengths)
+    alone, (h, c) = layer(x[3::-1, 1:])
+    np.testing.assert_allclose(y[:4, 1:], alone[::-1], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(c_n[:, 1:], c, rtol=0, atol=1e-12)
+    assert not y[4:, 1].any()
+
+
+def test_stack_gradients_are_those_of_finite_differences():
+    rng = np.random.default_rng(0)
+    stack = formats.Stack([lstmcore.LSTM(3, 4, dtype="float64", seed=1),
+                           lstmcore.LSTM(4, 2, dtype="float64", seed=2)], [True, False],
+                          batch_first=True)
+    x, lengths = rng.normal(size=(2, 5, 3)), np.array([3, 5])
+    dy, dlast = rng.normal(size=(2, 5, 2)), [(rng.normal(size=(1, 2, n)),) * 2 for n in (4, 2)]
+
+    def loss(x):
+        y, last = stack(x, lengths=lengths)
+        return (y * dy).sum() + sum((s * d).sum() for pair, dpair in zip(last, dlast)
+                                    for s, d in zip(pair, dpair))
+
+    loss(x)
+    dx, dfirst = stack.backward(dy, dlast)
+    assert [h.shape for h, _ in dfirst] == [(1, 2, 4), (1, 2, 2)]
+    step = 1e-6
+    for place in [(0, 0, 1), (0, 2, 0), (1, 4, 2), (0, 4, 0)]:
+        up, down = x.copy(), x.copy()
+        up[place] += step
+        down[place] -= step
+        want = (loss(up) - loss(down)) / (2 * step)
+        assert abs(dx[place] - want) < 1e-8     # the truncation and rounding of the difference
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_two_files_hold_the_same_layer_and_torch_is_not_imported(tmp_path, dtype):
+    state = random_state_dict(4, 6, 2, 2, dtype=dtype)
+    safetensors.write(tmp_path / "m.safetensors", state)
+    fuzz_formats.write_pt(tmp_path / "m.pt", state)
+    a, b = (lstmcore.load(tmp_path / name) for name in ("m.safetensors", "m.pt"))
+    same_parameters(a, b)
+    np.testing.assert_array_equal(a.parameters()["bias_l1_reverse"],
+                                  state["bias_ih_l1_reverse"] + state["bias_hh_l1_reverse"])
+    code = (f"import sys, lstmcore; lstmcore.load({str(tmp_path / 'm.pt')!r});"
+            "assert not {'torch', 'onnx', 'h5py', 'safetensors'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_prefix_chooses_and_the_rest_is_named(tmp_path):
+    path, a, b = tmp_path / "m.safetensors", *(random_state_dict(4, 6, 1, 1, seed=s) for s in (0, 1))
+    arrays = {**{f"enc.{k}": v for k, v in a.items()}, "fc.weight": np.ones((2, 2), "float32")}
+    safetensors.write(path, arrays)
+    with pytest.warns(UserWarning, match="left in the file: 'fc.weight'"):
+        lstmcore.load(path)
+    safetensors.write(path, {**arrays, **{f"dec.{k}": v for k, v in b.items()}})
+    with pytest.raises(ValueError, match="'enc'.*choose|choose.*'enc'"):
+        lstmcore.load(path)
+    got = lstmcore.load(path, "dec.", batch_first=True)
+    assert got.batch_first
+    np.testing.assert_array_equal(got.parameters()["weight_ih_l0"], b["weight_ih_l0"])
+    with pytest.raises(ValueError, match="no recurrent layer .*'fc'"):
+        lstmcore.load(path, "fc")
+    assert formats.read_arrays(path)["fc.weight"].shape == (2, 2)
+
+
+def test_what_is_not_there_is_refused_by_name(tmp_path):
+    path, state = tmp_path / "m.safetensors", random_state_dict(4, 6, 2, 1)
+    cases = {
+        "GRU": {"weight_ih_l0": np.ones((18, 4), "f4"), "weight_hh_l0": np.ones((18, 6), "f4")},
+        "nonlinearity": {"weight_ih_l0": np.ones((6, 4), "f4"), "weight_hh_l0": np.ones((6, 6), "f4")},
+        "bias_hh": {k: v for k, v in state.items() if k != "bias_hh_l1"},
+        "layers 0 to 1": {k: v for k, v in state.items() if "l1" in k},
+        "must take the 6 outputs": {**state, "weight_ih_l1": np.ones((24, 7), "f4")},
+        "must hold floats": {**state, "weight_ih_l1": np.ones((24, 6), "i4")},
+        "holds no LSTM": {"fc.weight": np.ones((2, 2), "f4")},
+    }
+    for message, arrays in cases.items():
+        safetensors.write(path, arrays)
+        with pytest.raises(ValueError, match=message):
+            lstmcore.load(path)
+    safetensors.write(path, cases["nonlinearity"])
+    assert lstmcore.load(path, nonlinearity="relu").nonlinearity == "relu"
+    with pytest.raises(TypeError, match="options of load"):
+        lstmcore.load(path, hidden_size=3)
+    with pytest.raises(ValueError, match=".safetensors, .onnx, .weights.h5"):
+        lstmcore.LSTM(1, 1).save(tmp_path / "m.pt")
+
+
+def test_half_precision_is_widened(tmp_path):
+    path, state = tmp_path / "m.safetensors", random_state_dict(3, 4, 1, 1)
+    safetensors.write(path, {k: v.astype("float16") for k, v in state.items()})
+    m = lstmcore.load(path)
+    assert m.dtype == np.float32
+    want = state["bias_ih_l0"].astype("f2").astype("f4") + state["bias_hh_l0"].astype("f2").astype("f4")
+    np.testing.assert_array_equal(m.parameters()["bias_l0"], want)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "m.safetensors"
+    safetensors.write(path, {"a": np.arange(3.0)})
+    with pytest.raises(TypeError, match="got complex128"):
+        safetensors.write(path, {"a": np.ones(2, complex)})
+    assert safetensors.read(path)[0]["a"].tolist() == [0, 1, 2]
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_safetensors_package_agrees(tmp_path):
+    package = pytest.importorskip("safetensors.numpy")
+    rng, path = np.random.default_rng(0), tmp_path / "m.safetensors"
+    arrays = {f"{code} {n}": rng.integers(0, 2, (n, 3)).astype(dtype)
+              for code, dtype in safetensors.DTYPES.items() for n in (0, 2)}
+    arrays["scalar"] = np.float64(2.5)
+    safetensors.write(path, arrays, {"note": json.dumps("ü")})
+    for found in (package.load_file(path), safetensors.read(path)[0]):
+        assert found.keys() == arrays.keys()
+        for name, a in arrays.items():
+            np.testing.assert_array_equal(found[name], a)
+            assert found[name].dtype == a.dtype
+    package.save_file({k: np.asarray(v) for k, v in arrays.items()}, path, {"a": "b"})
+    got, metadata = safetensors.read(path)
+    assert metadata == {"a": "b"} and got.keys() == arrays.keys()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("options", [dict(num_layers=2, bidirectional=True), dict(bias=False),
+                                     dict(num_layers=2, proj_size=3, bidirectional=True)])
+def test_torch_models_compute_the_same(tmp_path, dtype, options):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file, save_file
+    torch.manual_seed(3)
+    model = torch.nn.LSTM(4, 6, dtype=getattr(torch, dtype), **options)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")             # projections: torch says that oneDNN has none
+        x = torch.randn(7, 3, 4, dtype=model.weight_ih_l0.dtype)
+        want, (h, c) = model(x)
+    torch.save({"model": {"lstm": model.state_dict()}, "epoch": 3, "lr": 0.1,
+                "optimizer": torch.optim.Adam(model.parameters()).state_dict()}, tmp_path / "m.pt")
+    save_file(model.state_dict(), tmp_path / "m.safetensors")
+    for path, name in (("m.pt", "model.lstm"), ("m.safetensors", None)):
+        y, (h_n, c_n) = (m := lstmcore.load(tmp_path / path, name))(x.numpy())
+        for got, expected in ((y, want), (h_n, h), (c_n, c)):
+            np.testing.assert_allclose(got, expected, rtol=0, atol=ABSOLUTE[dtype])
+    m.save(tmp_path / "back.safetensors")
+    model.load_state_dict(load_file(tmp_path / "back.safetensors"))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        np.testing.assert_allclose(model(x)[0], want, rtol=0, atol=ABSOLUTE[dtype])
+
+
+def test_torch_views_and_types(tmp_path):
+    torch = pytest.importorskip("torch")
+    base = torch.arange(24.0).reshape(4, 6)
+    saved = {"turned": base.t(), "part": base[1:3, ::2], "none": base[:0],
+             "scalar": torch.tensor(2.5), "parameter": torch.nn.Parameter(base.clone()),
+             **{str(d): torch.arange(-2, 2).to(d) for d in (
+                 torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8,
+                 torch.uint8, torch.bool)}}
+    torch.save(saved, tmp_path / "m.pt")
+    found = formats.read_arrays(tmp_path / "m.pt")
+    assert found.keys() == saved.keys()
+    for name, tensor in saved.items():
+        tensor = tensor.detach().float() if tensor.dtype == torch.bfloat16 else tensor.detach()
+        np.testing.assert_array_equal(found[name], tensor.numpy())
