@@ -1,0 +1,317 @@
+"""ONNX nodes, graphs and exports against onnxruntime, with random weights."""
+
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+
+import lstmcore
+from lstmcore import formats
+
+onnx = pytest.importorskip("onnx")
+runtime = pytest.importorskip("onnxruntime")
+
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+from lstmcore.formats import onnx_export  # noqa: E402
+from lstmcore.formats.onnx import Backend, Graph  # noqa: E402
+
+T, B, I, H = 7, 3, 4, 5
+# float32: another order of sums and other activations over 7 steps; float64: the same.
+ABSOLUTE = {"float32": 1e-6, "float64": 1e-12}
+DIRECTIONS = ("forward", "reverse", "bidirectional")
+
+
+def run(path, feeds):
+    """What onnxruntime computes, by name."""
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return dict(zip([v.name for v in session.get_outputs()], session.run(None, feeds)))
+
+
+def model(nodes, inputs, outputs, constants):
+    """A checked model; inputs maps names to shapes, or to int32 arrays' names."""
+    kinds = {name: TensorProto.INT32 if name == "lengths" else TensorProto.FLOAT for name in inputs}
+    made = helper.make_model(helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info(n, kinds[n], s) for n, s in inputs.items()],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in outputs],
+        [numpy_helper.from_array(a, n) for n, a in constants.items()]),
+        opset_imports=[helper.make_opsetid("", 14)])
+    made.ir_version = 8
+    return made
+
+
+def recurrent(op, direction, *, bias=True, peepholes=False, seed=0, inputs=I, hidden=H):
+    """Constants of a node: W, R, and B and P where wanted."""
+    rng, D, n = np.random.default_rng(seed), 1 + (direction == "bidirectional"), 4 if op == "LSTM" else 1
+    shapes = {"W": (D, n * hidden, inputs), "R": (D, n * hidden, hidden)}
+    shapes.update({"B": (D, 2 * n * hidden)} if bias else {})
+    shapes.update({"P": (D, 3 * hidden)} if peepholes else {})
+    return {k: rng.uniform(-0.7, 0.7, s).astype("float32") for k, s in shapes.items()}
+
+
+def node_model(op, direction, *, bias=True, peepholes=False, lengths=False, states=False,
+               layout=0, **attributes):
+    constants = recurrent(op, direction, bias=bias, peepholes=peepholes)
+    D = len(constants["W"])
+    inputs = {"x": [None, None, I]}
+    inputs.update({"lengths": [None]} if lengths else {})
+    widths = {"h0": H, "c0": H} if op == "LSTM" else {"h0": H}
+    inputs.update({name: [None, None, n] for name, n in widths.items()} if states else {})
+    names = ["x", "W", "R", "B" if bias else "", "lengths" if lengths else "",
+             *(name if states else "" for name in widths), "P" if peepholes else ""]
+    while not names[-1]:
+        names.pop()
+    outputs = ["Y", "Y_h", "Y_c"][:1 + len(widths)]
+    options = dict(attributes, **({"layout": layout} if layout else {}))
+    node = helper.make_node(op, names, outputs, hidden_size=H, direction=direction, **options)
+    rng = np.random.default_rng(5)
+    feeds = {"x": rng.normal(size=(T, B, I)).astype("float32"),
+             "lengths": np.array([4, 0, T], "int32"),
+             **{name: rng.normal(size=(D, B, H)).astype("float32") for name in ("h0", "c0")}}
+    return model([node], inputs, outputs, constants), {name: feeds[name] for name in inputs}
+
+
+CASES = [("LSTM", *case) for case in itertools.product(DIRECTIONS, *[(False, True)] * 4)]
+CASES += [("RNN", *case, False) for case in itertools.product(DIRECTIONS, *[(False, True)] * 3)]
+
+
+@pytest.mark.parametrize("op, direction, lengths, states, bias, peepholes", CASES)
+def test_nodes_agree_with_onnxruntime(tmp_path, op, direction, lengths, states, bias, peepholes):
+    made, feeds = node_model(op, direction, bias=bias, peepholes=peepholes, lengths=lengths,
+                             states=states)
+    path = str(tmp_path / "m.onnx")
+    onnx.save(made, path)
+    want = run(path, feeds)
+    got = Graph(path).run(feeds)
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], rtol=0, atol=1e-6, err_msg=name)
+    m = lstmcore.load(path)
+    state = None
+    if states:
+        state = (feeds["h0"], feeds["c0"]) if op == "LSTM" else feeds["h0"]
+    reverse = isinstance(m, formats.Stack)
+    assert reverse == (direction == "reverse")
+    y, _ = m(feeds["x"], [state] if reverse else state, feeds.get("lengths"))
+    np.testing.assert_allclose(y, want["Y"].transpose(0, 2, 1, 3).reshape(T, B, -1), rtol=0,
+                               atol=1e-6)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("op", ["LSTM", "RNN"])
+def test_layout_1_is_layout_0_with_the_batch_first(tmp_path, op, direction):
+    path = str(tmp_path / "m.onnx")
+    made, feeds = node_model(op, direction, lengths=True, states=True)
+    want = run_saved(made, path, feeds)
+    made, _ = node_model(op, direction, lengths=True, states=True, layout=1)
+    got = Graph(made).run({k: v if k == "lengths" else v.swapaxes(0, 1) for k, v in feeds.items()})
+    np.testing.assert_allclose(got["Y"], want["Y"].transpose(2, 0, 1, 3), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(got["Y_h"], want["Y_h"].swapaxes(0, 1), rtol=0, atol=1e-6)
+    onnx.save(made, path)
+    assert lstmcore.load(path).batch_first
+
+
+def run_saved(made, path, feeds):
+    onnx.save(made, path)
+    return run(path, feeds)
+
+
+def test_relu_and_what_is_refused_by_name(tmp_path):
+    path = str(tmp_path / "m.onnx")
+    made, feeds = node_model("RNN", "bidirectional", activations=["Relu", "Relu"])
+    want = run_saved(made, path, feeds)["Y"]
+    np.testing.assert_allclose(Graph(path).run(feeds)["Y"], want, rtol=0, atol=1e-6)
+    assert lstmcore.load(path).nonlinearity == "relu"
+    for message, attributes in {
+            "clip=3.0": dict(clip=3.0), "input_forget=1": dict(input_forget=1),
+            "hardsigmoid": dict(activations=["HardSigmoid", "Tanh", "Tanh"]),
+            "activation_alpha": dict(activation_alpha=[0.5])}.items():
+        made, feeds = node_model("LSTM", "forward", **attributes)
+        onnx.save(made, path)
+        with pytest.raises(ValueError, match=message):
+            lstmcore.load(path)
+        with pytest.raises(ValueError, match=message):
+            Graph(made).run(feeds)
+
+
+def stacked(plumbing, first=DIRECTIONS[2], widths=(H, H), head=False):
+    """Two LSTM nodes, the plumbing between them given."""
+    D = 1 + (first == "bidirectional")
+    a = recurrent("LSTM", first, seed=1, hidden=widths[0])
+    b = recurrent("LSTM", "bidirectional", seed=2, inputs=D * widths[0], hidden=widths[1])
+    constants = {**{f"{k}a": v for k, v in a.items()}, **{f"{k}b": v for k, v in b.items()},
+                 "one": np.array([1]), "keep": np.array([0, 0, -1]),
+                 "scale": np.float32([2.0])}
+    nodes = [helper.make_node("LSTM", ["x", "Wa", "Ra", "Ba"], ["ya"], "a", hidden_size=widths[0],
+                              direction=first), *plumbing,
+             helper.make_node("LSTM", ["z", "Wb", "Rb", "Bb"], ["yb"], "b", hidden_size=widths[1],
+                              direction="bidirectional")]
+    return model(nodes, {"x": [None, None, I]}, ["yb"], constants)
+
+
+TRANSPOSED = [helper.make_node("Transpose", ["ya"], ["t"], perm=[0, 2, 1, 3]),
+              helper.make_node("Reshape", ["t", "keep"], ["z"])]
+
+
+def test_stacked_nodes_become_one_layer(tmp_path):
+    path, x = str(tmp_path / "m.onnx"), np.random.default_rng(0).normal(size=(T, B, I)).astype("f4")
+    squeezed = [helper.make_node("Squeeze", ["ya", "one"], ["s"]),
+                helper.make_node("Dropout", ["s"], ["z"])]
+    for made, kind in ((stacked(TRANSPOSED), lstmcore.LSTM),
+                       (stacked(TRANSPOSED, widths=(6, H)), formats.Stack),
+                       (stacked(squeezed, "forward"), formats.Stack),
+                       (stacked(squeezed, "reverse"), formats.Stack)):
+        want = run_saved(made, path, {"x": x})["yb"]
+        m = lstmcore.load(path)
+        assert type(m) is kind
+        np.testing.assert_allclose(m(x)[0], want.transpose(0, 2, 1, 3).reshape(T, B, -1), rtol=0,
+                                   atol=1e-6)
+        np.testing.assert_allclose(Graph(path).run({"x": x})["yb"], want, rtol=0, atol=1e-6)
+
+
+def test_other_plumbing_does_not_stack(tmp_path):
+    """A reshape that mixes the batch with the directions, and an operation that computes."""
+    path = str(tmp_path / "m.onnx")
+    for plumbing in ([helper.make_node("Reshape", ["ya", "keep3"], ["z"])],
+                     [*TRANSPOSED[:1], helper.make_node("Reshape", ["t", "keep"], ["r"]),
+                      helper.make_node("Mul", ["r", "scale"], ["z"])]):
+        made = stacked(plumbing)
+        made.graph.initializer.append(numpy_helper.from_array(np.array([0, -1, 2 * H]), "keep3"))
+        onnx.save(made, path)
+        with pytest.raises(ValueError, match="several recurrent layers.*'a', 'b'"):
+            lstmcore.load(path)
+        assert lstmcore.load(path, "b").hidden_size == H
+
+
+def test_constant_initial_state_is_honored(tmp_path):
+    path, rng = str(tmp_path / "m.onnx"), np.random.default_rng(0)
+    x, h0 = rng.normal(size=(T, B, I)).astype("f4"), rng.normal(size=(1, B, H)).astype("f4")
+    constants = {**recurrent("LSTM", "forward"), "h0": h0, "c0": np.zeros((1, B, H), "f4")}
+    for value, kind in ((h0, formats.Stack), (np.zeros_like(h0), lstmcore.LSTM)):
+        constants["h0"] = value
+        node = helper.make_node("LSTM", ["x", "W", "R", "B", "", "h0", "c0"], ["Y"], hidden_size=H)
+        want = run_saved(model([node], {"x": [None, None, I]}, ["Y"], constants), path, {"x": x})
+        m = lstmcore.load(path)
+        assert type(m) is kind
+        np.testing.assert_allclose(m(x)[0], want["Y"][:, 0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [dict(num_layers=2, bidirectional=True),
+                                     dict(num_layers=3, batch_first=True), dict(bias=False)])
+def test_graphs_from_torch(tmp_path, options):
+    torch = pytest.importorskip("torch")
+    source, x = torch.nn.LSTM(I, H, **options).eval(), torch.randn(T, B, I)
+    with torch.no_grad():
+        want = source(x)[0].numpy()
+    for axes in (None, {"x": {0: "a", 1: "b"}}):
+        torch.onnx.export(source, (x,), str(tmp_path / "m.onnx"), dynamo=False, input_names=["x"],
+                          output_names=["y"], dynamic_axes=axes)
+        m = lstmcore.load(tmp_path / "m.onnx")
+        assert type(m) is lstmcore.LSTM and m.batch_first == ("batch_first" in options)
+        np.testing.assert_allclose(m(x.numpy())[0], want, rtol=0, atol=1e-6)
+        got = Graph(str(tmp_path / "m.onnx")).run({"x": x.numpy()})["y"]
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+
+
+EXPORTS = [lambda dtype, **o: lstmcore.LSTM(I, H, 2, dtype=dtype, seed=1, **o),
+           lambda dtype, **o: lstmcore.LSTM(I, H, 2, dtype=dtype, seed=1, peepholes=True, **o),
+           lambda dtype, **o: lstmcore.LSTM(I, H, 2, dtype=dtype, seed=1, proj_size=3, bias=False,
+                                            batch_first=True, **o),
+           lambda dtype, **o: lstmcore.RNN(I, H, 2, dtype=dtype, seed=1, nonlinearity="relu", **o)]
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("make", EXPORTS)
+def test_exports_run_in_onnxruntime(tmp_path, make, dtype, bidirectional):
+    m, rng = make(dtype, bidirectional=bidirectional).eval(), np.random.default_rng(0)
+    path, N = str(tmp_path / "m.onnx"), 2 * m.directions
+    P = m.parameters()["weight_hh_l0"].shape[1]
+    is_lstm = isinstance(m, lstmcore.LSTM)
+    for state, ragged in itertools.product((False, True), repeat=2):
+        onnx_export.export(m, path, state=state, lengths=ragged)
+        for t, b in ((T, B), (1, 2)):                   # T and B are open
+            draw = (lambda *s: rng.normal(size=s).astype(dtype))
+            feeds = {"x": draw(b, t, I) if m.batch_first else draw(t, b, I)}
+            lengths = np.array([t, 0, 4][:b], "int32") if ragged else None
+            given = [draw(N, b, P)] + [draw(N, b, H)] * is_lstm
+            feeds.update(zip(("h0", "c0"), given) if state else {})
+            feeds.update({"lengths": lengths} if ragged else {})
+            initial = None if not state else tuple(given) if is_lstm else given[0]
+            y, final = m(feeds["x"], initial, lengths)
+            want = {"y": y, **dict(zip(("h_n", "c_n"), final if is_lstm else [final]))}
+            got = run(path, feeds)
+            assert list(got) == list(want)
+            for name, a in want.items():
+                np.testing.assert_allclose(got[name], a, rtol=0, atol=ABSOLUTE[dtype])
+
+
+def test_export_and_import_are_inverse(tmp_path):
+    stack = formats.Stack([lstmcore.LSTM(I, 6, seed=0), lstmcore.LSTM(6, H, seed=1)], [False, True],
+                          batch_first=True)
+    for m in (lstmcore.LSTM(I, H, 2, bidirectional=True, peepholes=True, seed=0), stack,
+              lstmcore.RNN(I, H, bidirectional=True, batch_first=True, seed=0)):
+        m.save(tmp_path / "m.onnx")
+        got = lstmcore.load(tmp_path / "m.onnx")
+        assert repr(got) == repr(m)
+        for name, p in m.parameters().items():
+            np.testing.assert_array_equal(got.parameters()[name], p)
+    lstmcore.convert(tmp_path / "m.onnx", tmp_path / "m.safetensors")
+    assert repr(lstmcore.load(tmp_path / "m.safetensors")) == repr(m)
+    assert sorted(formats.read_arrays(tmp_path / "m.onnx"))
+
+
+@pytest.mark.parametrize("location, message", [
+    ("../w.bin", "own folder"), ("/etc/hostname", "own folder"), ("link.bin", "no file beside"),
+    ("short.bin", "past the end"), ("w.bin", None)])
+def test_external_data_stays_beside_the_model(tmp_path, location, message):
+    made, _ = node_model("LSTM", "forward")
+    W = made.graph.initializer[0]
+    for name, data in (("w.bin", W.raw_data), ("short.bin", W.raw_data[:-4])):
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "link.bin").symlink_to(tmp_path / "w.bin")
+    want = numpy_helper.to_array(W)[0, :H]
+    W.ClearField("raw_data")
+    W.data_location = TensorProto.EXTERNAL
+    W.external_data.add(key="location", value=location)
+    (tmp_path / "m.onnx").write_bytes(made.SerializeToString())
+    if message:
+        with pytest.raises(ValueError, match=message):
+            lstmcore.load(tmp_path / "m.onnx")
+    else:
+        m = lstmcore.load(tmp_path / "m.onnx")
+        np.testing.assert_array_equal(m.parameters()["weight_ih_l0"][:H], want)
+
+
+@pytest.mark.parametrize("grow", ["Expand", "ConstantOfShape", "Concat"])
+def test_graphs_that_grow_are_stopped(tmp_path, grow):
+    made, _ = node_model("LSTM", "forward")
+    constants = {"big": np.array([1 << 20, 1 << 20]), "one": np.ones((1, 1), "f4")}
+    made.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in constants.items())
+    if grow == "Concat":
+        nodes = [helper.make_node("Concat", ["one" if n == 0 else f"v{n - 1}"] * 8, [f"v{n}"], axis=0)
+                 for n in range(12)]
+    else:
+        nodes = [helper.make_node(grow, ["one"] * (grow == "Expand") + ["big"], ["v0"])]
+    made.graph.node.extend(nodes)
+    (tmp_path / "m.onnx").write_bytes(made.SerializeToString())
+    with pytest.raises(ValueError, match="more than its size allows"):
+        lstmcore.load(tmp_path / "m.onnx")
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from onnx.backend.test.case.node import collect_testcases
+    NODE_TESTS = {case.name: case for case in collect_testcases("LSTM")
+                  if case.name.startswith("test_lstm")}
+
+
+@pytest.mark.parametrize("name", ["defaults", "with_initial_bias", "with_peepholes", "batchwise",
+                                  "reverse", "bidirectional"])
+def test_node_tests_of_onnx(name):
+    case = NODE_TESTS[f"test_lstm_{name}"]
+    prepared = Backend.prepare(case.model)
+    for inputs, outputs in case.data_sets:
+        for got, want in zip(prepared.run(inputs), outputs, strict=True):
+            np.testing.assert_allclose(got, want, rtol=case.rtol, atol=case.atol)
