@@ -213,7 +213,7 @@ class LSTM(_Recurrent):
     ((7, 4, 3), (20, 5))
     """
 
-    _gates = 4
+    _gates, _cell = 4, "lstm"
 
     def __init__(self, input_size, hidden_size, num_layers=1, *, bias=True, batch_first=False,
                  dropout=0.0, bidirectional=False, proj_size=0, peepholes=False, forget_bias=1.0,
@@ -274,7 +274,7 @@ class RNN(_Recurrent):
                  dtype="float32", seed=None):
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
-        self.nonlinearity = nonlinearity
+        self.nonlinearity = self._cell = nonlinearity
         self._build(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
                     init, dtype, seed)
 
@@ -299,7 +299,8 @@ class RNN(_Recurrent):
 class Stream:
     """A recurrent layer fed one step at a time; it remembers its state and keeps nothing else.
 
-    It reads the layer's weights as they are at each step, and never drops out.
+    It has the weights as they were when it was made (call `stream` again after training), never
+    drops out, and allocates nothing in a step.
 
     >>> s = LSTM(3, 5, seed=0).stream(batch_size=2)
     >>> s.step(np.zeros((2, 3), "float32")).shape
@@ -313,42 +314,32 @@ class Stream:
             raise ValueError("a bidirectional layer cannot stream: its second half starts at the "
                              "end of the sequence")
         self.layer, self.batch_size = layer, check_size("batch_size", batch_size)
-        self.reset()
+        self._steps = [functional.Step(layer._cell, self.batch_size, **weights)
+                       for weights in layer._weights]
 
     def reset(self):
         """Back to a state of zeros."""
-        self._states = [tuple(np.zeros((self.batch_size, width), self.layer.dtype)
-                              for width in self.layer._widths) for _ in self.layer._weights]
+        for step in self._steps:
+            step.h[...] = 0
+            step.c[...] = 0
 
     @property
     def state(self):
         """The state after the last step, a copy, as the layer returns it; may be set."""
-        return self.layer._join(self._states)
+        return self.layer._join([(step.h, step.c)[:len(self.layer._widths)]
+                                 for step in self._steps])
 
     @state.setter
     def state(self, state):
-        split = self.layer._split(state, self.batch_size, "state")
-        self._states = [tuple(np.array(part) for part in parts) for parts in split]
+        for step, parts in zip(self._steps, self.layer._split(state, self.batch_size, "state")):
+            for own, part in zip((step.h, step.c), parts):
+                own[...] = 0 if part is None else part
 
     def step(self, x_t, out=None):
         """x_t (B, I), or token ids (B,) -> y_t (B, P), in `out` if it is given."""
-        layer, x = self.layer, np.asarray(x_t)
-        expected = (self.batch_size,) if x.dtype.kind in "iu" else (self.batch_size,
-                                                                    layer.input_size)
-        if x.shape != expected:
-            raise ValueError(f"x_t must be {expected}, got {x.shape}")
-        if x.dtype.kind not in "iu":
-            check_dtype("x_t", x, layer.dtype)
-        y = x[None]
-        for n, state in enumerate(self._states):
-            y, self._states[n], _ = layer._cell_forward(n, y, state, None, False, False)
-        if out is None:
-            return y[0]
-        check_dtype("out", out, layer.dtype)
-        if out.shape != y[0].shape:
-            raise ValueError(f"out must be {y[0].shape}, got {out.shape}")
-        out[...] = y[0]
-        return out
+        for step in self._steps[:-1]:
+            x_t = step(x_t)
+        return self._steps[-1](x_t, out)
 
 
 def _initializer(init, H, rng):
@@ -375,6 +366,6 @@ def _initializer(init, H, rng):
 
 
 def _orthogonal(rng, rows, columns):
-    """A random (rows, columns) matrix, rows >= columns, of orthonormal columns (Saxe et al. 2014)."""
+    """A random matrix, rows >= columns, whose columns are orthonormal (Saxe et al. 2014)."""
     q, r = np.linalg.qr(rng.standard_normal((rows, columns)))
     return q * np.sign(np.diag(r))

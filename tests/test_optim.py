@@ -218,7 +218,7 @@ def test_step_and_cosine_equal_torch():
 
 def test_plateau_equals_torch():
     torch = pytest.importorskip("torch")
-    losses = [3.0, 2.0, 1.9999, 2.1, 2.2, 1.5, 1.6, 1.6, 1.6, 1.6, 1.6, 1.6, float("nan"), 1.4, 2, 2]
+    losses = [3.0, 2.0, 1.9999, 2.1, 2.2, 1.5, *[1.6] * 6, float("nan"), 1.4, 2.0, 2.0]
     want = torch_rates(torch, lambda s: lambda o: s.ReduceLROnPlateau(
         o, factor=0.5, patience=1, min_lr=0.15), len(losses), losses)
     ours = Plateau(plain(), factor=0.5, patience=1, min_lr=0.15)
@@ -249,7 +249,7 @@ def test_warm_up_hands_over():
 @pytest.mark.parametrize("cut", [1, 4, 6])
 def test_resumed_schedule_equals_uninterrupted(make, cut):
     whole, part, late = plain(), plain(), plain(0.3)
-    values = [[], [2.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5]][make(plain()).__class__ is Plateau]
+    values = [2.0, *[1.0] * 4, *[0.5] * 5] if isinstance(make(plain()), Plateau) else []
 
     def run(schedule, start, stop):
         found = []
@@ -275,11 +275,13 @@ def pair(**change):
 @pytest.mark.parametrize("call, error, words", [
     (lambda: SGD(pair(v=np.zeros(1)), 0.1), ValueError, r"same names, got \['v'\] in one only"),
     (lambda: SGD(pair(w=np.zeros(6)), 0.1), ValueError, r"gradient w must be float64 \(2, 3\)"),
-    (lambda: SGD(pair(w=[1.0]), 0.1), TypeError, "gradient w must be a float32 or float64 array, got list"),
+    (lambda: SGD(pair(w=[1.0]), 0.1), TypeError,
+     "gradient w must be a float32 or float64 array, got list"),
     (lambda: SGD(pair(w=np.zeros((3, 2)).T), 0.1), ValueError, "gradient w must be C-contiguous"),
     (lambda: SGD(pair(), -1), ValueError, "lr must be at least 0 and finite, got -1"),
     (lambda: SGD(pair(), 0.1, nesterov=True), ValueError, "nesterov needs a momentum above 0"),
-    (lambda: Adam(pair(), betas=(0.9, 1.0)), ValueError, r"betas\[1\] must be at least 0 and below 1"),
+    (lambda: Adam(pair(), betas=(0.9, 1.0)), ValueError,
+     r"betas\[1\] must be at least 0 and below 1"),
     (lambda: AdamW(pair(), weight_decay=np.nan), ValueError, "weight_decay must be at least 0"),
     (lambda: RMSprop(pair(), alpha=1), ValueError, "alpha must be at least 0 and below 1"),
     (lambda: clip_grad_norm({}, -1), ValueError, "max_norm must be at least 0"),

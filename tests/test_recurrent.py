@@ -1,0 +1,463 @@
+"""LSTM and RNN: gradients by finite differences and against PyTorch; states, streams, traces."""
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from slopes import assert_copied, assert_gradients, by_name, normal
+
+import lstmcore
+from lstmcore import LSTM, RNN, LastStep, sequence_mask
+
+RAGGED = [4, 0, 6, 1, 3]        # of T = 6: unsorted, with an empty and a full sequence
+
+RECURRENT = {
+    "LSTM": lambda: LSTM(3, 4, dtype="float64", seed=1),
+    "LSTM without bias": lambda: LSTM(3, 4, bias=False, dtype="float64", seed=1),
+    "LSTM stack": lambda: LSTM(3, 4, 3, dtype="float64", seed=1),
+    "LSTM both ways": lambda: LSTM(3, 4, 2, bidirectional=True, dtype="float64", seed=1),
+    "LSTM peepholes": lambda: LSTM(3, 4, 2, peepholes=True, dtype="float64", seed=1),
+    "LSTM projected": lambda: LSTM(3, 4, 2, proj_size=2, dtype="float64", seed=1),
+    "LSTM projected to H": lambda: LSTM(3, 4, proj_size=4, dtype="float64", seed=1),
+    "LSTM glorot": lambda: LSTM(3, 4, 2, init="glorot", dtype="float64", seed=1),
+    "LSTM everything": lambda: LSTM(3, 5, 2, batch_first=True, dropout=0.4, bidirectional=True,
+                                    proj_size=4, peepholes=True, dtype="float64", seed=1),
+    "RNN": lambda: RNN(3, 4, dtype="float64", seed=1),
+    "RNN relu": lambda: RNN(3, 4, 2, nonlinearity="relu", bias=False, dtype="float64", seed=1),
+    "RNN everything": lambda: RNN(3, 4, 2, batch_first=True, dropout=0.4, bidirectional=True,
+                                  dtype="float64", seed=1),
+}
+
+
+def as_tuple(state):
+    return state if isinstance(state, tuple) else (state,)
+
+
+def recurrent_case(layer, B=5, T=6):
+    """x, state, dy, dstate: random, of the shapes this layer wants."""
+    D, N = layer.directions, layer.directions * layer.num_layers
+    lead = (B, T) if layer.batch_first else (T, B)
+    P = getattr(layer, "proj_size", 0) or layer.hidden_size
+    widths = (P, layer.hidden_size) if isinstance(layer, LSTM) else (P,)
+    state = tuple(normal(N, B, width, seed=width) for width in widths)
+    dstate = tuple(normal(N, B, width, seed=width + 9) for width in widths)
+    unpack = (lambda s: s) if len(widths) > 1 else (lambda s: s[0])
+    return (normal(*lead, layer.input_size), unpack(state), normal(*lead, D * P, seed=3),
+            unpack(dstate))
+
+
+# ---- gradients by finite differences ------------------------------------------------------------
+
+@pytest.mark.parametrize("lengths", [None, RAGGED], ids=["dense", "ragged"])
+@by_name(RECURRENT)
+def test_recurrent_gradients_are_slopes(make, lengths, close):
+    layer = make()
+    x, state, dy, dstate = recurrent_case(layer)
+    rng = layer.rng_state()
+
+    def loss():
+        layer.load_rng_state(rng)           # the same dropout every time
+        y, final = layer(x, state, lengths)
+        return (y * dy).sum() + sum((a * b).sum() for a, b in zip(as_tuple(final),
+                                                                  as_tuple(dstate)))
+    loss()
+    dx, dinitial = layer.backward(dy, dstate)
+    arrays = {"x": x, **dict(zip("hc", as_tuple(state))), **layer.parameters()}
+    gradients = {"x": dx, **dict(zip("hc", as_tuple(dinitial))), **layer.gradients()}
+    assert_gradients(close, loss, arrays, gradients)
+
+
+# ---- against PyTorch ----------------------------------------------------------------------------
+
+def torch_twin(torch, layer):
+    """torch.nn.LSTM or RNN with the weights of `layer`, its second bias zero."""
+    options = dict(num_layers=layer.num_layers, bias=layer.bias, batch_first=layer.batch_first,
+                   bidirectional=layer.bidirectional, dtype=getattr(torch, str(layer.dtype)))
+    if isinstance(layer, LSTM):
+        twin = torch.nn.LSTM(layer.input_size, layer.hidden_size,
+                             proj_size=layer.proj_size, **options)
+    else:
+        twin = torch.nn.RNN(layer.input_size, layer.hidden_size,
+                            nonlinearity=layer.nonlinearity, **options)
+    ours = layer.parameters()
+    with torch.no_grad():
+        for name, p in twin.named_parameters():
+            if name.startswith("bias_hh"):
+                p.zero_()
+            else:
+                p.copy_(torch.from_numpy(ours[name.replace("bias_ih", "bias")]))
+    return twin
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")      # torch: it will be slow
+@pytest.mark.parametrize("lengths", [None, [4, 2, 6, 1, 3]], ids=["dense", "ragged"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("make, options", [
+    (LSTM, {}), (LSTM, dict(num_layers=3)), (LSTM, dict(num_layers=2, bidirectional=True)),
+    (LSTM, dict(num_layers=2, proj_size=3, bidirectional=True, batch_first=True)),
+    (LSTM, dict(bias=False)),
+    (RNN, {}), (RNN, dict(num_layers=2, bidirectional=True, batch_first=True)),
+    (RNN, dict(nonlinearity="relu", num_layers=2)),
+], ids=str)
+def test_recurrent_equals_torch(make, options, dtype, lengths, close):
+    torch = pytest.importorskip("torch")
+    layer = make(3, 7, dtype=dtype, seed=5, **options)
+    twin = torch_twin(torch, layer)
+    x, state, dy, dstate = (a if isinstance(a, tuple) else a.astype(dtype)
+                            for a in recurrent_case(layer))
+    state, dstate = (tuple(a.astype(dtype) for a in s) if isinstance(s, tuple) else s
+                     for s in (state, dstate))
+    y, final = layer(x, state, lengths)
+    dx, dinitial = layer.backward(dy, dstate)
+
+    leaves = [torch.from_numpy(a).requires_grad_() for a in (x, *as_tuple(state))]
+    fed, start = leaves[0], tuple(leaves[1:])
+    if lengths:
+        fed = torch.nn.utils.rnn.pack_padded_sequence(fed, torch.tensor(lengths),
+                                                      layer.batch_first, enforce_sorted=False)
+    want, last = twin(fed, start if len(start) > 1 else start[0])
+    if lengths:
+        want, _ = torch.nn.utils.rnn.pad_packed_sequence(want, layer.batch_first, total_length=6)
+    torch.autograd.backward([want, *as_tuple(last)],
+                            [torch.from_numpy(a) for a in (dy, *as_tuple(dstate))])
+    close(y, want.detach(), "torch", "y")
+    for got, wanted in zip(as_tuple(final), as_tuple(last)):
+        close(got, wanted.detach(), "torch", "final state")
+    for name, got, leaf in zip(("dx", "dh0", "dc0"), (dx, *as_tuple(dinitial)), leaves):
+        close(got, leaf.grad, "torch", name)
+    for name, p in twin.named_parameters():
+        if not name.startswith("bias_hh"):
+            close(layer.gradients()[name.replace("bias_ih", "bias")], p.grad, "torch", name)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_torch_state_dict_goes_in(close):
+    torch = pytest.importorskip("torch")
+    twin = torch.nn.LSTM(3, 5, 2, bidirectional=True, proj_size=2)
+    layer = LSTM(3, 5, 2, bidirectional=True, proj_size=2)
+    layer.load_state_dict(twin.state_dict())
+    x = normal(4, 2, 3, dtype="float32")
+    close(layer(x)[0], twin(torch.from_numpy(x))[0].detach(), "torch")
+
+
+# ---- what a call gives --------------------------------------------------------------------------
+
+def test_lstm_equals_the_reference_layer_by_layer(close):
+    layer = LSTM(3, 5, 2, peepholes=True, proj_size=4, bidirectional=True, dtype="float64", seed=2)
+    x, (h0, c0), _, _ = recurrent_case(layer)
+    y, (h_n, c_n) = layer(x, (h0, c0), RAGGED)
+    p, wanted = layer.parameters(), x
+    for n in range(4):
+        end = f"_l{n // 2}{'_reverse' * (n % 2)}"
+        half, (h, c), _ = lstmcore.reference.lstm_forward(
+            wanted, p["weight_ih" + end], p["weight_hh" + end], p["bias" + end], h0[n], c0[n],
+            peepholes=p["weight_peephole" + end], W_hr=p["weight_hr" + end], lengths=RAGGED,
+            reverse=n % 2 == 1)
+        close((h_n[n], c_n[n]), (h, c), "kernel")
+        if n % 2:
+            wanted = np.concatenate([first, half], axis=2)
+        first = half
+    close(y, wanted, "kernel")
+
+
+@by_name(RECURRENT)
+def test_padding_and_empty_sequences(make):
+    layer = make().eval()
+    x, state, _, _ = recurrent_case(layer)
+    y, final = layer(x, state, RAGGED)
+    steps = y.swapaxes(0, 1) if layer.batch_first else y
+    assert (steps[~sequence_mask(RAGGED, 6)] == 0).all()
+    assert (steps[sequence_mask(RAGGED, 6)] != 0).any()
+    for start, end in zip(as_tuple(state), as_tuple(final)):
+        assert (end[:, 1] == start[:, 1]).all() and (end[:, 0] != start[:, 0]).any()
+
+
+@by_name(RECURRENT)
+@pytest.mark.parametrize("T, B", [(0, 3), (4, 0), (0, 0)])
+def test_no_steps_or_no_rows(make, T, B):
+    layer = make()
+    x, state, dy, dstate = recurrent_case(layer, B=B, T=T)
+    y, final = layer(x, state)
+    assert y.shape == dy.shape
+    dx, dinitial = layer.backward(dy, dstate)
+    assert dx.shape == x.shape
+    for before, after in zip((*as_tuple(state), *as_tuple(dstate)),
+                             (*as_tuple(final), *as_tuple(dinitial))):
+        assert (before == after).all() and before.shape == after.shape
+    assert not any(g.any() for g in layer.gradients().values())
+
+
+def test_batch_first_swaps_x_and_y_only():
+    plain, swapped = LSTM(3, 4, 2, seed=1), LSTM(3, 4, 2, batch_first=True, seed=1)
+    x = normal(6, 5, 3, dtype="float32")
+    y, (h, c) = plain(x, lengths=RAGGED)
+    y_, (h_, c_) = swapped(x.swapaxes(0, 1), lengths=RAGGED)
+    assert (y_.swapaxes(0, 1) == y).all() and (h_ == h).all() and (c_ == c).all()
+    dx, _ = plain.backward(y)
+    dx_, _ = swapped.backward(y_)
+    assert (dx_.swapaxes(0, 1) == dx).all()
+
+
+@pytest.mark.parametrize("given", ["h", "c"])
+def test_missing_upstreams_are_zeros(given):
+    layer, x = LSTM(3, 4, 2, seed=0), normal(5, 2, 3, dtype="float32")
+    y, (h, c) = layer(x)
+    zero = np.zeros_like(h)
+    want = layer.backward(np.zeros_like(y), (h, zero) if given == "h" else (zero, c))
+    layer(x)
+    got = layer.backward(dstate=(h, None) if given == "h" else (None, c))
+    assert (got[0] == want[0]).all() and all((a == b).all() for a, b in zip(got[1], want[1]))
+
+
+def test_inputs_are_not_written():
+    layer = LSTM(3, 4, 2, dropout=0.5, bidirectional=True, dtype="float64", seed=0)
+    x, state, dy, dstate = recurrent_case(layer)
+    for a in (x, *state, dy, *dstate, *layer.parameters().values()):
+        a.flags.writeable = False
+    layer(x, state, RAGGED)
+    layer.backward(dy, dstate)
+    assert any(g.any() for g in layer.gradients().values())
+
+
+@by_name(RECURRENT)
+def test_any_layout_will_do(make, close):
+    results = []
+    for layout in (np.array, np.asfortranarray, lambda a: np.repeat(a, 2, axis=0)[::2]):
+        layer = make()
+        x, state, dy, dstate = recurrent_case(layer)
+        y, final = layer(layout(x), state)
+        dx, dinitial = layer.backward(layout(dy), dstate)
+        results.append((y, final, dx, dinitial, *layer.gradients().values()))
+    for other in results[1:]:
+        close(other, results[0], "identity")
+
+
+def test_threads_change_no_bit():
+    results = []
+    for n_threads in (1, 2, 3):
+        layer = LSTM(20, 40, 2, bidirectional=True, seed=0)
+        layer.n_threads = n_threads
+        y, _ = layer(normal(12, 30, 20, dtype="float32"))
+        dx, _ = layer.backward(y)
+        results.append([y, dx, *layer.gradients().values()])
+    for other in results[1:]:
+        assert all((a == b).all() for a, b in zip(results[0], other))
+
+
+def test_one_model_serves_several_threads():
+    model, xs = LSTM(20, 40, 2, seed=0).eval(), normal(8, 12, 30, 20, dtype="float32")
+    wanted = [model(x)[0] for x in xs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda x: model(x)[0], [*xs] * 4))
+    assert all((a == b).all() for a, b in zip(wanted * 4, found))
+
+
+@by_name({"LSTM": LSTM, "RNN": RNN})
+def test_token_ids_are_one_hot_rows(make, close):
+    layer = make(6, 4, 2, dtype="float64", seed=0)
+    tokens = np.random.default_rng(0).integers(0, 6, (5, 3))
+    dy = normal(5, 3, 4)
+    y, _ = layer(np.eye(6)[tokens])
+    layer.backward(dy)
+    wanted = layer.gradients()["weight_ih_l0"].copy()
+    layer.zero_grad()
+    try:
+        close(layer(tokens)[0], y, "kernel")
+    except TypeError:
+        pytest.skip("lstmcore.functional takes no token ids")
+    dx, _ = layer.backward(dy)
+    assert dx is None
+    close(layer.gradients()["weight_ih_l0"], wanted, "kernel")
+
+
+def test_last_step_of_both_ways_is_the_final_state():
+    layer, x = LSTM(3, 4, bidirectional=True, seed=0), normal(6, 5, 3, dtype="float32")
+    y, (h_n, _) = layer(x, lengths=RAGGED)
+    assert (LastStep(bidirectional=True)(y, RAGGED) == np.concatenate([*h_n], axis=1)).all()
+
+
+# ---- dropout, first values, names, copies -------------------------------------------------------
+
+def test_dropout_between_layers_is_fresh_for_each_step_and_off_in_eval():
+    layer = LSTM(3, 50, 2, dropout=0.5, seed=0)
+    lower, upper = LSTM(3, 50, seed=0), LSTM(50, 50, seed=0)
+    for part, n in ((lower, 0), (upper, 1)):
+        part.load_state_dict({name[:-1] + "0": p for name, p in layer.parameters().items()
+                              if name.endswith(str(n))})
+    x = np.repeat(normal(1, 1, 3, dtype="float32"), 4, axis=0)
+    assert (layer(x)[0] != layer(x)[0]).any()
+    y, _ = layer.eval()(x)
+    assert (y == upper(lower(x)[0])[0]).all()
+    layer.train()
+    layer(x)
+    dx_mask = layer._tape[2][0][1][0]
+    assert dx_mask.shape == (4, 1, 50) and len({row.tobytes() for row in dx_mask}) == 4
+
+
+def test_seed_gives_the_weights():
+    def weights(**options):
+        return np.concatenate([p.ravel() for p in LSTM(3, 4, 2, **options).parameters().values()])
+    assert (weights(seed=3) == weights(seed=3)).all()
+    assert (weights(seed=3) != weights(seed=4)).any()
+    assert (weights(seed=None) != weights(seed=None)).any()
+    rounded = weights(seed=3, forget_bias=0, dtype="float64").astype("float32")
+    assert (weights(seed=3, forget_bias=0) == rounded).all()
+
+
+def test_uniform_init_is_torchs_with_the_forget_bias_on_top():
+    p = LSTM(30, 100, peepholes=True, proj_size=20, seed=0).parameters()
+    p["bias_l0"][100:200] -= 1
+    for name, values in p.items():
+        # The extremes of n draws from U(-0.1, 0.1), n >= 300, are within 0.1 of its bounds.
+        assert 0.09 < values.max() <= 0.1001 and -0.1001 <= values.min() < -0.09, name
+
+
+def test_glorot_init_is_orthogonal_gate_by_gate(close):
+    p = LSTM(30, 20, init="glorot", forget_bias=3, peepholes=True, dtype="float64",
+             seed=0).parameters()
+    for gate in np.split(p["weight_hh_l0"], 4):
+        close(gate @ gate.T, np.eye(20), "identity")
+    bound = (6 / 50) ** 0.5
+    assert 0.98 * bound < abs(p["weight_ih_l0"]).max() <= bound
+    assert (p["bias_l0"] == np.repeat([0, 3, 0, 0], 20)).all() and not p["weight_peephole_l0"].any()
+    projected = LSTM(30, 20, init="glorot", proj_size=8, dtype="float64", seed=0).parameters()
+    gate = projected["weight_hh_l0"][:20]
+    close(gate.T @ gate, np.eye(8), "identity")
+
+
+def test_parameter_names_and_shapes():
+    p = LSTM(3, 5, 2, bidirectional=True, proj_size=2, peepholes=True).parameters()
+    assert {name: a.shape for name, a in p.items() if name.endswith(("l0", "l1_reverse"))} == {
+        "weight_ih_l0": (20, 3), "weight_hh_l0": (20, 2), "bias_l0": (20,),
+        "weight_peephole_l0": (3, 5), "weight_hr_l0": (2, 5),
+        "weight_ih_l1_reverse": (20, 4), "weight_hh_l1_reverse": (20, 2), "bias_l1_reverse": (20,),
+        "weight_peephole_l1_reverse": (3, 5), "weight_hr_l1_reverse": (2, 5)}
+    assert len(p) == 20
+    assert list(RNN(3, 5, bias=False).parameters()) == ["weight_ih_l0", "weight_hh_l0"]
+
+
+@by_name({"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}, "copied")
+@by_name(RECURRENT)
+def test_copies_are_whole_and_apart(make, copied):
+    model = make()
+    x, *_ = recurrent_case(model)
+    assert_copied(model, copied, lambda module: module(x)[0])
+
+
+# ---- step by step, and inside -------------------------------------------------------------------
+
+@by_name({name: make for name, make in RECURRENT.items() if make().directions == 1})
+def test_stream_equals_the_whole_sequence(make, close):
+    layer = make().eval()
+    x, state, _, _ = recurrent_case(layer)
+    y, final = layer(x, state)
+    s = layer.stream(5)
+    for _ in range(2):
+        s.state = state
+        out = np.empty((5, y.shape[-1]))
+        for t in range(6):
+            close(s.step(x[t]), y[t], "identity")
+        close(as_tuple(s.state), as_tuple(final), "identity")
+    assert s.step(x[0], out) is out
+    s.reset()
+    assert not any(part.any() for part in as_tuple(s.state))
+    close(s.step(x[0], out), layer(x[:1])[0][0], "identity")
+
+
+def test_streams_are_apart_and_follow_the_weights():
+    layer, x = LSTM(3, 4, seed=0), normal(2, 3, dtype="float32")
+    one, two = layer.stream(2), layer.stream(2)
+    first = one.step(x)
+    one.step(x)
+    assert (two.step(x) == first).all()
+    two.reset()
+    layer.parameters()["weight_ih_l0"][...] *= -1
+    assert (two.step(x) != first).any()
+
+
+def test_stream_says_what_it_wants():
+    with pytest.raises(ValueError, match="bidirectional"):
+        LSTM(3, 4, bidirectional=True).stream()
+    s = LSTM(3, 4).stream(2)
+    with pytest.raises(ValueError, match=r"x_t must be \(2, 3\), got \(3,\)"):
+        s.step(np.zeros(3, "float32"))
+    with pytest.raises(TypeError, match="x_t must be float32, got float64"):
+        s.step(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"out must be \(2, 4\), got \(1, 4\)"):
+        s.step(np.zeros((2, 3), "float32"), out=np.zeros((1, 4), "float32"))
+    with pytest.raises(ValueError, match=r"h of state must be .* = \(1, 2, 4\), got \(2, 4\)"):
+        s.state = np.zeros((2, 4), "float32"), np.zeros((1, 2, 4), "float32")
+
+
+@by_name({name: make for name, make in RECURRENT.items() if name.startswith("LSTM")})
+def test_trace_is_the_equations(make, close):
+    layer = make()
+    x, state, _, _ = recurrent_case(layer)
+    layer(x, state, RAGGED)
+    kept = layer._tape
+    traces = layer.trace(x, state, RAGGED)
+    assert layer._tape is kept and layer.training
+    y, (h_n, c_n) = layer.eval()(x, state, RAGGED)
+    axis = 1 if layer.batch_first else 0
+    for n, trace in enumerate(traces):
+        i, f, g, o, c, h = (np.moveaxis(a, axis, 0) for a in trace)
+        c_prev = state[1][n]
+        for t in range(6) if n % layer.directions == 0 else ():
+            there = np.array(RAGGED) > t
+            close(c[t, there], (f[t] * c_prev + i[t] * g[t])[there], "identity")
+            c_prev = np.where(there[:, None], c[t], c_prev)
+        if n % layer.directions == 0:
+            close(c_prev, c_n[n], "identity")
+        if not layer.proj_size:
+            close(h, o * np.tanh(c), "kernel")
+        assert not h[~sequence_mask(RAGGED, 6)].any()
+    top = np.concatenate([trace.h for trace in traces[-layer.directions:]], axis=2)
+    assert (top == y).all()
+
+
+def test_rnn_trace_is_every_h():
+    layer, x = RNN(3, 4, 2, seed=0), normal(5, 2, 3, dtype="float32")
+    below, above = layer.trace(x)
+    assert (above.h == layer(x)[0]).all() and below.h.shape == (5, 2, 4)
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+def f32(*shape):
+    return np.zeros(shape, "float32")
+
+
+@pytest.mark.parametrize("call, error, words", [
+    (lambda: LSTM(0, 4), ValueError, "input_size must be at least 1, got 0"),
+    (lambda: LSTM(3, 4.0), TypeError, "hidden_size must be an int, got float"),
+    (lambda: LSTM(3, 4, dropout=1.5), ValueError, r"dropout must be in 0..1, got 1.5"),
+    (lambda: LSTM(3, 4, proj_size=5), ValueError, "proj_size must be at most hidden_size = 4"),
+    (lambda: LSTM(3, 4, init="xavier"), ValueError, "init must be 'uniform' or 'glorot'"),
+    (lambda: LSTM(3, 4, dtype="float16"), TypeError, "dtype must be 'float32' or 'float64'"),
+    (lambda: RNN(3, 4, nonlinearity="gelu"), ValueError, "nonlinearity must be 'tanh' or 'relu'"),
+    (lambda: LSTM(3, 4)(np.zeros((5, 2, 3))), TypeError, "x must be float32, got float64"),
+    (lambda: LSTM(3, 4)(f32(5, 2, 2)), ValueError, r"x must be \(T, B, I\) with I = 3, got"),
+    (lambda: LSTM(3, 4, batch_first=True)(f32(5, 3)), ValueError, r"x must be \(B, T, I\)"),
+    (lambda: LSTM(3, 4)(np.zeros((5, 2, 3), int)), ValueError, r"x must be \(T, B\) if it holds"),
+    (lambda: LSTM(3, 4)(f32(5, 2, 3), f32(1, 2, 4)), TypeError, r"state must be a pair \(h, c\)"),
+    (lambda: LSTM(3, 4)(f32(5, 2, 3), (f32(1, 2, 4), f32(2, 4))), ValueError,
+     r"c of state must be \(L·D, B, 4\) = \(1, 2, 4\), got \(2, 4\)"),
+    (lambda: LSTM(3, 4)(f32(5, 2, 3), (np.zeros((1, 2, 4)), f32(1, 2, 4))), TypeError,
+     "h of state must be float32, got float64"),
+    (lambda: RNN(3, 4)(f32(5, 2, 3), f32(2, 2, 4)), ValueError, "h of state must be"),
+    (lambda: LSTM(3, 4)(f32(5, 2, 3), lengths=[5]), ValueError, r"lengths must be \(B,\) = \(2,\)"),
+    (lambda: LSTM(3, 4)(f32(5, 2, 3), lengths=[5, 6]), ValueError,
+     r"lengths must be in 0..T = 0..5"),
+])
+def test_errors_say_what_was_expected(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_a_state_gradient_must_fit():
+    layer = LSTM(3, 4)
+    layer(f32(5, 2, 3))
+    with pytest.raises(ValueError, match=r"h of dstate must be \(L·D, B, 4\) = \(1, 2, 4\)"):
+        layer.backward(dstate=(f32(1, 1, 4), None))
