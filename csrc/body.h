@@ -366,6 +366,12 @@ static void F(peephole_gradient)(ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff
     }
 }
 
+static void F(add_rows)(ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1, const void *const *a,
+                        void *const *out) {
+    for (ptrdiff_t k = 0; k < n; k++)
+        for (ptrdiff_t j = j0; j < j1; j++) ((R *)out[k])[j] += ((const R *)a[k])[j];
+}
+
 /* ---- pointwise ------------------------------------------------------------------------------------ */
 
 static void F(rnn_cell)(int relu, ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1, void *const *h) {
@@ -415,5 +421,6 @@ ACTIVATION(tanh)
 
 static const lstm_kernels F(kernels) = {
     NAME(ISA), DOUBLE, VECTOR_BYTES / sizeof(R), MR, F(pack), F(gemm), F(lstm_step),
-    F(lstm_back_step), F(weight_gradient), F(weight_gradient_work), F(peephole_gradient), F(rnn_cell),
+    F(lstm_back_step), F(weight_gradient), F(weight_gradient_work), F(peephole_gradient), F(add_rows),
+    F(rnn_cell),
     F(rnn_back_cell), F(cell_output), F(array_sigmoid), F(array_tanh)};

@@ -88,6 +88,9 @@ typedef struct {
                               const void *const *da, const void *const *c_prev,
                               const void *const *c, void *dp);
 
+    /* out[k] += a[k] on the columns [j0, j1), for k < n in ascending order; rows of out may repeat. */
+    void (*add_rows)(ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1, const void *const *a, void *const *out);
+
     /* The vanilla cell on the columns [j0, j1) of n rows: h = tanh(h) or relu(h) in place, and
        da = dh ∘ (1 - h²) or dh ∘ [h > 0] in place of dh. */
     void (*rnn_cell)(int relu, ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1, void *const *h);

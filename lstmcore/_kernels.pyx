@@ -87,6 +87,7 @@ cdef extern from "lstm.h" nogil:
         Py_ssize_t (*weight_gradient_work)(Py_ssize_t) noexcept nogil
         void (*peephole_gradient)(Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, const void **,
                                   const void **, const void **, void *) noexcept nogil
+        void (*add_rows)(Py_ssize_t, Py_ssize_t, Py_ssize_t, const void **, void **) noexcept nogil
         void (*rnn_cell)(int, Py_ssize_t, Py_ssize_t, Py_ssize_t, void **) noexcept nogil
         void (*rnn_back_cell)(int, Py_ssize_t, Py_ssize_t, Py_ssize_t, const void **,
                               void **) noexcept nogil
@@ -271,6 +272,9 @@ cdef struct Pass:
     Operand ih, hh, hr
     # arrays of the caller; NULL where absent
     const char *x
+    const int64_t *ids             # (T, B): token ids in place of x,
+    const char *table              # with what each projects to: W_ihᵀ + b (I, G),
+    char *dtable                   # and the gradient of that
     const char *b
     const char *h0
     const char *c0
@@ -591,14 +595,18 @@ cdef void forward_rows(Pass *f, int group, int groups, int slab, int slabs, char
             for q in range(n):
                 r = mine.first + q * mine.stride
                 at = place(f, s, r)
-                a[count] = f.x + at * row_x
+                a[count] = f.x + at * row_x if f.ids == NULL else f.table + f.ids[at] * row_g
                 if f.rnn:
                     C[count] = f.y + at * row_h
                 else:
                     C[count] = f.gates + (f.start[s] + r if f.keep else (s - s0) * f.B + r) * row_g
                 count += 1
-        multiply(f, &f.ih, slab, slabs, START_BIAS if f.b != NULL else START_ZERO, count, a, f.b, C,
-                 scratch)
+        if f.ids != NULL:
+            for q in range(count):
+                copy_units(f, C[q], <const char *>a[q], j0, j1)
+        else:
+            multiply(f, &f.ih, slab, slabs, START_BIAS if f.b != NULL else START_ZERO, count, a, f.b,
+                     C, scratch)
         for s in range(s0, min(f.steps, s0 + f.chunk)):
             running = active(f, s, &mine, running)
             for q in range(running):
@@ -627,6 +635,15 @@ cdef void forward_rows(Pass *f, int group, int groups, int slab, int slabs, char
             memcpy(f.h_n + r * row_h, rows[q].h_prev, row_h)
             if not f.rnn and rows[q].c_prev != f.c_n + r * row_c:
                 memcpy(f.c_n + r * row_c, rows[q].c_prev, row_c)
+
+
+cdef inline void copy_units(const Pass *f, void *out, const char *row, Py_ssize_t j0,
+                            Py_ssize_t j1) noexcept nogil:
+    """The pre-activations of the units [j0, j1), all gates."""
+    cdef Py_ssize_t gate
+    for gate in range(f.G // f.H):
+        memcpy(<char *>out + (gate * f.H + j0) * f.item, row + (gate * f.H + j0) * f.item,
+               (j1 - j0) * f.item)
 
 
 cdef inline void step(const Pass *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t j0, Py_ssize_t j1,
@@ -709,10 +726,13 @@ cdef void backward(void *arg, int me, int team) noexcept nogil:
     # what has no recurrence, over all tokens at once
     if f.dx != NULL:
         input_gradient(f, me, team, scratch)
-    products[0].x, products[0].N, products[0].dW = f.x_rows, f.I, f.dW_ih
-    products[1].x, products[1].N, products[1].dW = f.h_prev, f.K, f.dW_hh
+    products[0].x, products[0].N, products[0].dW = f.h_prev, f.K, f.dW_hh
+    products[1].x, products[1].N, products[1].dW = f.x_rows, f.I, f.dW_ih
     products[2].x, products[2].N, products[2].dW = f.m_rows, f.H, f.dW_hr
-    weight_gradient(f, f.G, f.da, 2, products, f.db, scratch, me, team)
+    weight_gradient(f, f.G, f.da, 2 if f.ids == NULL else 1, products, f.db, scratch, me, team)
+    if f.ids != NULL:  # dtable[id] += da
+        unit_range(f.G, f.k.VL, me, team, &j0, &j1)
+        f.k.add_rows(f.tokens, j0, j1, f.da, <void **>f.x_rows)
     if f.dpeepholes != NULL:
         unit_range(f.H, f.k.VL, me, team, &j0, &j1)
         f.k.peephole_gradient(f.tokens, f.H, j0, j1, f.da, f.c_prev, f.c_rows, f.dpeepholes)
@@ -731,7 +751,10 @@ cdef void list_tokens(Pass *f, int me, int team) noexcept nogil:
         if s % team == me:
             for r in range(n):
                 at = place(f, s, r)
-                f.x_rows[k + r] = f.x + at * f.I * f.item
+                if f.ids == NULL:
+                    f.x_rows[k + r] = f.x + at * f.I * f.item
+                else:
+                    f.x_rows[k + r] = f.dtable + f.ids[at] * f.G * f.item
                 f.da[k + r] = f.gates + (f.start[s] + r) * f.G * f.item
                 before = place(f, s - 1, r)
                 if s > 0:
@@ -897,19 +920,29 @@ cdef Operand operand(int panels, Py_ssize_t K, Py_ssize_t N, Py_ssize_t H, W, Py
     return w
 
 
+cdef void fill_weights(Pass *f, cell, W_ih, W_hh, x, bint ids, int n_threads):
+    """What the weights say of a pass, and x or the token ids."""
+    f.rnn, f.relu = cell != "lstm", cell == "relu"
+    f.G, f.K, f.I = cnp.PyArray_DIM(W_hh, 0), cnp.PyArray_DIM(W_hh, 1), cnp.PyArray_DIM(W_ih, 1)
+    f.H = f.G if f.rnn else f.G // 4
+    f.item = cnp.PyArray_ITEMSIZE(W_hh)
+    f.k = tables[f.item == 8]
+    f.n_threads = min(n_threads, MAX_TEAM)
+    if ids:
+        f.ids = <int64_t *>address(x)
+    else:
+        f.x = address(x)
+
+
 cdef void fill(Pass *f, cell, x, W_ih, W_hh, W_hr, h0, c0, peepholes, order, lengths, bint reverse,
                y, gates, c, int n_threads):
     """What forward and backward have in common."""
     memset(f, 0, sizeof(Pass))
-    f.rnn, f.relu = cell != "lstm", cell == "relu"
-    f.T, f.B, f.I = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2)
-    f.G, f.K = cnp.PyArray_DIM(W_hh, 0), cnp.PyArray_DIM(W_hh, 1)
-    f.H = f.G if f.rnn else f.G // 4
-    f.item = cnp.PyArray_ITEMSIZE(x)
-    f.k = tables[f.item == 8]
-    f.x, f.h0, f.c0, f.peepholes = address(x), address(h0), address(c0), address(peepholes)
+    fill_weights(f, cell, W_ih, W_hh, x, cnp.PyArray_NDIM(x) == 2, n_threads)
+    f.T, f.B = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1)
+    f.h0, f.c0, f.peepholes = address(h0), address(c0), address(peepholes)
     f.y, f.gates, f.c = address(y), address(gates), address(c)
-    f.ragged, f.reverse, f.n_threads = order is not None, reverse, min(n_threads, MAX_TEAM)
+    f.ragged, f.reverse = order is not None, reverse
     f.steps, f.tokens = f.T, f.T * f.B
     if f.ragged:
         f.order, f.lengths = <int64_t *>address(order), <int64_t *>address(lengths)
@@ -952,14 +985,14 @@ cdef void forward_operands(Pass *f, W_ih, W_hh, W_hr):
 
 
 cdef class Packed:
-    """The weights of one layer and direction as they were when this was made, packed for `run_forward`.
+    """The weights of one layer and direction as they were when this was made, packed for `run_step`.
 
     Packing costs more than a single step, so a stream of steps does it once.
     """
     cdef Workspace work
     cdef Operand ih, hh, hr
     cdef const lstm_kernels *k
-    cdef object weights            # W_hr is also read to see whether there is a projection
+    cdef object weights            # the operands point into them
 
     def __init__(self, cell, W_ih, W_hh, W_hr):
         cdef Pass f
@@ -980,21 +1013,34 @@ cdef class Packed:
 
 
 def run_forward(cell, x, W_ih, W_hh, b, W_hr, h0, c0, peepholes, order, lengths, reverse, y, h_n, c_n,
-                gates, c, n_threads, Packed packed=None):
+                gates, c, n_threads):
     """Fills y, h_n, c_n and, if given, the tape's gates and c. cell: "lstm", "tanh" or "relu".
 
     All arrays are C-contiguous of one dtype; order and lengths (int64) are sorted by length, longest
-    first; y is zero where no row runs. T, B >= 1. Without a tape h_n and c_n may be h0 and c0.
+    first; y is zero where no row runs. T, B >= 1.
+    x may be token ids (T, B), int64; then b is the table W_ihᵀ + b (I, G).
     """
     cdef Pass f
     fill(&f, cell, x, W_ih, W_hh, W_hr, h0, c0, peepholes, order, lengths, reverse, y, gates, c,
          n_threads)
+    if f.ids != NULL:
+        f.table = address(b)
     f.b, f.h_n, f.c_n, f.keep = address(b), address(h_n), address(c_n), gates is not None
     f.chunk = min(max(1, f.steps), (CHUNK_ROWS + f.B - 1) // f.B)
-    if packed is None:
-        forward_operands(&f, W_ih, W_hh, W_hr)
-    else:
-        f.k, f.ih, f.hh, f.hr, f.prepacked, f.blas = packed.k, packed.ih, packed.hh, packed.hr, True, False
+    forward_operands(&f, W_ih, W_hh, W_hr)
+    run(&f, lay_out_forward, forward)
+
+
+def run_step(cell, x, W_ih, W_hh, b, W_hr, peepholes, h, c, y, n_threads, Packed packed):
+    """One step of `run_forward` on x (B, I), or token ids (B,): the state h, c is updated in place."""
+    cdef Pass f
+    memset(&f, 0, sizeof(Pass))
+    fill_weights(&f, cell, W_ih, W_hh, x, cnp.PyArray_NDIM(x) == 1, n_threads)
+    f.T = f.steps = f.chunk = 1
+    f.B = f.tokens = cnp.PyArray_DIM(x, 0)
+    f.h0, f.h_n, f.c0, f.c_n = address(h), address(h), address(c), address(c)
+    f.peepholes, f.y, f.b, f.table = address(peepholes), address(y), address(b), address(b)
+    f.k, f.ih, f.hh, f.hr, f.prepacked = packed.k, packed.ih, packed.hh, packed.hr, True
     run(&f, lay_out_forward, forward)
 
 
@@ -1002,6 +1048,7 @@ def run_backward(cell, x, W_ih, W_hh, W_hr, h0, c0, peepholes, order, lengths, r
                  dy, dy_last, dx, dW_ih, dW_hh, db, dpeepholes, dh0, dc0, dW_hr, n_threads):
     """Fills the gradients from the tape, whose gates become da.
 
+    For token ids, dx is None and dW_ih is the gradient of the table (I, G), zero on entry.
     dh0 and dc0 hold dh_n and dc_n on entry; dy_last (B, K) is dy of each row's last step plus dh_n,
     or None if there is no dh_n.
     """
@@ -1009,6 +1056,7 @@ def run_backward(cell, x, W_ih, W_hh, W_hr, h0, c0, peepholes, order, lengths, r
     fill(&f, cell, x, W_ih, W_hh, W_hr, h0, c0, peepholes, order, lengths, reverse, y, gates, c,
          n_threads)
     f.dy, f.dy_last, f.dx = address(dy), address(dy_last), address(dx)
+    f.dtable = address(dW_ih)
     f.dW_ih, f.dW_hh, f.db, f.dW_hr = address(dW_ih), address(dW_hh), address(db), address(dW_hr)
     f.dpeepholes, f.dh0, f.dc0 = address(dpeepholes), address(dh0), address(dc0)
     f.ih = operand(PANEL_PLAIN, f.G, f.I, 0, W_ih, f.I, 1)  # W[k, column] = W_ih[k, column]

@@ -11,7 +11,7 @@ from lstmcore.reference import Gradients, RNNGradients
 from lstmcore.threads import get_num_threads, resolve
 
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
-_SERIAL_WORK = 400_000  # multiply-adds that one thread does faster than two: about 10 µs
+_SERIAL_WORK = 1_000_000  # multiply-adds that are done before a second thread pays: about 20 µs
 
 
 # ---- checks ------------------------------------------------------------------------------------------
@@ -34,22 +34,28 @@ def _optional(value, name, letters, shape, dtype):
     return None if value is None else _array(value, name, letters, shape, dtype)
 
 
-def _sequence(x, W_hh, gates, W_hr=None):
-    """The sizes T, B, I, H, K and the dtype, from x, W_hh and W_hr."""
-    if not isinstance(x, np.ndarray):
-        raise TypeError(f"x must be a NumPy array, got {type(x).__module__}.{type(x).__qualname__}")
-    if x.dtype != _F32 and x.dtype != _F64:
-        raise TypeError(f"x must be float32 or float64, got {x.dtype}")
-    dtype = _F64 if x.dtype == _F64 else _F32
-    if x.ndim != 3:
-        raise ValueError(f"x must be (T, B, I), got shape {x.shape}")
-    if not isinstance(W_hh, np.ndarray):
-        raise TypeError(f"W_hh must be a NumPy array, got {type(W_hh).__module__}."
-                        f"{type(W_hh).__qualname__}")
-    if W_hh.ndim != 2 or W_hh.shape[0] % gates or 0 in W_hh.shape:
+def _sequence(x, W_ih, W_hh, gates, W_hr=None):
+    """x contiguous, and the sizes T, B, I, H, K and the dtype, from x, W_ih, W_hh and W_hr."""
+    for name, value, ndim in (("x", x, 0), ("W_ih", W_ih, 2), ("W_hh", W_hh, 2)):
+        if not isinstance(value, np.ndarray):
+            raise TypeError(f"{name} must be a NumPy array, got {type(value).__module__}."
+                            f"{type(value).__qualname__}")
+        if ndim and value.ndim != ndim:
+            raise ValueError(f"{name} must be a matrix, got shape {value.shape}")
+    ids = x.dtype.kind in "iu"
+    dtype = W_hh.dtype if ids else x.dtype
+    if dtype != _F32 and dtype != _F64:
+        raise TypeError(f"{'W_hh' if ids else 'x'} must be float32 or float64, got {dtype}")
+    dtype = _F64 if dtype == _F64 else _F32
+    if x.ndim != (2 if ids else 3):
+        raise ValueError(f"x must be {'(T, B) of token ids' if ids else '(T, B, I)'}, got shape "
+                         f"{x.shape}")
+    if W_hh.shape[0] % gates or 0 in W_hh.shape:
         raise ValueError(f"W_hh must be ({'4H' if gates == 4 else 'H'}, H), got {W_hh.shape}")
-    T, B, I = x.shape
-    H = W_hh.shape[0] // gates
+    T, B = x.shape[:2]
+    I, H = W_ih.shape[1] if ids else x.shape[2], W_hh.shape[0] // gates
+    if I == 0:
+        raise ValueError(f"there must be at least one input: x is {x.shape}, W_ih is {W_ih.shape}")
     if W_hr is None:
         K = H
     elif isinstance(W_hr, np.ndarray) and W_hr.ndim == 2 and W_hr.shape[1] == H and W_hr.shape[0]:
@@ -57,9 +63,20 @@ def _sequence(x, W_hh, gates, W_hr=None):
     else:
         raise ValueError(f"W_hr must be a (P, H) = (P, {H}) array, got "
                          f"{getattr(W_hr, 'shape', type(W_hr).__qualname__)}")
-    if I == 0:
-        raise ValueError(f"x must be (T, B, I) with I >= 1, got {x.shape}")
-    return T, B, I, H, K, dtype
+    if not ids:
+        x = _array(x, "x", "(T, B, I)", (T, B, I), dtype)
+    elif x.size and (x.min() < 0 or x.max() >= I):
+        raise ValueError(f"token ids must be in 0..I-1 = 0..{I - 1}, got {x.min()}..{x.max()}")
+    else:
+        x = np.ascontiguousarray(x, np.int64)
+    return x, T, B, I, H, K, dtype
+
+
+def _table(x, W_ih, b):
+    """The bias, or for token ids what each of them projects to: W_ihᵀ + b (I, 4H)."""
+    if x.ndim == 3:
+        return b
+    return np.ascontiguousarray(W_ih.T if b is None else W_ih.T + b)
 
 
 def _lengths(lengths, T, B):
@@ -124,7 +141,7 @@ class Tape:
                              "gates: run the forward pass again")
 
     def _padded(self, raw):
-        T, B = self.x.shape[:2]
+        T, B = self.y.shape[:2]
         if self.order is None:
             return raw.reshape(T, B, -1)
         out, first = np.zeros((T, B, raw.shape[-1]), raw.dtype), 0
@@ -164,7 +181,8 @@ def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_h
 
     Parameters
     ----------
-    x : (T, B, I) float32 or float64; every other array has its dtype
+    x : (T, B, I) float32 or float64; every other array has its dtype. Or (T, B) integers in 0..I-1:
+        token ids that stand for one-hot rows, which are looked up instead of multiplied
     W_ih, W_hh : (4H, I), (4H, H), rows in the order i, f, g, o
     b : (4H,), optional
     h0, c0 : (B, H), default zeros
@@ -200,8 +218,7 @@ def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_h
     >>> y.shape, bool((y[1, 1] == h_n[1]).all()), float(abs(y[2:, 1]).max())
     ((5, 2, 4), True, 0.0)
     """
-    T, B, I, H, K, dtype = _sequence(x, W_hh, 4, W_hr)
-    x = _array(x, "x", "(T, B, I)", (T, B, I), dtype)
+    x, T, B, I, H, K, dtype = _sequence(x, W_ih, W_hh, 4, W_hr)
     W_ih = _array(W_ih, "W_ih", "(4H, I)", (4 * H, I), dtype)
     W_hh = _array(W_hh, "W_hh", "(4H, H)" if W_hr is None else "(4H, P)", (4 * H, K), dtype)
     b = _optional(b, "b", "(4H,)", (4 * H,), dtype)
@@ -222,8 +239,8 @@ def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_h
         tape = Tape(x, W_ih, W_hh, peepholes, W_hr, h0, c0, bool(reverse), y, gates, c, order,
                     sorted_lengths)
     if tokens:
-        _kernels.run_forward("lstm", x, W_ih, W_hh, b, W_hr, h0, c0, peepholes, order,
-                             sorted_lengths, bool(reverse), y, h_n, c_n, gates, c, n_threads)
+        _kernels.run_forward("lstm", x, W_ih, W_hh, _table(x, W_ih, b), W_hr, h0, c0, peepholes,
+                             order, sorted_lengths, bool(reverse), y, h_n, c_n, gates, c, n_threads)
     else:
         h_n[...] = 0 if h0 is None else h0
         c_n[...] = 0 if c0 is None else c0
@@ -242,7 +259,8 @@ def lstm_backward(tape, dy, dh_n=None, dc_n=None, *, n_threads=None):
     Returns
     -------
     Gradients(dx, dW_ih, dW_hh, db, dpeepholes, dh0, dc0, dW_hr), a named tuple of arrays shaped as
-    what they belong to; dpeepholes and dW_hr are None where the forward pass had none
+    what they belong to; dpeepholes and dW_hr are None where the forward pass had none, and dx is None
+    for token ids
 
     Raises
     ------
@@ -262,7 +280,7 @@ def lstm_backward(tape, dy, dh_n=None, dc_n=None, *, n_threads=None):
         raise TypeError(f"tape must be one of lstm_forward, got {type(tape).__qualname__}")
     tape.check_unspent()
     x, W_ih, W_hh, W_hr, y = tape.x, tape.W_ih, tape.W_hh, tape.W_hr, tape.y
-    (T, B, I), K, H, dtype = x.shape, y.shape[2], W_hh.shape[0] // 4, y.dtype
+    (T, B, K), I, H, dtype = y.shape, W_ih.shape[1], W_hh.shape[0] // 4, y.dtype
     dy = _array(dy, "dy", "(T, B, H)" if W_hr is None else "(T, B, P)", (T, B, K), dtype)
     dh_n = _optional(dh_n, "dh_n", "(B, H)" if W_hr is None else "(B, P)", (B, K), dtype)
     dc_n = _optional(dc_n, "dc_n", "(B, H)", (B, H), dtype)
@@ -271,7 +289,7 @@ def lstm_backward(tape, dy, dh_n=None, dc_n=None, *, n_threads=None):
     dx = _gradient_of_x(x, tape.order)
     dh0 = np.zeros((B, K), dtype) if dh_n is None else dh_n.copy()
     dc0 = np.zeros((B, H), dtype) if dc_n is None else dc_n.copy()
-    dW_ih, dW_hh, db = np.empty_like(W_ih), np.empty_like(W_hh), np.empty(4 * H, dtype)
+    dW_ih, dW_hh, db = _gradient_of_W(x, W_ih), np.empty_like(W_hh), np.empty(4 * H, dtype)
     dpeepholes = None if tape.peepholes is None else np.empty((3, H), dtype)
     dW_hr = None if W_hr is None else np.empty_like(W_hr)
     g = Gradients(dx, dW_ih, dW_hh, db, dpeepholes, dh0, dc0, dW_hr)
@@ -279,14 +297,27 @@ def lstm_backward(tape, dy, dh_n=None, dc_n=None, *, n_threads=None):
     if tokens:
         _kernels.run_backward("lstm", x, W_ih, W_hh, W_hr, tape.h0, tape.c0, tape.peepholes,
                               tape.order, tape.sorted_lengths, tape.reverse, y, tape.raw_gates,
-                              tape.raw_c, dy, _last_dy(tape, dy, dh_n), *g, n_threads)
+                              tape.raw_c, dy, _last_dy(tape, dy, dh_n), dx, _as_table(dW_ih, x),
+                              *g[2:], n_threads)
     else:
         _zero_sums(dW_ih, dW_hh, db, dpeepholes, dW_hr)
     return g
 
 
 def _gradient_of_x(x, order):
+    """Room for dx: None for token ids, zeros where a ragged batch has no tokens."""
+    if x.ndim == 2:
+        return None
     return np.empty(x.shape, x.dtype) if order is None else np.zeros(x.shape, x.dtype)
+
+
+def _gradient_of_W(x, W_ih):
+    """Room for dW_ih (4H, I): for token ids the view of a table (I, 4H) of zeros."""
+    return np.empty_like(W_ih) if x.ndim == 3 else np.zeros(W_ih.shape[::-1], W_ih.dtype).T
+
+
+def _as_table(dW_ih, x):
+    return dW_ih if x.ndim == 3 else dW_ih.T
 
 
 def _last_dy(tape, dy, dh_n):
@@ -328,8 +359,7 @@ def rnn_forward(x, W_ih, W_hh, b=None, h0=None, *, nonlinearity="tanh", lengths=
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f'nonlinearity must be "tanh" or "relu", got {nonlinearity!r}')
-    T, B, I, H, _, dtype = _sequence(x, W_hh, 1)
-    x = _array(x, "x", "(T, B, I)", (T, B, I), dtype)
+    x, T, B, I, H, _, dtype = _sequence(x, W_ih, W_hh, 1)
     W_ih = _array(W_ih, "W_ih", "(H, I)", (H, I), dtype)
     W_hh = _array(W_hh, "W_hh", "(H, H)", (H, H), dtype)
     b = _optional(b, "b", "(H,)", (H,), dtype)
@@ -340,8 +370,9 @@ def rnn_forward(x, W_ih, W_hh, b=None, h0=None, *, nonlinearity="tanh", lengths=
     y = np.empty((T, B, H), dtype) if order is None else np.zeros((T, B, H), dtype)
     h_n = np.empty((B, H), dtype)
     if tokens:
-        _kernels.run_forward(nonlinearity, x, W_ih, W_hh, b, None, h0, None, None, order,
-                             sorted_lengths, bool(reverse), y, h_n, None, None, None, n_threads)
+        _kernels.run_forward(nonlinearity, x, W_ih, W_hh, _table(x, W_ih, b), None, h0, None, None,
+                             order, sorted_lengths, bool(reverse), y, h_n, None, None, None,
+                             n_threads)
     else:
         h_n[...] = 0 if h0 is None else h0
     tape = RNNTape(x, W_ih, W_hh, h0, bool(reverse), nonlinearity, y, order, sorted_lengths)
@@ -365,22 +396,80 @@ def rnn_backward(tape, dy, dh_n=None, *, n_threads=None):
     if not isinstance(tape, RNNTape):
         raise TypeError(f"tape must be one of rnn_forward, got {type(tape).__qualname__}")
     x, W_ih, W_hh, y = tape.x, tape.W_ih, tape.W_hh, tape.y
-    (T, B, I), H, dtype = x.shape, y.shape[2], y.dtype
+    (T, B, H), I, dtype = y.shape, W_ih.shape[1], y.dtype
     dy = _array(dy, "dy", "(T, B, H)", (T, B, H), dtype)
     dh_n = _optional(dh_n, "dh_n", "(B, H)", (B, H), dtype)
     tokens = T * B if tape.order is None else int(tape.sorted_lengths.sum())
     n_threads = _threads(n_threads, tokens, H, I + H)
     dx = _gradient_of_x(x, tape.order)
     dh0 = np.zeros((B, H), dtype) if dh_n is None else dh_n.copy()
-    dW_ih, dW_hh, db = np.empty_like(W_ih), np.empty_like(W_hh), np.empty(H, dtype)
+    dW_ih, dW_hh, db = _gradient_of_W(x, W_ih), np.empty_like(W_hh), np.empty(H, dtype)
     if tokens:
         _kernels.run_backward(tape.nonlinearity, x, W_ih, W_hh, None, tape.h0, None, None, tape.order,
                               tape.sorted_lengths, tape.reverse, y, None, None, dy,
-                              _last_dy(tape, dy, dh_n), dx, dW_ih, dW_hh, db, None, dh0, None, None,
-                              n_threads)
+                              _last_dy(tape, dy, dh_n), dx, _as_table(dW_ih, x), dW_hh, db, None,
+                              dh0, None, None, n_threads)
     else:
         _zero_sums(dW_ih, dW_hh, db)
     return RNNGradients(dx, dW_ih, dW_hh, db, dh0)
+
+
+# ---- one step at a time ------------------------------------------------------------------------------
+
+class Step:
+    """One layer, one step per call, with its state h (B, H) and c (B, H): for streams.
+
+    The weights are packed once, as they are now; a call allocates nothing but what it returns, and
+    nothing at all with `out`.
+
+    >>> import numpy as np
+    >>> from lstmcore.functional import Step
+    >>> step = Step("lstm", 1, np.ones((8, 3)), np.ones((8, 2)))
+    >>> step(np.zeros((1, 3))).shape
+    (1, 2)
+    """
+
+    def __init__(self, cell, batch_size, W_ih, W_hh, b=None, peepholes=None, W_hr=None):
+        B, dtype = batch_size, W_ih.dtype
+        H, K = len(W_hh) // (4 if cell == "lstm" else 1), W_hh.shape[1]
+        W_ih, W_hh, b, peepholes, W_hr = (None if a is None else a.copy()
+                                          for a in (W_ih, W_hh, b, peepholes, W_hr))
+        self.h, self.c = np.zeros((B, K), dtype), np.zeros((B, H), dtype)
+        self._x_shape, self._y_shape, self._dtype = (B, W_ih.shape[1]), (B, K), dtype
+        self._weights, self._table = (cell, W_ih, W_hh, b, W_hr, peepholes), None
+        self._packed = _kernels.Packed(cell, W_ih, W_hh, W_hr)
+        # A step reads all weights once: a second thread helps if they do not fit near one core.
+        self._n_threads = get_num_threads() if W_ih.nbytes + W_hh.nbytes > 1 << 20 else 1
+
+    def __call__(self, x_t, out=None):
+        """x_t (B, I), or token ids (B,) -> h_t (B, H), in `out` if it is given."""
+        cell, W_ih, W_hh, b, W_hr, peepholes = self._weights
+        double = self._dtype == _F64
+        if not _kernels.fits(x_t, self._x_shape, double):
+            x_t, b = self._checked(x_t, b)
+        if out is None:
+            out = np.empty(self._y_shape, self._dtype)
+        elif not _kernels.fits(out, self._y_shape, double) or not out.flags.writeable:
+            raise ValueError(f"out must be a writable C-contiguous {self._dtype} array of shape "
+                             f"{self._y_shape}, got {getattr(out, 'shape', type(out).__name__)}")
+        _kernels.run_step(cell, x_t, W_ih, W_hh, b, W_hr, peepholes, self.h, self.c, out,
+                          self._n_threads, self._packed)
+        return out
+
+    def _checked(self, x_t, b):
+        """x_t contiguous with the bias; or token ids with the table that they look up."""
+        x_t, (B, I) = np.asarray(x_t), self._x_shape
+        if x_t.dtype.kind not in "iu":
+            return _array(x_t, "x_t", "(B, I)", (B, I), self._dtype), b
+        if x_t.shape != (B,):
+            raise ValueError(f"x_t must be (B,) = ({B},) token ids, got {x_t.shape}")
+        if x_t.min() < 0 or x_t.max() >= I:
+            raise ValueError(f"token ids must be in 0..I-1 = 0..{I - 1}, got {x_t.min()}.."
+                             f"{x_t.max()}")
+        if self._table is None:
+            W_ih = self._weights[1]
+            self._table = np.ascontiguousarray(W_ih.T if b is None else W_ih.T + b)
+        return np.ascontiguousarray(x_t, np.int64), self._table
 
 
 # ---- dense layer -------------------------------------------------------------------------------------
