@@ -149,7 +149,8 @@ class Keras(Target):
 
     def seeds(self):
         self.weights = self.saved("seed.weights.h5", plain_layer())
-        return [b'{"class_name": "Sequential", "config": {"layers": [{"class_name": "Bidirectional",'
+        return [b'{"class_name": "Sequential", "config": {"layers": [{'
+                b'"class_name": "Bidirectional",'
                 b' "config": {"name": "bidirectional", "merge_mode": "concat", "layer": {'
                 b'"class_name": "LSTM", "config": {"return_sequences": true, "activation": "tanh",'
                 b'"recurrent_activation": "sigmoid"}}}, "inbound_nodes": [[["x", 0, 0, {}]]]}]}}']

@@ -110,7 +110,8 @@ def test_two_files_hold_the_same_layer_and_torch_is_not_imported(tmp_path, dtype
 
 
 def test_prefix_chooses_and_the_rest_is_named(tmp_path):
-    path, a, b = tmp_path / "m.safetensors", *(random_state_dict(4, 6, 1, 1, seed=s) for s in (0, 1))
+    path = tmp_path / "m.safetensors"
+    a, b = (random_state_dict(4, 6, 1, 1, seed=s) for s in (0, 1))
     arrays = {**{f"enc.{k}": v for k, v in a.items()}, "fc.weight": np.ones((2, 2), "float32")}
     safetensors.write(path, arrays)
     with pytest.warns(UserWarning, match="left in the file: 'fc.weight'"):
@@ -130,7 +131,8 @@ def test_what_is_not_there_is_refused_by_name(tmp_path):
     path, state = tmp_path / "m.safetensors", random_state_dict(4, 6, 2, 1)
     cases = {
         "GRU": {"weight_ih_l0": np.ones((18, 4), "f4"), "weight_hh_l0": np.ones((18, 6), "f4")},
-        "nonlinearity": {"weight_ih_l0": np.ones((6, 4), "f4"), "weight_hh_l0": np.ones((6, 6), "f4")},
+        "nonlinearity": {"weight_ih_l0": np.ones((6, 4), "f4"),
+                         "weight_hh_l0": np.ones((6, 6), "f4")},
         "bias_hh": {k: v for k, v in state.items() if k != "bias_hh_l1"},
         "layers 0 to 1": {k: v for k, v in state.items() if "l1" in k},
         "must take the 6 outputs": {**state, "weight_ih_l1": np.ones((24, 7), "f4")},
@@ -154,8 +156,17 @@ def test_half_precision_is_widened(tmp_path):
     safetensors.write(path, {k: v.astype("float16") for k, v in state.items()})
     m = lstmcore.load(path)
     assert m.dtype == np.float32
-    want = state["bias_ih_l0"].astype("f2").astype("f4") + state["bias_hh_l0"].astype("f2").astype("f4")
+    want = sum(state[f"bias_{k}_l0"].astype("f2").astype("f4") for k in ("ih", "hh"))
     np.testing.assert_array_equal(m.parameters()["bias_l0"], want)
+
+
+def test_a_language_model_comes_back_as_one(tmp_path):
+    model = lstmcore.LanguageModel("char", hidden_size=4, num_layers=1)
+    model.fit("to be or not to be " * 20, epochs=1, progress=False)
+    model.save(tmp_path / "m.safetensors")
+    got = lstmcore.load(tmp_path / "m.safetensors")
+    assert isinstance(got, lstmcore.LanguageModel)
+    assert lstmcore.load(tmp_path / "m.safetensors", "recurrent").hidden_size == 4
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -41,9 +41,9 @@ def load(path, name=None, **options):
     batch_first, dropout, nonlinearity : what a file of weights does not say, as for `lstmcore.LSTM`
 
     Returns an `lstmcore.LSTM` or `RNN`, a `lstmcore.formats.Stack` where layers differ in width or
-    one reads from the end only, or the model that lstmcore saved. What else a file holds (embedding,
-    head) is named in a warning, unless `name` is given; `read_arrays` returns its arrays. What only
-    acts in training (initializers, dropout inside layers, regularizers) is not carried over.
+    one reads from the end only, or the model that lstmcore saved. What else a file holds (an
+    embedding, a head) is named in a warning, unless `name` is given; `read_arrays` returns its
+    arrays. What only acts in training (initializers, regularizers, dropout) is not carried over.
 
     Raises ValueError for a file that is damaged, or that asks for what lstmcore does not have, with
     its name (hard_sigmoid, clip, merge_mode='sum', GRU, ...).
@@ -164,7 +164,7 @@ def _reader_of(path):
         kind = "onnx"
     elif head[:1] == b"\x80":
         raise ValueError(f"{path} is a plain pickle, which can run any code when it is read: save "
-                         "the state_dict with torch.save of PyTorch 1.6 or later, or as safetensors")
+                         "the state_dict with PyTorch 1.6 or later, or as safetensors")
     else:
         raise ValueError(f"{path} is none of: safetensors, PyTorch zip archive, Keras .keras or "
                          f".h5, or ONNX (named .onnx); it begins with {head[:8]!r}")

@@ -57,7 +57,7 @@ class Archive:
             members[name] = entry
             total += entry.file_size
         if total > os.path.getsize(self.path):
-            raise ValueError(f"{self.path}: the members claim {total} bytes, more than the file has")
+            raise ValueError(f"{self.path}: the members claim {total} bytes, more than the file")
         return members
 
     @contextlib.contextmanager

@@ -249,4 +249,6 @@ def _build(layers, dtype, **options):
 def _cast(state, dtype):
     if state is None:
         return None
-    return tuple(a.astype(dtype) for a in state) if isinstance(state, tuple) else state.astype(dtype)
+    if isinstance(state, tuple):
+        return tuple(a.astype(dtype) for a in state)
+    return state.astype(dtype)

@@ -88,10 +88,10 @@ class _Reader:
     def _take(self, at, size):
         self.budget -= size
         if at + size > len(self.data):
-            raise ValueError(f"the HDF5 file is damaged: it points to {size} bytes at {at}, and has "
+            raise ValueError(f"the HDF5 file is damaged: it points to {size} bytes at {at}, of "
                              f"{len(self.data)}")
         if self.budget < 0:
-            raise ValueError("the HDF5 file is damaged: it points to the same bytes again and again")
+            raise ValueError("the HDF5 file is damaged: it reads the same bytes again and again")
 
     def _enter(self, address):
         if address in self.entered:
@@ -240,7 +240,7 @@ class _Reader:
         return name, value if shape else value[0]
 
     def _heap_text(self, at):
-        """A variable-length string: its length, and its place in a collection of the global heap."""
+        """A variable-length string: its length, and its place in the global heap."""
         length, address, index = self._unpack("<IQI", at)
         if not length:
             return ""

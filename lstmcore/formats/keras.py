@@ -47,7 +47,8 @@ def read_chains(path, options):
                   for name, found in weights.items() if _is_recurrent(found)]
         return chains, [name for name in weights if not _is_recurrent(weights[name])], options
     layers = _layers(path, config)
-    recurrent = [name for name, (kind, inner, _, _) in layers.items() if inner["class_name"] in KINDS]
+    recurrent = [name for name, (_, inner, _, _) in layers.items()
+                 if inner["class_name"] in KINDS]
     links, used = {}, {}
     for name in recurrent:
         source = _source(layers, name)
@@ -202,7 +203,7 @@ def _layers(path, config):
                 raise TypeError(f"the layer {name!r:.100}")
             previous = [name]
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} has a configuration that is not Keras's: {error!r:.100}") from None
+        raise ValueError(f"{path} has a configuration unlike Keras's: {error!r:.100}") from None
     return found
 
 
@@ -274,7 +275,7 @@ def _layer(name, directions, inner):
     rows = recurrent.shape[1] // len(recurrent)
     kind = KINDS[inner["class_name"]] if inner else {4: "LSTM", 1: "RNN"}.get(rows)
     if kind is None or rows != assemble.GATES[kind]:
-        raise ValueError(f"{name} has {rows} gates: lstmcore has LSTM (4) and SimpleRNN (1), no GRU")
+        raise ValueError(f"{name} has {rows} gates: lstmcore has LSTM (4) and SimpleRNN (1)")
     nonlinearity = None
     if kind == "RNN" and inner:
         nonlinearity = inner["config"].get("activation", "tanh")

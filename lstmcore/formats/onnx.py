@@ -260,11 +260,12 @@ def _layer(node, W, R, B=None, P=None):
     H = R.shape[2]
     sized = node.attributes.get("hidden_size", H)
     if R.shape[1] != n * H or W.shape[1] != n * H or sized != H or not H:
-        raise ValueError(f"{node.name} must have W (D, {n}H, I) and R (D, {n}H, H) with H = {sized}, "
-                         f"got {W.shape} and {R.shape}")
+        raise ValueError(f"{node.name} must have W (D, {n}H, I) and R (D, {n}H, H) with "
+                         f"H = {sized}, got {W.shape} and {R.shape}")
     for name, a, shape in (("B", B, (D, 2 * n * H)), ("P", P, (D, 3 * H))):
         if a is not None and (a.shape != shape or a.dtype.kind != "f"):
-            raise ValueError(f"{name} of {node.name} must be floats {shape}, got {a.dtype} {a.shape}")
+            raise ValueError(f"{name} of {node.name} must be floats {shape}, "
+                             f"got {a.dtype} {a.shape}")
     order = GATES[node.op]
     directions = []
     for d in range(D):
@@ -457,7 +458,7 @@ class _Probe:
         return [layer]
 
     def before(self, node):
-        """The name of the node whose Y, in the usual order, is this node's X; None if there is none."""
+        """The name of the node whose Y, in the usual order, is this node's X, or None."""
         x = self.given[node.name]
         for name, y in self.outputs.items():
             if x is not None and x.shape == y.shape and np.array_equal(x, y):

@@ -107,13 +107,15 @@ class _Machine:
                 if opcode.name == "STOP":
                     break
                 self._step(opcode.name, argument)
-            (result,) = self.stack
+            if len(self.stack) != 1:
+                raise ValueError("the pickle in the .pt file is damaged: it ends with "
+                                 f"{len(self.stack)} objects, not one")
         except ValueError:
             raise
         except (IndexError, KeyError, TypeError, AttributeError, UnicodeError, OverflowError,
                 RecursionError) as error:
             raise ValueError(f"the pickle in the .pt file is damaged: {error!r:.200}") from None
-        return result
+        return self.stack[0]
 
     def _step(self, name, argument):
         stack = self.stack

@@ -59,8 +59,8 @@ def write(path, arrays, metadata=None):
         a = arrays[name]
         if (code := CODES.get(a.dtype.newbyteorder("<"))) is None:
             raise TypeError(f"{name} must hold numbers that safetensors knows, got {a.dtype}")
-        header[name] = {"dtype": code, "shape": list(a.shape), "data_offsets": [end, end + a.nbytes]}
-        end += a.nbytes
+        begin, end = end, end + a.nbytes
+        header[name] = {"dtype": code, "shape": list(a.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
@@ -123,7 +123,8 @@ def _entry(name, value):
         raise ValueError(f"{name!r} must have a list of sizes as shape and two data_offsets, "
                          f"got {shape!r:.100} and {offsets!r:.100}")
     if not isinstance(code, str) or (code not in DTYPES and code != "BF16"):
-        raise ValueError(f"{name!r} has the dtype {code!r:.20}: known are {', '.join(DTYPES)}, BF16")
+        raise ValueError(f"{name!r} has the dtype {code!r:.20}: known are "
+                         f"{', '.join(DTYPES)}, BF16")
     return code, tuple(shape), *offsets
 
 

@@ -45,7 +45,8 @@ class Stack(Module):
         y, final = self._outside(np.asarray(x)), []
         states = _one_each("state", state, None, self.layers)
         for layer, reverse, given, initial in zip(self.layers, self.reverse, states, self.initial):
-            y, last = layer(_flip(y, lengths, reverse), initial if given is None else given, lengths)
+            given = initial if given is None else given
+            y, last = layer(_flip(y, lengths, reverse), given, lengths)
             y = _flip(y, lengths, reverse)
             final.append(last)
         y = self._outside(y)

@@ -1,0 +1,267 @@
+"""Hostile files: a clear ValueError, in bounded time and memory, and nothing executed."""
+
+import json
+import pickle
+import struct
+import time
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+from fuzz_formats import TARGETS, layer, number, pack, pt_program, text, write_pt
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import lstmcore
+from lstmcore import formats
+from lstmcore.formats import hdf5, safetensors
+
+NEEDS = {"hdf5": "h5py", "keras": "h5py", "onnx": "onnx"}       # to write the seeds
+INTERESTING = [0, 1, 0x7F, 0x80, 0xFF]
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def target(request, tmp_path_factory):
+    pytest.importorskip(NEEDS.get(request.param, "numpy"))
+    made = TARGETS[request.param](tmp_path_factory.mktemp(request.param))
+    made.seed = made.seeds()[0]
+    assert made.attack(made.seed)
+    return made
+
+
+# One mutant: up to 8 bytes set, then perhaps a piece cut out, then perhaps an end cut off.
+PLACE = st.floats(0, 1, exclude_max=True)
+EDITS = st.lists(st.tuples(PLACE, st.sampled_from(INTERESTING) | st.integers(0, 255)), max_size=8)
+CUTS = st.none() | st.tuples(PLACE, PLACE)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(edits=EDITS, cut=CUTS, end=st.none() | PLACE)
+def test_mutants_are_read_or_refused(target, edits, cut, end):
+    data = bytearray(target.seed)
+    for place, value in edits:
+        data[int(place * len(data))] = value
+    if cut:
+        first, last = sorted(int(p * len(data)) for p in cut)
+        del data[first:last]
+    if end is not None:
+        del data[int(end * len(data)):]
+    target.attack(data)         # anything but ValueError comes through
+
+
+@settings(max_examples=50, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(noise=st.binary(max_size=400))
+def test_noise_is_refused(target, noise):
+    target.attack(noise)
+    target.attack(target.seed[:60] + noise)
+
+
+def test_every_truncation_is_refused_in_little_time_and_memory(target):
+    size = len(target.seed)
+    tracemalloc.start()
+    begin = time.perf_counter()
+    for length in range(0, size, max(1, size // 80)):
+        target.attack(target.seed[:length])
+    peak, spent = tracemalloc.get_traced_memory()[1], time.perf_counter() - begin
+    tracemalloc.stop()
+    assert peak < 64 * size + (4 << 20)         # parsed JSON, protobuf and names take their toll
+    assert spent < 20
+
+
+def refused(path, message, limit=4 << 20):
+    """load and read_arrays raise ValueError with the message, within `limit` bytes of memory."""
+    tracemalloc.start()
+    try:
+        for read in (lstmcore.load, formats.read_arrays):
+            with pytest.raises(ValueError, match=message):
+                read(path)
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+
+
+def header(path, entries, data=b"", length=None):
+    made = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    path.write_bytes(struct.pack("<Q", len(made) if length is None else length) + made + data)
+    return path
+
+
+def entry(shape, offsets, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+@pytest.mark.parametrize("message, entries, data, length", [
+    ("claims 9000000000000000000 bytes|none of", {}, b"", 9 * 10**18),
+    ("claims 5000 bytes", {}, b"", 5000),
+    ("must take the 40000000000 bytes", {"a": entry([10**10], [0, 8])}, b"\0" * 8, None),
+    ("must take the 0 bytes", {"a": entry([0, 2**61], [0, 8])}, b"\0" * 8, None),
+    ("from offset 8", {"a": entry([2], [0, 8]), "b": entry([2], [4, 12])}, b"\0" * 12, None),
+    ("from offset 0", {"a": entry([2], [4, 12])}, b"\0" * 12, None),
+    ("the file holds 12", {"a": entry([2], [0, 8])}, b"\0" * 12, None),
+    ("two data_offsets", {"a": entry([-1], [0, 8])}, b"\0" * 8, None),
+    ("two data_offsets", {"a": entry([True], [0, 4])}, b"\0" * 4, None),
+    ("two data_offsets", {"a": entry([1] * 99, [0, 4])}, b"\0" * 4, None),
+    ("the dtype 'F8'", {"a": entry([4], [0, 4], "F8")}, b"\0" * 4, None),
+    ("appears twice", b'{"a": {}, "a": {}}', b"", None),
+    ("not JSON", b"{" * 100, b"", None),
+    ("not JSON", b'{"a":' + b"[" * 100000, b"", None),
+    ("not JSON", b'{"\xff": 1}', b"", None),
+    ("strings only", {"__metadata__": {"a": 1}}, b"", None),
+    ("must have dtype, shape", {"a": 3}, b"", None)])
+def test_lying_safetensors(tmp_path, message, entries, data, length):
+    refused(header(tmp_path / "m.safetensors", entries, data, length), message)
+
+
+def test_own_metadata_cannot_ask_for_memory(tmp_path):
+    path = tmp_path / "m.safetensors"
+    arrays = {"weight_ih_l0": np.ones((8, 2), "f4"), "weight_hh_l0": np.ones((8, 2), "f4")}
+    for said in ('{"class": "LSTM", "hidden_size": 1000000000}', "[" * 100000, "[]", "{}",
+                 '{"class": "LSTM", "dropout": "x"}', '{"class": "Stack", "layers": 3}',
+                 '{"class": "Stack", "layers": []}', '{"class": "LSTM", "dropout": 7}'):
+        safetensors.write(path, arrays, {"lstmcore.layer": said})
+        with pytest.raises(ValueError):
+            lstmcore.load(path)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_pickles_execute_nothing(tmp_path, protocol):
+    witness = tmp_path / "executed"
+    pack(tmp_path / "m.pt", {"a/data.pkl": pickle.dumps({"w": Evil(witness)}, protocol)})
+    refused(tmp_path / "m.pt", r"asks to call '\w*io.open'|uses")
+    assert not witness.exists()
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"w": Evil(witness)}, protocol))
+    refused(tmp_path / "plain.pt", "plain pickle")
+    assert not witness.exists()
+
+
+OPEN = b"\x80\x02"
+
+
+@pytest.mark.parametrize("message, program", [
+    ("asks to call 'os.system'", b"cos\nsystem\n" + text("true") + b"\x85R."),
+    ("asks to call 'torch._utils._rebuild_tensor_v2.x'",
+     b"ctorch._utils\n_rebuild_tensor_v2.x\n)R."),
+    ("uses INST", b"(ios\nsystem\n."), ("uses OBJ", b"(cos\nsystem\no."),
+    ("uses NEWOBJ", b"cos\nsystem\n)\x81."), ("uses EXT1", b"\x82\x01."),
+    ("as a dict", b"cos\nsystem\n}b."), ("uses DUP", b"}2."), ("uses POP", b"}0."),
+    ("damaged", b"R."), ("damaged", b"h\x07."), ("damaged", b"t."), ("damaged", b"."),
+    ("damaged|expected", b"j\xff\xff\xff\xff."), ("expected", b"X\xff\xff\xff\x7fabc."),
+    ("no tensor|no storage|damaged", b"ctorch._utils\n_rebuild_tensor_v2\n)R."),
+    ("no storage", b"ctorch._utils\n_rebuild_tensor_v2\n(}K\0))\x89)tR."),
+    ("not to a storage", b"K\x01Q."),
+    ("strings or numbers as keys", b"}}}s."),
+    ("nests", b"]q\0h\0a."),                                        # a list in itself
+    ("nests", b")" + b"q\0h\0\x86" * 30 + b"."),                    # a pair of pairs of pairs ...
+    ("no pairs|damaged", b"ccollections\nOrderedDict\n]K\1a\x85R.")])
+def test_hostile_pickle_programs(tmp_path, message, program):
+    pack(tmp_path / "m.pt", {"a/data.pkl": OPEN + program})
+    begin = time.perf_counter()
+    refused(tmp_path / "m.pt", message)
+    assert time.perf_counter() - begin < 5
+
+
+@pytest.mark.parametrize("message, old, new", [
+    ("does not fit its storage", number(16) + number(3) + b"t", number(10**9) + number(3) + b"t"),
+    ("does not fit its storage", number(3) + number(1) + b"t", number(10**6) + number(1) + b"t"),
+    ("does not fit its storage", number(3) + number(1) + b"t", number(3) + number(9) + b"t"),
+    ("and strides", number(3) + number(1) + b"t", number(-3) + number(1) + b"t"),
+    ("claims 12345 numbers", number(48) + b"tQ", number(12345) + b"tQ"),
+    ("storage of type 'torch.EvilyStorage'", b"ctorch\nFloatStorage", b"ctorch\nEvilyStorage"),
+    ("'archive/data/../x' is missing", text("0") + text("cpu"), text("../x") + text("cpu"))])
+def test_lying_tensors(tmp_path, message, old, new):
+    arrays = {"weight_ih_l0": np.ones((16, 3), "float32")}
+    assert old in pt_program(arrays)[0]
+    write_pt(tmp_path / "m.pt", arrays, lambda program: program.replace(old, new))
+    refused(tmp_path / "m.pt", message)
+
+
+def test_expanded_tensors_do_not_expand(tmp_path):
+    """Strides of 0 would make one number a billion."""
+    arrays = {"weight_ih_l0": np.ones((16, 3), "float32")}
+    shape, strides = number(16) + number(3), number(3) + number(1)
+    write_pt(tmp_path / "m.pt", arrays, lambda p: p.replace(shape, number(10**5) * 2).replace(
+        strides, number(0) * 2))
+    refused(tmp_path / "m.pt", "does not fit its storage")
+
+
+def test_archives_with_tricks(tmp_path):
+    path, program = tmp_path / "m.pt", OPEN + b"}."
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:       # a bomb of 1000 : 1
+        archive.writestr("a/data.pkl", b"\0" * (64 << 20))
+    refused(path, "is compressed")
+    for name in ("../a/data.pkl", "/a/data.pkl", "a\\..\\data.pkl", "a/../data.pkl"):
+        pack(path, {name: program})
+        refused(path, "points out of the archive")
+    pack(path, {"a/data.pkl": program, "b/data.pkl": program})
+    refused(path, "one member data.pkl")
+    pack(path, {"a/data.pkl": program, "a/constants.pkl": program})
+    refused(path, "TorchScript")
+    pack(path, {"a/data.pkl": program, "a/byteorder": b"middle"})
+    refused(path, "byteorder")
+    pack(path, {"a/data.pkl": program})
+    data = path.read_bytes()
+    path.write_bytes(data.replace(program, OPEN + b"]."))
+    refused(path, "damaged zip archive: Bad CRC-32")
+    path.write_bytes(data.replace(b"a/data.pkl" + program, b"b/data.pkl" + program))
+    refused(path, "damaged zip archive")
+
+
+def test_members_that_overlap_are_refused(tmp_path):
+    """Two hundred entries of the directory that all point to the same bytes."""
+    path = tmp_path / "m.pt"
+    pack(path, {"a/data.pkl": OPEN + b"}.", **{f"a/data/{n:03}": b"x" * 4096 for n in range(2)}})
+    with zipfile.ZipFile(path, "a") as archive:
+        for n in range(2, 200):
+            info = zipfile.ZipInfo(f"a/data/{n:03}")
+            first = archive.getinfo("a/data/000")
+            info.CRC, info.file_size, info.compress_size = first.CRC, 4096, 4096
+            info.header_offset = first.header_offset
+            archive.filelist.append(info)
+            archive.NameToInfo[info.filename] = info
+        archive._didModify = True
+    refused(path, "members claim")
+
+
+def test_big_endian_storages_are_turned(tmp_path):
+    state = layer().state_dict()
+    swapped = {name: a.byteswap() for name, a in state.items()}
+    program, members = pt_program(swapped)
+    pack(tmp_path / "m.pt", {"archive/data.pkl": program, "archive/byteorder": b"big", **members})
+    for name, a in formats.read_arrays(tmp_path / "m.pt").items():
+        np.testing.assert_array_equal(a, state[name])
+
+
+def test_hdf5_claims_are_compared_with_the_file(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "m.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("a", data=np.ones((7, 11), "f4"))
+    data = path.read_bytes()
+    shape = struct.pack("<QQ", 7, 11)
+    for new in ((2**62, 11), (7, 12), (2**63, 2**63), (0, 2**63)):
+        mutant = data.replace(shape, struct.pack("<QQ", *new))
+        if 0 in new:
+            assert hdf5.read(mutant).members["a"].array.size == 0
+        else:
+            with pytest.raises(ValueError, match=r"in 308 bytes"):
+                hdf5.read(mutant)
+
+
+def test_unknown_files_are_refused_by_their_first_bytes(tmp_path):
+    (tmp_path / "m.bin").write_bytes(b"GGUF and more")
+    refused(tmp_path / "m.bin", "begins with b'GGUF and'")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    refused(tmp_path / "empty.pt", "begins with b''")
+    with pytest.raises(FileNotFoundError):
+        lstmcore.load(tmp_path / "nothing.pt")
