@@ -114,7 +114,7 @@ class _Recurrent(Module):
         return [self._traced(y, tape) for _, runs in tapes for y, tape in runs]
 
     def save(self, path):
-        """Write the layer to a .safetensors, .onnx or .weights.h5 file; `lstmcore.load` reads it."""
+        """Write the layer to a .safetensors, .onnx or .weights.h5 file, for `lstmcore.load`."""
         from lstmcore import formats
         formats.save(self, path)
 
@@ -316,6 +316,8 @@ class Stream:
         self.layer, self.batch_size = layer, check_size("batch_size", batch_size)
         self._steps = [functional.Step(layer._cell, self.batch_size, **weights)
                        for weights in layer._weights]
+        # What goes from layer to layer within a step.
+        self._between = [np.empty_like(step.h) for step in self._steps[:-1]]
 
     def reset(self):
         """Back to a state of zeros."""
@@ -337,8 +339,8 @@ class Stream:
 
     def step(self, x_t, out=None):
         """x_t (B, I), or token ids (B,) -> y_t (B, P), in `out` if it is given."""
-        for step in self._steps[:-1]:
-            x_t = step(x_t)
+        for step, h in zip(self._steps, self._between):
+            x_t = step(x_t, h)
         return self._steps[-1](x_t, out)
 
 

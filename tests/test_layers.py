@@ -156,6 +156,17 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     assert (Dropout(1.0)(x) == 0).all() and (Dropout(0.0)(x) == x).all()
 
 
+def test_first_values_are_torchs():
+    p = Sequential(Linear(100, 60, seed=0), Embedding(80, 90, seed=1)).parameters()
+    for name in ("0.weight", "0.bias"):
+        # The extremes of n draws from U(-0.1, 0.1), n >= 60, are within a fifth of its bounds.
+        assert 0.08 < p[name].max() <= 0.1 and -0.1 <= p[name].min() < -0.08, name
+    # 7200 draws from N(0, 1): mean and standard deviation are known to 0.012 and 0.008.
+    assert abs(p["1.weight"].mean()) < 0.05 and abs(p["1.weight"].std() - 1) < 0.035
+    assert (Linear(3, 2, seed=5).parameters()["weight"]
+            == Linear(3, 2, seed=5).parameters()["weight"]).all()
+
+
 def test_random_numbers_resume():
     layer, x = LSTM(3, 4, 2, dropout=0.5, seed=0), normal(5, 2, 3, dtype="float32")
     model = Sequential(Dropout(0.5, seed=1), Dropout(0.5, seed=2))

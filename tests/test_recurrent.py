@@ -263,10 +263,7 @@ def test_token_ids_are_one_hot_rows(make, close):
     layer.backward(dy)
     wanted = layer.gradients()["weight_ih_l0"].copy()
     layer.zero_grad()
-    try:
-        close(layer(tokens)[0], y, "kernel")
-    except TypeError:
-        pytest.skip("lstmcore.functional takes no token ids")
+    close(layer(tokens)[0], y, "kernel")
     dx, _ = layer.backward(dy)
     assert dx is None
     close(layer.gradients()["weight_ih_l0"], wanted, "kernel")
@@ -366,7 +363,7 @@ def test_stream_equals_the_whole_sequence(make, close):
     close(s.step(x[0], out), layer(x[:1])[0][0], "identity")
 
 
-def test_streams_are_apart_and_follow_the_weights():
+def test_streams_are_apart_and_keep_the_weights_they_were_made_with():
     layer, x = LSTM(3, 4, seed=0), normal(2, 3, dtype="float32")
     one, two = layer.stream(2), layer.stream(2)
     first = one.step(x)
@@ -374,21 +371,32 @@ def test_streams_are_apart_and_follow_the_weights():
     assert (two.step(x) == first).all()
     two.reset()
     layer.parameters()["weight_ih_l0"][...] *= -1
-    assert (two.step(x) != first).any()
+    assert (two.step(x) == first).all()
+    assert (layer.stream(2).step(x) != first).any()
 
 
 def test_stream_says_what_it_wants():
     with pytest.raises(ValueError, match="bidirectional"):
         LSTM(3, 4, bidirectional=True).stream()
     s = LSTM(3, 4).stream(2)
-    with pytest.raises(ValueError, match=r"x_t must be \(2, 3\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"x_t must be \(B, I\) = \(2, 3\), got \(3,\)"):
         s.step(np.zeros(3, "float32"))
-    with pytest.raises(TypeError, match="x_t must be float32, got float64"):
+    with pytest.raises(TypeError, match="x_t must be float32 like x, got float64"):
         s.step(np.zeros((2, 3)))
-    with pytest.raises(ValueError, match=r"out must be \(2, 4\), got \(1, 4\)"):
+    with pytest.raises(ValueError, match=r"out must be .* \(2, 4\), got \(1, 4\)"):
         s.step(np.zeros((2, 3), "float32"), out=np.zeros((1, 4), "float32"))
     with pytest.raises(ValueError, match=r"h of state must be .* = \(1, 2, 4\), got \(2, 4\)"):
         s.state = np.zeros((2, 4), "float32"), np.zeros((1, 2, 4), "float32")
+
+
+@by_name({"LSTM": LSTM, "RNN": RNN})
+def test_stream_takes_token_ids(make, close):
+    layer = make(6, 4, 2, dtype="float64", seed=0)
+    tokens = np.random.default_rng(0).integers(0, 6, (5, 3))
+    s = layer.stream(3)
+    close(np.array([s.step(ids) for ids in tokens]), layer(tokens)[0], "kernel")
+    with pytest.raises(ValueError, match=r"token ids must be in 0..I-1 = 0..5, got 0..6"):
+        s.step([0, 6, 1])
 
 
 @by_name({name: make for name, make in RECURRENT.items() if name.startswith("LSTM")})
