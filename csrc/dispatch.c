@@ -2,6 +2,9 @@
 
 #include <string.h>
 #include "lstm.h"
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
 
 extern const lstm_kernels *const lstm_table_base[2];
 
@@ -43,4 +46,12 @@ const lstm_kernels *lstm_kernels_for(const char *isa, int is_double) {
         if (known[q].runs_here() && (!isa || strcmp(isa, known[q].isa) == 0))
             return known[q].table[is_double];
     return NULL;
+}
+
+ptrdiff_t lstm_l2_bytes(void) {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (bytes > 0) return bytes;
+#endif
+    return 1 << 20;
 }

@@ -110,5 +110,7 @@ typedef struct {
 const lstm_kernels *lstm_kernels_for(const char *isa, int is_double);
 /* Name k of the instruction sets that this CPU can run, best first; NULL past the last. */
 const char *lstm_isa(int k);
+/* Size of a core's second-level cache; 1 MB where the system does not say. */
+ptrdiff_t lstm_l2_bytes(void);
 
 #endif

@@ -97,6 +97,7 @@ cdef extern from "lstm.h" nogil:
         void (*tanh)(Py_ssize_t, const void *, void *) noexcept nogil
     const lstm_kernels *lstm_kernels_for(const char *isa, int is_double)
     const char *lstm_isa(int k)
+    Py_ssize_t lstm_l2_bytes()
 
 cdef extern from "team.h" nogil:
     ctypedef void team_fn(void *arg, int me, int team) noexcept nogil
@@ -112,7 +113,7 @@ cdef extern from "team.h" nogil:
 # ---- the machine -----------------------------------------------------------------------------------
 
 cdef const lstm_kernels *tables[2]
-cdef Py_ssize_t L2_BYTES = 1 << 20
+cdef Py_ssize_t L2_BYTES
 cdef enum: BLAS_ROWS = 32      # every BLAS product has this many rows: a row's bits depend on no other
 cdef enum: BLAS_COLUMNS = 64   # rows of a weight gradient per BLAS call, for the same reason
 cdef enum: BLAS_TOKENS = 256
@@ -1094,7 +1095,4 @@ def run_linear_backward(x, W, dy, dx, dW, db, n_threads):
 
 
 use_isa(os.environ.get("LSTMCORE_ISA") or None)
-try:
-    L2_BYTES = os.sysconf("SC_LEVEL2_CACHE_SIZE") or L2_BYTES
-except (AttributeError, OSError, ValueError):
-    pass  # not Linux: the default
+L2_BYTES = lstm_l2_bytes()

@@ -83,7 +83,7 @@ def _lengths(lengths, T, B):
     """None, or lengths (B,) in 0..T with the order of the rows, longest first."""
     if lengths is None:
         return None, None
-    lengths = np.asarray(lengths)
+    lengths = np.asarray(lengths, np.int64 if B == 0 and len(lengths) == 0 else None)
     if lengths.shape != (B,):
         raise ValueError(f"lengths must be (B,) = ({B},), got {lengths.shape}")
     if lengths.dtype.kind not in "iu":

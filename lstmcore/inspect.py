@@ -13,14 +13,13 @@ from collections import namedtuple
 
 import numpy as np
 
-from lstmcore.layers import sigmoid
-
 Activations = namedtuple("Activations", "tokens places signals")
 Selective = namedtuple("Selective", "neuron feature r")
 
 MEANINGS = {"h": "hidden state h", "c": "cell state c (its tanh)", "i": "input gate i",
             "f": "forget gate f", "o": "output gate o", "g": "candidate g"}
 GATES = "ifo"           # in 0..1; the other signals are shown in -1..1
+DARK = 0.62             # above this the color is so dark that letters are white
 RARE = 5                # a feature seen (or missing) less often than this explains nothing
 OPENING, CLOSING = "([{<", ")]}>"
 
@@ -172,10 +171,10 @@ def page(model, text, path, *, limit=2000, title=None):
                      "bytes": base64.b64encode(_bytes(values, signal)).decode()}
             for signal, values in signals.items()}})
     # In a script element only "</" could end the data too early.
-    text = PAGE.replace("@TITLE@", html.escape(title)).replace(
-        "@DATA@", json.dumps(data).replace("</", "<\\/"))
+    fields = {"@TITLE@": html.escape(title), "@DARK@": str(DARK),
+              "@DATA@": json.dumps(data).replace("</", "<\\/")}
     with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+        file.write(re.sub("@[A-Z]+@", lambda field: fields[field[0]], PAGE))
 
 
 def _cut(found, limit):
@@ -211,14 +210,15 @@ def picture(model, text, path=None, *, neuron, place=0, signal="h", limit=1200, 
     if not 0 <= neuron < values.shape[1]:
         raise ValueError(f"neuron must be in 0..{values.shape[1] - 1}, got {neuron}")
     cells, lines = _layout(found.tokens, width)
-    figure = Figure(figsize=(0.1 * width + 0.2, 0.2 * lines + 0.5), layout="constrained")
+    figure = Figure(figsize=(0.085 * width + 0.2, 0.2 * lines + 0.5), layout="constrained")
     axes = figure.subplots()
     for (line, column, shown), value in zip(cells, values[:, neuron]):
         axes.add_patch(Rectangle((column, line), len(shown), 1, linewidth=0,
                                  facecolor=_color(float(value), signal)))
         for n, character in enumerate(shown):
             axes.text(column + n + 0.5, line + 0.5, character, family="monospace", fontsize=9,
-                      ha="center", va="center", color="#222", parse_math=False)
+                      ha="center", va="center", parse_math=False,
+                      color="white" if abs(value) > DARK else "#222")
     axes.set(xlim=(0, width), ylim=(lines, 0))
     axes.set_title(f"{found.places[place]}, neuron {neuron}, {MEANINGS[signal]}", fontsize=10)
     axes.axis("off")
@@ -263,6 +263,7 @@ PAGE = """<!doctype html>
   select, button, input { font: inherit; padding: .3rem .5rem; min-height: 2.4rem;
            border: 1px solid #bbb; border-radius: .4rem; background: #fff; color: inherit }
   input { width: 5em }
+  .group { display: inline-flex; gap: .3rem; align-items: center }
   #status { font-size: .9rem; color: #555; min-height: 1.4em; margin-top: .3rem }
   main { display: grid; grid-template-columns: minmax(0, 1fr) 19rem; gap: 1rem; padding: .8rem }
   #text { font: 15px/1.65 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap;
@@ -276,8 +277,7 @@ PAGE = """<!doctype html>
            display: flex; gap: .5rem; align-items: baseline }
   ol button b { min-width: 2.6em } ol button span { flex: 1; overflow-wrap: anywhere }
   ol button.on { border-color: #222; background: #f2f2f2 }
-  #scale { display: inline-block; width: 8rem; height: .8rem; border: 1px solid #ccc;
-           vertical-align: middle; margin: 0 .3rem }
+  #scale { display: inline-block; width: 8rem; height: .8rem; border: 1px solid #ccc }
   @media (max-width: 700px) {
     main { grid-template-columns: minmax(0, 1fr) }
     ol { display: flex; overflow-x: auto; gap: .4rem } ol li { flex: 0 0 12rem }
@@ -290,10 +290,12 @@ PAGE = """<!doctype html>
   <div class="row">
     <select id="place" aria-label="layer"></select>
     <select id="signal" aria-label="signal"></select>
-    <button id="back" aria-label="previous neuron">&#9664;</button>
-    <input id="neuron" type="number" min="0" aria-label="neuron">
-    <button id="next" aria-label="next neuron">&#9654;</button>
-    <span><span id="low"></span><span id="scale"></span>1</span>
+    <span class="group">
+      <button id="back" aria-label="previous neuron">&#9664;</button>
+      <input id="neuron" type="number" min="0" aria-label="neuron">
+      <button id="next" aria-label="next neuron">&#9654;</button>
+    </span>
+    <span class="group"><span id="low"></span><span id="scale"></span>1</span>
   </div>
   <div id="status"></div>
 </header>
@@ -311,7 +313,11 @@ PAGE = """<!doctype html>
   const find = id => document.getElementById(id);
   const RED = [202, 0, 32], BLUE = [33, 102, 172], GREEN = [0, 128, 96];
   const decoded = new Map();
-  let place = 0, signal = Object.keys(data.places[0].signals)[0], neuron = 0;
+  let place = 0, signal = "h", neuron = 0, strongest = -1;
+  data.places.forEach((p, n) => Object.entries(p.signals).forEach(([name, s]) => {
+    const r = s.ranked.length ? Math.abs(s.ranked[0][2]) : 0;
+    if ("hc".includes(name) && r > strongest) [place, signal, strongest] = [n, name, r];
+  }));
 
   const spans = data.tokens.map((token, t) => {
     const span = document.createElement("span");
@@ -360,7 +366,7 @@ PAGE = """<!doctype html>
     spans.forEach((span, t) => {
       const v = value(t);
       span.style.background = color(v);
-      span.style.color = Math.abs(v) > .62 ? "#fff" : "#222";
+      span.style.color = Math.abs(v) > @DARK@ ? "#fff" : "#222";
     });
     find("status").textContent = known
       ? `neuron ${neuron} follows: ${known[1]} (r = ${known[2].toFixed(2)})`
@@ -387,7 +393,6 @@ PAGE = """<!doctype html>
 
   function signals() {
     const names = Object.keys(data.places[place].signals);
-    if (!names.includes(signal)) signal = names[0];
     find("signal").replaceChildren(...names.map(s => new Option(data.meanings[s], s)));
     find("signal").value = signal;
   }
@@ -399,6 +404,7 @@ PAGE = """<!doctype html>
   }
 
   data.places.forEach((p, n) => find("place").append(new Option(p.name, n)));
+  find("place").value = place;
   find("place").onchange = event => { place = +event.target.value; signals(); best(); };
   find("signal").onchange = event => { signal = event.target.value; best(); };
   find("neuron").onchange = event => { neuron = Math.trunc(+event.target.value) || 0; show(); };

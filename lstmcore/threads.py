@@ -72,22 +72,33 @@ def resolve(n_threads):
 
 
 _lock = threading.Lock()
-_inside = 0          # calls that hold BLAS to one thread now
-_limiter = None
-_controller = None   # finding the libraries costs milliseconds; done at the first use, not at import
+_inside = 0         # calls that hold BLAS to one thread now
+_pools = None       # BLAS libraries; finding them costs milliseconds: at the first use, not at import
+_before = ()        # their numbers of threads before the first of these calls
+
+
+def _limit(pool, n):
+    """Set the threads of a BLAS pool from any Python thread.
+
+    threadpoolctl's set_num_threads does nothing, since 3.7, on every thread but the first that used
+    it, because two threads might undo each other's limits; here the lock and the count see to that.
+    """
+    getattr(pool, "_real_set_num_threads", pool.set_num_threads)(n)
 
 
 @contextlib.contextmanager
 def one_blas_thread():
     """Hold every BLAS pool of the process to one thread; the last of concurrent callers restores."""
-    global _inside, _limiter, _controller
+    global _inside, _pools, _before
     with _lock:
         if _inside == 0:
-            if _controller is None:
+            if _pools is None:
                 from threadpoolctl import ThreadpoolController
 
-                _controller = ThreadpoolController()
-            _limiter = _controller.limit(limits=1, user_api="blas")
+                _pools = ThreadpoolController().select(user_api="blas").lib_controllers
+            _before = [pool.num_threads for pool in _pools]
+            for pool in _pools:
+                _limit(pool, 1)
         _inside += 1
     try:
         yield
@@ -95,5 +106,5 @@ def one_blas_thread():
         with _lock:
             _inside -= 1
             if _inside == 0:
-                _limiter.restore_original_limits()
-                _limiter = None
+                for pool, n in zip(_pools, _before):
+                    _limit(pool, n)

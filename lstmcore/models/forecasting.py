@@ -143,7 +143,7 @@ class Forecaster:
         axes.set(title=title, xlabel="step")
         axes.margins(x=0.01)
         axes.grid(alpha=0.3)
-        axes.legend()
+        figure.legend(loc="outside lower center", ncols=4)
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure

@@ -124,8 +124,8 @@ class LanguageModel:
         source : the text, a path, "-" for standard input, bytes, or a list of these; by default
             Python's documentation of its own language. A str that names a file is a path
         validation : a share of the text, at its end (0.05), or another text or path; 0 for none
-        epochs, minutes, steps : when to end, counted from the start of a resumed run; by default
-            10 epochs
+        epochs, minutes, steps : when to end, whatever comes first, counted from the very start; by
+            default after 10 epochs, and in a resumed run as planned
         checkpoint : a path to save the model to after every evaluation and at the end, together
             with what `resume` needs
         resume : a checkpoint whose run is to be continued, on the same text. It goes on with the
@@ -151,7 +151,10 @@ class LanguageModel:
         if isinstance(validation, (int, float)) and not isinstance(validation, bool):
             settings["validation"] = float(validation)
         settings = _settings({**(run[2]["settings"] if run else {}), **settings})
-        budget = Budget(epochs, minutes, steps)
+        if run and epochs is minutes is steps is None:
+            budget = Budget(**run[2]["budget"])
+        else:
+            budget = Budget(epochs, minutes, steps)
         train, held_out = self._tokens(source, validation, settings, encoding)
 
         bar = _Bar(budget) if progress else None

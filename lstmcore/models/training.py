@@ -193,7 +193,8 @@ class Trainer:
         best_loss = self.best_loss if self.best is not None else None
         return weights, arrays, {
             **{name: getattr(self, name) for name in own}, "best_loss": best_loss,
-            "settings": dataclasses.asdict(self.settings), "rng": self.network.rng_state()}
+            "settings": dataclasses.asdict(self.settings),
+            "budget": dataclasses.asdict(self.budget), "rng": self.network.rng_state()}
 
     def restore(self, arrays, meta, weights):
         """Go on where a snapshot was taken, with the same tokens."""
