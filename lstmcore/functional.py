@@ -55,7 +55,7 @@ def _sequence(x, W_ih, W_hh, gates, W_hr=None):
     T, B = x.shape[:2]
     I, H = W_ih.shape[1] if ids else x.shape[2], W_hh.shape[0] // gates
     if I == 0:
-        raise ValueError(f"there must be at least one input: x is {x.shape}, W_ih is {W_ih.shape}")
+        raise ValueError(f"x must have I >= 1 inputs, got x {x.shape} and W_ih {W_ih.shape}")
     if W_hr is None:
         K = H
     elif isinstance(W_hr, np.ndarray) and W_hr.ndim == 2 and W_hr.shape[1] == H and W_hr.shape[0]:
@@ -83,10 +83,10 @@ def _lengths(lengths, T, B):
     """None, or lengths (B,) in 0..T with the order of the rows, longest first."""
     if lengths is None:
         return None, None
-    lengths = np.asarray(lengths, np.int64 if B == 0 and len(lengths) == 0 else None)
+    lengths = np.asarray(lengths)
     if lengths.shape != (B,):
         raise ValueError(f"lengths must be (B,) = ({B},), got {lengths.shape}")
-    if lengths.dtype.kind not in "iu":
+    if lengths.dtype.kind not in "iu" and B > 0:
         raise TypeError(f"lengths must be integers, got {lengths.dtype}")
     if B and (lengths.min() < 0 or lengths.max() > T):
         raise ValueError(f"lengths must be in 0..T = 0..{T}, got {lengths.min()}..{lengths.max()}")
