@@ -23,7 +23,11 @@ NAMES = dict(W_ih="weight_ih", W_hh="weight_hh", b="bias", peepholes="weight_pee
 
 
 class _Recurrent(Module):
-    """A stack of recurrent layers: everything but the cell."""
+    """A stack of recurrent layers: everything but the cell.
+
+    A cell says how many gates it has (`_gates`), how wide the parts of its state are (`_widths`),
+    its name for `functional.Step` (`_cell`), and how to run, run backward and trace one layer.
+    """
 
     def _build(self, input_size, hidden_size, num_layers, bias, batch_first, dropout,
                bidirectional, init, dtype, seed):

@@ -254,12 +254,13 @@ def test_one_model_serves_several_threads():
     assert all((a == b).all() for a, b in zip(wanted * 4, found))
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
 @by_name({"LSTM": LSTM, "RNN": RNN})
-def test_token_ids_are_one_hot_rows(make, close):
-    layer = make(6, 4, 2, dtype="float64", seed=0)
+def test_token_ids_are_one_hot_rows(make, bidirectional, close):
+    layer = make(6, 4, 2, bidirectional=bidirectional, dtype="float64", seed=0)
     tokens = np.random.default_rng(0).integers(0, 6, (5, 3))
-    dy = normal(5, 3, 4)
     y, _ = layer(np.eye(6)[tokens])
+    dy = normal(*y.shape)
     layer.backward(dy)
     wanted = layer.gradients()["weight_ih_l0"].copy()
     layer.zero_grad()
