@@ -1,0 +1,136 @@
+"""lstmcore.torch.LSTM against torch.nn.LSTM and lstmcore itself: `python -m bench.torch_dropin`.
+
+The processes, turns, data and proofs are those of bench.compare. Three questions:
+    train   a training step of the layer, all gradients, dx included; lstmcore's own is beside it
+    packed  the same of a PackedSequence, packing and padding included
+    model   words per second of embedding, LSTM, linear, cross-entropy and Adam, before and after
+            `lstmcore.torch.accelerate`
+"""
+
+import argparse
+import sys
+
+from bench import report
+from bench.cases import CASES, DENSE, RAGGED, WORDLM
+from bench.compare import Arena, Contest, progress
+from bench.peers import PEERS, Torch
+from bench.worker import Worker, serve
+
+
+class TorchModel(Torch):
+    """A PyTorch user's training loop, Adam and all."""
+
+    name, jobs = "torch model", ("train",)
+
+    def _language_model(self, case, data):
+        nn, tensor = self.lib.nn, self.lib.from_numpy
+        model = nn.ModuleDict({"rnn": self._layer(case, data),
+                               "linear": nn.Linear(case.H, case.V),
+                               "embedding": nn.Embedding(case.V, case.I)})
+        with self.lib.no_grad():
+            for part, name in (("linear", "weight"), ("linear", "bias"), ("embedding", "weight")):
+                source = "embedding" if part == "embedding" else f"linear_{name}"
+                getattr(model[part], name).copy_(tensor(data[source]))
+        adam = self.lib.optim.Adam(model.parameters(), lr=1e-4)
+        tokens, targets = tensor(data["tokens"]), tensor(data["targets"]).flatten()
+
+        def run():
+            adam.zero_grad()
+            logits = model["linear"](model["rnn"](model["embedding"](tokens))[0])
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets)
+            loss.backward()
+            adam.step()
+            return loss
+
+        def collect(loss):
+            gradients = {"loss": loss.detach(), "dembedding": model["embedding"].weight.grad}
+            gradients |= {"dlinear_" + k: p.grad for k, p in model["linear"].named_parameters()}
+            gradients |= {"d" + k.replace("bias_ih", "bias"): p.grad
+                          for k, p in model["rnn"].named_parameters()}
+            return {name: g.numpy() for name, g in gradients.items()}
+
+        return run, collect
+
+
+class DropIn(Torch):
+    """The same code around an accelerated layer."""
+
+    name, jobs, packages = "lstmcore.torch", ("train",), ("lstmcore", "torch")
+
+    def _layer(self, case, data):
+        import lstmcore.torch
+
+        m = super()._layer(case, data)
+        assert lstmcore.torch.accelerate(m).replaced
+        return m
+
+
+class DropInModel(DropIn, TorchModel):
+    name = "lstmcore.torch model"
+
+
+PEERS |= {peer.name: peer for peer in (TorchModel, DropIn, DropInModel)}
+LAYERS = ("lstmcore", "lstmcore.torch", "torch")
+MODELS = ("lstmcore.torch model", "torch model")
+
+
+class ArenaWithOurs(Arena):
+    """An Arena whose processes know the peers above."""
+
+    def worker(self, library, threads=None, role=""):
+        key = library, threads or self.threads, role
+        if key not in self._workers:
+            worker = Worker(library, key[1], self.python(library))
+            worker._command[2] = "bench.torch_dropin"
+            self._workers[key] = self._stack.enter_context(worker)
+        return self._workers[key]
+
+
+def contests(names):
+    """The lines of the table, for the named cases."""
+    lines = [Contest("train", case, "train", LAYERS) for case in DENSE]
+    lines += [Contest("packed", case, "train", LAYERS) for case in RAGGED]
+    lines.append(Contest("model", WORDLM, "train", MODELS))
+    return [line for line in lines if line.case.name in names]
+
+
+def row(contest, result):
+    """One line: milliseconds, how many times as fast as torch, and what the drop-in costs."""
+    times = [result.get(name) for name in contest.libraries]
+    if any(isinstance(time, str) for time in times):
+        return [contest.section, contest.case.name, *map(str, times), "–", "–"], None
+    *own, ours, torchs = (time.median for time in times)
+    shown = ["–" if not own else report.digits(own[0] * 1e3), report.digits(ours * 1e3),
+             report.digits(torchs * 1e3), f"{torchs / ours:.2f}×",
+             f"{ours / own[0]:.2f}" if own else f"{contest.case.tokens() / torchs:,.0f} → "
+                                                f"{contest.case.tokens() / ours:,.0f} words/s"]
+    return [contest.section, contest.case.name, *shown], torchs / ours
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m bench.torch_dropin",
+                                     description=__doc__.splitlines()[0])
+    parser.add_argument("--case", action="append", choices=[*CASES], metavar="NAME")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    rows, gains = [], {}
+    with ArenaWithOurs(options.threads, {}, options.rounds) as arena:
+        for contest in contests(options.case or CASES):
+            result = arena.hold(contest)
+            progress(f"{contest.section} {contest.case.name}", result)
+            cells, gain = row(contest, result)
+            rows.append(cells)
+            if gain:
+                gains.setdefault(contest.section, []).append(gain)
+    print(report.table(["", "case", "lstmcore ms", "lstmcore.torch ms", "torch ms",
+                        "as fast as torch", "of lstmcore"], rows))
+    for section, values in gains.items():
+        print(f"geometric mean, {section}: {report.geometric_mean(values):.2f}×")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3 and sys.argv[1] in PEERS:
+        serve(sys.argv[1], int(sys.argv[2]))
+    else:
+        main()
