@@ -196,7 +196,8 @@ def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_h
 
     Returns
     -------
-    y (T, B, H), (h_n (B, H), c_n (B, H)), tape for `lstm_backward`, with `tape.gates` and `tape.c`
+    y (T, B, H), (h_n (B, H), c_n (B, H)), tape for `lstm_backward`, with `tape.gates` and `tape.c`.
+    The tape refers to the arguments and to y: do not change them before the backward pass.
 
     Raises
     ------
