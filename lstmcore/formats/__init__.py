@@ -139,13 +139,13 @@ def _chosen(path, chains, others, name):
                          f"{_some(names)}, or a list of those that feed each other")
     if others:
         warnings.warn(f"{path}: loaded {_some(names)}; left in the file: {_some(others)} "
-                      "(lstmcore.formats.read_arrays returns them)", stacklevel=4)
+                      "(lstmcore.formats.read_arrays returns them)", stacklevel=3)
     return [make for _, make in chains[0]]
 
 
 def _some(names, limit=12):
     """Names for a message, cut to a readable number."""
-    names = [repr(str(n)[:80]) for n in names]
+    names = [repr(str(n)[:80]) if n else "(no prefix)" for n in names]
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" * (len(names) > limit))
 
 
