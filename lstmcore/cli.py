@@ -68,8 +68,8 @@ def build_parser():
 
 def _command(commands, name, run, help, example):
     parser = commands.add_parser(
-        name, help=help, description=help[0].upper() + help[1:] + ".", epilog="example:\n  " + example,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        name, help=help, description=help[0].upper() + help[1:] + ".",
+        epilog="example:\n  " + example, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(run=run)
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     return parser
@@ -153,8 +153,8 @@ def train(args):
     if not args.json:
         _say(f"training {model} on "
              + (", ".join(args.files) or "Python's documentation of its own language"))
-    model.fit(_existing(args.files) or None, checkpoint=out, resume=args.resume, callbacks=callbacks,
-              progress=bar, encoding=args.encoding, **budget, **settings)
+    model.fit(_existing(args.files) or None, checkpoint=out, resume=args.resume,
+              callbacks=callbacks, progress=bar, encoding=args.encoding, **budget, **settings)
     if args.plot:
         from lstmcore.models.curves import plot_history
         plot_history(model.history, args.plot)
@@ -314,6 +314,9 @@ def gradflow(args):
     from lstmcore import gradflow
     from lstmcore.models.language import check_writable
 
+    for name in ("hidden", "steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.out:
         check_writable(args.out)
     flows = gradflow.compare(args.hidden, args.steps, seed=args.seed)

@@ -24,7 +24,7 @@ CELLS = ("lstm", "rnn")
 
 
 class Network(Module):
-    """Tokens (T, B) -> logits (T, B, V): rows of a table, or one-hot; recurrent layers; a linear head.
+    """Tokens (T, B) -> logits (T, B, V): a table (or one-hot rows), recurrent layers, a linear head.
 
     Dropout acts between the recurrent layers and before the head.
     """
@@ -322,7 +322,7 @@ class LanguageModel:
         return train, held_out
 
     def _load_run(self, path):
-        """(weights, arrays, meta) of the training run in a checkpoint; takes over its vocabulary."""
+        """(weights, arrays, meta) of the run in a checkpoint, whose vocabulary is taken over."""
         arrays, metadata = _read(path)
         if RUN not in metadata:
             raise ValueError(f"{os.fspath(path)} holds a model but no training run to resume")
@@ -346,7 +346,11 @@ class LanguageModel:
         tokens = self.vocabulary.tokens[1:] if self.level != "byte" else []
         saved = {"config": self.config, "level": self.level, "tokens": tokens,
                  "history": self.history, "outcome": self.outcome}
-        safetensors.write(path, arrays, {KEY: json.dumps(saved), **metadata})
+        whole = f"{os.fspath(path)}.{os.getpid()}.whole"
+        safetensors.write(whole, arrays, {KEY: json.dumps(saved), **metadata})
+        with open(whole, "rb+") as file:
+            os.fsync(file.fileno())         # on the disk before it takes the place of another
+        os.replace(whole, path)
 
     def _check_fitted(self):
         if self.network is None:

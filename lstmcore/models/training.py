@@ -156,8 +156,8 @@ class Trainer:
         self.network.train()
         self._clock = time.perf_counter() - self.seconds
         # The kernels' threads and BLAS's, taking turns, wait for each other: 2.5 times the time of
-        # one thread for BLAS (hidden 128, 2 cores).
-        with one_blas_thread(), _interrupts() as interrupted:
+        # one thread for BLAS (hidden 128, 2 cores). What overflows is found by _check_finite.
+        with one_blas_thread(), np.errstate(all="ignore"), _interrupts() as interrupted:
             while self.outcome is None and self._share() < 1:
                 due = self._advance()
                 self.tick(self)
@@ -166,7 +166,8 @@ class Trainer:
                 if interrupted:
                     self.outcome = interrupted[0].name
         self.outcome = self.outcome or "finished"
-        if self.outcome == "finished" and (not self.history or self.history[-1]["step"] < self.step):
+        measured = self.history[-1]["step"] if self.history else -1
+        if self.outcome == "finished" and measured < self.step:
             self._evaluate(scheduled=False)
         self.last = self.network.state_dict()
         if self.chosen is not None:

@@ -1,0 +1,213 @@
+"""The command: what it prints where, its exit codes, and one clear line for each mistake."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from lstmcore import LanguageModel, cli
+
+STORY = "one two three four.\nfive six seven.\n" * 60
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+SMALL = "--hidden 11 --layers 1 --seq-length 9 --batch-size 5 --lr 0.02".split()
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """run("sample", "m", ...) in an empty directory -> exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args, stdin=None):
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        try:
+            code = cli.main(list(map(str, args)))
+        except SystemExit as end:           # argparse's own way
+            code = end.code
+        out, err = capsys.readouterr()
+        return code, out, err
+    return call
+
+
+@pytest.fixture
+def trained(run, tmp_path):
+    """A directory with `story.txt` and a model `m` of it."""
+    (tmp_path / "story.txt").write_text(STORY)
+    code, _, err = run("train", "story.txt", "--out", "m", "--steps", 20, *SMALL)
+    assert code == 0, err
+    return tmp_path
+
+
+def test_train_reports_saves_and_samples(run, tmp_path):
+    (tmp_path / "a.txt").write_text(STORY)
+    code, out, err = run("train", "a.txt", "--epochs", 2, "--dropout", 0.1, "--peepholes", *SMALL)
+    assert code == 0 and len(out.rstrip("\n")) > 300
+    assert err.count("validation") >= 3 and "lstmcore sample lstmcore-model.safetensors" in err
+    model = LanguageModel.load(tmp_path / "lstmcore-model.safetensors")
+    assert repr(model) == ("LanguageModel(hidden_size=11, num_layers=1, dropout=0.1, "
+                           "peepholes=True)")
+
+
+def test_train_without_file_reads_the_documentation(run):
+    code, _, err = run("train", "--steps", 1, "--out", "m", "--no-sample", *SMALL)
+    assert code == 0 and "Python's documentation" in err
+    assert "\n" in LanguageModel.load("m").vocabulary.tokens
+
+
+def test_train_json_is_one_object_per_line(run):
+    code, out, err = run("train", "-", "--epochs", 2, "--json", "--level", "byte", "--out", "m",
+                         *SMALL, stdin=STORY.encode())
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and err == "" and [line.get("epoch") for line in lines] == [1, 2, None]
+    assert lines[-1]["outcome"] == "finished" and lines[-1]["model"] == "m"
+    assert len(lines[-1]["sample"]) > 300
+
+
+def test_train_resumes_to_the_same_model(run, trained):
+    assert run("train", "story.txt", "--out", "whole", "--steps", 45, *SMALL)[0] == 0
+    code, _, err = run("train", "story.txt", "--resume", "m", "--steps", 45)
+    assert code == 0, err
+    one, two = (LanguageModel.load(name).network.state_dict() for name in ("whole", "m"))
+    assert all(one[name].tobytes() == two[name].tobytes() for name in one)
+    code, _, err = run("train", "story.txt", "--resume", "m", "--steps", 50, "--hidden", 12)
+    assert code == 2 and "cannot change --hidden from 11 to 12" in err
+
+
+def test_train_plots(run, trained):
+    pytest.importorskip("matplotlib")
+    assert run("train", "story.txt", "--out", "n", "--steps", 20, "--plot", "curve.png",
+               *SMALL)[0] == 0
+    assert (trained / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_interrupted_training_is_saved_and_exits_130(trained):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lstmcore", "train", "story.txt", "--out", "k", "--json",
+         "--epochs", "1000000", *SMALL], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=trained, env=ENVIRONMENT)
+    assert process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == ""
+    assert json.loads(out.splitlines()[-1])["outcome"] == "SIGINT"
+    assert LanguageModel.load(trained / "k").outcome == "SIGINT"
+
+
+def test_sample_writes_prime_and_text(run, trained):
+    asked = ("sample", "m", "--prime", "one ", "--length", 30, "--seed", 3, "--top-k", 5,
+             "--top-p", 0.9, "--temperature", 0.8)
+    code, out, err = run(*asked)
+    assert code == 0 and err == "" and out.startswith("one ") and len(out) == 35
+    assert run(*asked)[1] == out
+    assert json.loads(run(*asked, "--json")[1]) == {"prime": "one ", "text": out[4:-1]}
+    assert run("sample", "m", "--prime", "-", "--beam", 4, "--length", 6, stdin=b"two")[0] == 0
+    assert run("sample", "m", "--stop", "e", "--length", 999, "--seed", 1)[1].endswith("e\n")
+
+
+def test_eval_agrees_with_the_model(run, trained):
+    code, out, _ = run("eval", "m", "story.txt", "--json")
+    want = LanguageModel.load("m").evaluate(STORY)
+    assert code == 0 and json.loads(out) == pytest.approx(want._asdict(), rel=1e-12)
+    out = run("eval", "m", "-", stdin=STORY.encode())[1]
+    assert f"{want.perplexity:.4f} perplexity" in out
+    (trained / "odd.txt").write_text("one Ω two")
+    assert "1 of them are not in the model's vocabulary" in run("eval", "m", "odd.txt")[2]
+
+
+def test_inspect_writes_a_page(run, trained):
+    assert run("inspect", "m", "story.txt", "--out", "p.html", "--limit", 50)[0] == 0
+    assert "<html" in (trained / "p.html").read_text()
+
+
+def test_gradflow_prints_and_draws(run, tmp_path):
+    code, out, _ = run("gradflow", "--hidden", 8, "--steps", 20)
+    assert code == 0 and "RNN" in out and "k = 20" in out
+    flows = json.loads(run("gradflow", "--hidden", 8, "--steps", 20, "--json")[1])
+    assert len(flows["RNN"]) == 21 and flows["RNN"][20] < flows["LSTM, forget bias 3"][20]
+    pytest.importorskip("matplotlib")
+    assert run("gradflow", "--hidden", 8, "--steps", 9, "--out", "f.png")[0] == 0
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_convert_and_info(run, tmp_path):
+    from lstmcore import LSTM, load
+    layer = LSTM(3, 5, seed=1)
+    layer.save(tmp_path / "a.safetensors")
+    code, _, err = run("convert", "a.safetensors", "b.safetensors")
+    assert code == 0 and "saved LSTM(3, 5) as b.safetensors" in err
+    assert (load(tmp_path / "b.safetensors").parameters()["weight_hh_l0"]
+            == layer.parameters()["weight_hh_l0"]).all()
+    assert json.loads(run("info", "--json")[1])["version"] in run("info")[1]
+
+
+@pytest.mark.parametrize("args, message", [
+    ("train none.txt", "none.txt: No such file or directory"),
+    ("train empty.txt", "the text to train on is empty"),
+    ("train short.txt", "needs at least 2 tokens"),
+    ("train .", "Is a directory"),
+    ("train bad.gz", "bad.gz is a damaged gzip file"),
+    ("train story.txt --encoding ascii --out none/m", "none/m: No such file or directory"),
+    ("train story.txt --out .", "is a directory"),
+    ("train story.txt --encoding utf-99", "unknown encoding 'utf-99'"),
+    ("train story.txt --hidden 0", "hidden_size must be at least 1, got 0"),
+    ("train story.txt --batch-size -3", "batch_size must be at least 1, got -3"),
+    ("train story.txt --lr nan", "lr must be at least 0 and finite, got nan"),
+    ("train story.txt --val 1.5", "validation must be at least 0 and below 1, got 1.5"),
+    ("train story.txt --dropout 2", "dropout must be in 0..1, got 2.0"),
+    ("train story.txt --minutes -1", "minutes must be at least 0 and finite"),
+    ("train story.txt --threads 0", "n must be >= 1, got 0"),
+    ("train story.txt --resume none", "none: No such file or directory"),
+    ("train story.txt --resume story.txt", "story.txt cannot be read"),
+    ("train story.txt --level letters", "invalid choice: 'letters'"),
+    ("train story.txt --resume m --steps 30 --batch-size 6", "cannot change batch_size from 5"),
+    ("sample none", "none: No such file or directory"),
+    ("sample story.txt", "story.txt cannot be read"),
+    ("sample m --prime Ω", "'Ω'"), ("sample m --temperature -1", "temperature must be"),
+    ("sample m --top-p 2", "top_p must be"), ("sample m --length -4", "length must be"),
+    ("eval m none.txt", "none.txt: No such file or directory"), ("eval m empty.txt", "2 tokens"),
+    ("inspect m none.txt", "none.txt: No such file"), ("inspect m story.txt --limit 0", "--limit"),
+    ("gradflow --steps 0", "--steps must be at least 1"),
+    ("gradflow --out none/x.png", "none/x.png: No such file"),
+    ("convert none b.onnx", "none: No such file"), ("convert story.txt b.onnx", "story.txt"),
+    ("", "COMMAND"), ("fly", "invalid choice: 'fly'"),
+])
+def test_each_mistake_is_one_line_and_exit_2(run, trained, args, message):
+    for name, data in ("empty.txt", b""), ("short.txt", b"x"), ("bad.gz", b"\x1f\x8b\x08junk"):
+        (trained / name).write_bytes(data)
+    code, out, err = run(*args.split())
+    lines = [line for line in err.splitlines() if not line.startswith("training Lang")]
+    assert code == 2 and out == "" and message in err, err
+    assert "Traceback" not in err and "usage" in err or len(lines) == 1
+    assert sorted(os.listdir(trained)) == ["bad.gz", "empty.txt", "m", "short.txt", "story.txt"]
+
+
+def test_diverging_training_names_the_step_and_keeps_the_model(run, trained):
+    code, out, err = run("train", "story.txt", "--out", "d", "--steps", 99, "--optimizer", "sgd",
+                         *SMALL, "--lr", 1e37, "--clip", 0, "--evaluate-every", 1)
+    assert code == 2 and out == "" and "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert last.startswith("lstmcore: the ") and " at step " in last
+    assert last.endswith("d keeps the best weights before that")
+    LanguageModel.load("d")
+
+
+def test_help_has_examples(run):
+    assert "lstmcore train book.txt" in run("--help")[1]
+    for command in "train sample eval inspect gradflow convert info".split():
+        code, out, _ = run(command, "--help")
+        assert code == 0 and f"example:\n  lstmcore {command}" in out
+
+
+def test_a_closed_pipe_is_no_mistake(trained):
+    code = ("import sys, lstmcore.cli; "
+            "sys.exit(lstmcore.cli.main(['sample', 'm', '--length', '3000', '--seed', '1']))")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, cwd=trained, env=ENVIRONMENT)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 0
+    process.stderr.close()
