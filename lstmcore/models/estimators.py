@@ -214,7 +214,9 @@ class _SequenceEstimator(BaseEstimator):
         if text:
             width = self.embedding_size
             embed = Embedding(len(self.vocabulary_), width, dtype=self._dtype, seed=rng)
-            embed.parameters()["weight"][0] = 0     # an unseen token says nothing
+            table = embed.parameters()["weight"]
+            table /= width**0.5     # length 1: rare words keep their first vector, which is noise
+            table[0] = 0            # an unseen token says nothing
         options = dict(num_layers=self.num_layers, dropout=self.dropout, init=self.init,
                        bidirectional=self.bidirectional, dtype=self._dtype, seed=rng)
         if self.cell == "lstm":
@@ -286,7 +288,8 @@ class _SequenceEstimator(BaseEstimator):
     def _update(self, read, targets, weights, batch, schedule):
         self.network_.zero_grad()
         outputs = self.network_(*read.batch(batch))
-        loss, doutputs = self._loss(outputs, targets[batch], weights[batch] / len(batch))
+        with np.errstate(over="ignore", invalid="ignore"):      # seen in the loss
+            loss, doutputs = self._loss(outputs, targets[batch], weights[batch] / len(batch))
         if not np.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} in epoch {self.n_iter_ + 1}: "
                                      f"lower learning_rate = {self.learning_rate}")

@@ -1,0 +1,294 @@
+"""The scikit-learn estimators and the Forecaster: conventions, every kind of X, honest learning."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+
+from sklearn.base import clone  # noqa: E402
+from sklearn.exceptions import NotFittedError  # noqa: E402
+from sklearn.model_selection import GridSearchCV  # noqa: E402
+from sklearn.pipeline import make_pipeline  # noqa: E402
+from sklearn.preprocessing import FunctionTransformer  # noqa: E402
+from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
+
+import lstmcore  # noqa: E402
+from lstmcore import Forecaster, LSTMClassifier, LSTMRegressor  # noqa: E402
+from lstmcore.models import sequences  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with lstmcore.threads(1):       # the nets are tiny
+        yield
+
+
+@parametrize_with_checks([LSTMClassifier(), LSTMRegressor()])
+def test_scikit_learn_conventions(estimator, check):
+    check(estimator)
+
+
+def ragged(n, C, seed=0, longest=9, dtype="float64"):
+    """Sequences of different lengths, and the mean of the first channel of each."""
+    rng = np.random.default_rng(seed)
+    X = [rng.standard_normal((T, C)).astype(dtype) for T in rng.integers(1, longest, n)]
+    return X, np.array([x[:, 0].mean() for x in X])
+
+
+def words(n, seed=0):
+    """Strings of letters, and whether the first letter is x; lengths 1 to 6."""
+    rng = np.random.default_rng(seed)
+    X = ["".join(rng.choice(list("xabc"), length)) for length in rng.integers(1, 7, n)]
+    return X, np.where([text[0] == "x" for text in X], "with", "without")
+
+
+def small(kind=LSTMRegressor, **options):
+    return kind(**{**dict(hidden_size=8, epochs=3, random_state=3), **options})
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(bidirectional=True), dict(pooling="mean"), dict(pooling="max", num_layers=2),
+    dict(cell="rnn"), dict(peepholes=True), dict(bidirectional=True, pooling="mean")])
+def test_prediction_of_a_sequence_does_not_depend_on_its_company(options):
+    X, y = ragged(40, 2)
+    model = small(**options).fit(X, y)
+    together = model.predict(X)
+    alone = np.concatenate([model.predict([x]) for x in X])
+    # The same sums; only the read-out's matrix product may order them differently.
+    np.testing.assert_allclose(alone, together, rtol=0, atol=1e-12)
+    assert np.ptp(together) > 0.01
+
+
+def test_array_list_and_table_of_the_same_numbers_give_the_same_model():
+    rng = np.random.default_rng(1)
+    X = rng.standard_normal((30, 6, 2))
+    y = X[:, :, 1].sum(axis=1)
+    predictions = [small(n_channels=2).fit(given, y).predict(given)
+                   for given in (X, list(X), X.reshape(30, 12), list(X.reshape(30, 12)))]
+    for got in predictions[1:]:
+        np.testing.assert_array_equal(got, predictions[0])
+
+
+def test_padding_and_lengths_match_the_network_run_by_hand():
+    X, y = ragged(20, 3)
+    model = small(bidirectional=True, standardize=False).fit(X, y)
+    net = model.network_
+    for x, got in zip(X[:5], model.predict(X[:5])):
+        h, _ = net.recurrent(x[:, None])
+        read = np.concatenate([h[-1, :, :8], h[0, :, 8:]], axis=1)
+        want = net.head(read)[0, 0] * model._y_scale[0] + model._y_shift[0]
+        assert abs(got - want) < 1e-12
+
+
+def test_regressor_learns_ragged_means_and_many_targets():
+    X, y = ragged(150, 2)
+    model = LSTMRegressor(12, pooling="mean", epochs=60, random_state=0)
+    assert model.fit(X, y).score(*ragged(80, 2, seed=1)) > 0.8
+    Y = np.stack([y, 3 - 2 * y], axis=1)
+    assert model.fit(X, Y).predict(X).shape == (150, 2) and model.score(X, Y) > 0.8
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "word", list])
+def test_classifier_learns_the_first_letter_of_strings(tokenizer):
+    X, y = words(200)
+    test, want = words(100, seed=1)
+    if tokenizer == "word":
+        X, test = ([" ".join(text) for text in given] for given in (X, test))
+    model = LSTMClassifier(12, tokenizer=tokenizer, epochs=25, embedding_size=6, random_state=0)
+    assert model.fit(X, y).score(test, want) > 0.9
+    assert sorted(model.vocabulary_.tokens) == ["<unk>", "a", "b", "c", "x"]
+    assert model.predict_proba(["?!", ""]).shape == (2, 2)       # unseen letters, and none
+
+
+def test_dtype_follows_the_input_and_may_be_set():
+    X, y = ragged(20, 2)
+    single = [x.astype("float32") for x in X]
+    for given, dtype, want in ((X, None, "float64"), (single, None, "float32"),
+                               (X, "float32", "float32"), (single, "float64", "float64")):
+        model = small(dtype=dtype).fit(given, y)
+        assert {str(p.dtype) for p in model.network_.parameters().values()} == {want}
+
+
+def test_fit_repeats_bit_for_bit_and_random_state_matters():
+    X, y = ragged(100, 2)
+    options = dict(batch_size=16, dropout=0.2, validation_fraction=0.2)
+    first, again, other = (small(**options, random_state=seed).fit(X, y).predict(X)
+                           for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_weight_two_is_the_sequence_twice_and_weight_zero_is_none():
+    X, y = ragged(20, 2)
+    weights = np.random.default_rng(0).integers(0, 3, 20)
+    repeated = np.repeat(np.arange(20), weights)
+    by_weight = small().fit(X, y, sample_weight=weights).predict(X)
+    by_rows = small().fit([X[n] for n in repeated], y[repeated]).predict(X)
+    # Sums over the batch in another order, carried on by three updates.
+    np.testing.assert_allclose(by_weight, by_rows, rtol=0, atol=1e-10)
+    assert np.abs(by_weight - small().fit(X, y).predict(X)).max() > 1e-4
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_warm_start_and_partial_fit_go_on_also_in_a_copy(duplicate):
+    X, y = ragged(50, 2)
+    long = small(epochs=4).fit(X, y)
+    short = small(epochs=2, warm_start=True).fit(X, y)
+    twin = duplicate(short)
+    for model in (short, twin):
+        assert model.fit(X, y).n_iter_ == 4 and len(model.loss_curve_) == 4
+        np.testing.assert_array_equal(model.predict(X), long.predict(X))
+        before = model.predict(X)
+        model.partial_fit(X, y)
+        assert model.n_iter_ == 5 and (model.predict(X) != before).any()
+
+
+def test_partial_fit_of_a_classifier_knows_all_classes():
+    X, y = words(40)
+    with pytest.raises(ValueError, match="classes must be passed"):
+        small(LSTMClassifier).partial_fit(X, y)
+    model = small(LSTMClassifier).partial_fit(X, y, classes=["no", "with", "without"])
+    assert list(model.classes_) == ["no", "with", "without"]
+    assert model.predict_proba(X).shape == (40, 3)
+    with pytest.raises(ValueError, match="classes out of"):
+        model.partial_fit(X, ["other"] * 40)
+    with pytest.raises(ValueError, match="those of the first call"):
+        model.partial_fit(X, y, classes=["with", "without"])
+    model.fit(X, y)
+    assert list(model.classes_) == ["with", "without"]
+
+
+def test_early_stopping_keeps_the_best_weights():
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((60, 5)), rng.standard_normal(60)       # nothing to learn
+    model = LSTMRegressor(32, epochs=200, patience=5, validation_fraction=0.25, random_state=0)
+    model.fit(X, y)
+    best = int(np.argmin(model.validation_curve_))
+    assert model.n_iter_ == best + 1 + 5 < 200
+    assert len(model.validation_curve_) == model.n_iter_
+    again = clone(model).set_params(epochs=best + 1).fit(X, y)
+    np.testing.assert_array_equal(again.predict(X), model.predict(X))
+
+
+def test_pipeline_and_grid_search():
+    X, y = words(60)
+    search = GridSearchCV(make_pipeline(FunctionTransformer(), small(LSTMClassifier)),
+                          {"lstmclassifier__pooling": ["last", "max"]}, cv=2)
+    search.fit(np.array(X, object), y)
+    assert set(search.best_params_) == {"lstmclassifier__pooling"}
+    assert search.predict(["xa", "bb"]).shape == (2,)
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(pooling="first"), "pooling must be one of"), (dict(cell="gru"), "cell must be one of"),
+    (dict(optimizer="lbfgs"), "optimizer must be one of"), (dict(epochs=0), "epochs must be"),
+    (dict(validation_fraction=1.0), "validation_fraction must be"),
+    (dict(cell="rnn", peepholes=True), "peepholes are an LSTM's"),
+    (dict(dtype="float16"), "dtype must be"), (dict(n_channels=4), "n_channels = 4"),
+    (dict(schedule="step"), "schedule must be one of")])
+def test_bad_parameters_are_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        small(**options).fit(np.ones((4, 6)), np.arange(4.0))
+
+
+def test_bad_input_is_named():
+    X, y = ragged(6, 2)
+    model = small().fit(X, y)
+    for given, error, said in (
+            ("text", TypeError, "single string"), (["a", "b"], TypeError, "got strings"),
+            ([np.ones((3, 5))], ValueError, "5 channels"),
+            ([np.full((2, 2), np.nan)], ValueError, "NaN"),
+            ([np.ones((2, 2)), np.ones((2, 3))], ValueError, "same number of channels"),
+            ([np.ones((2, 2)), "b"], TypeError, "got both"),
+            ([np.ones((2, 2)), np.ones((2, 2)) * 1j], TypeError, "real numbers")):
+        with pytest.raises(error, match=said):
+            model.predict(given)
+    with pytest.raises(NotFittedError):
+        small().predict(X)
+    with pytest.raises(FloatingPointError, match="lower learning_rate"):
+        small(learning_rate=1e200, clip_norm=None, optimizer="sgd", epochs=20).fit(X, y)
+
+
+def test_sequences_of_no_steps_are_legal():
+    X, y = ragged(10, 2)
+    X[3] = np.zeros((0, 2))
+    for pooling in ("last", "mean", "max"):
+        assert np.isfinite(small(pooling=pooling).fit(X, y).predict(X)).all()
+
+
+def test_batches_are_padded_with_zeros_and_lose_nothing():
+    rng = np.random.default_rng(0)
+    lengths = [3, 0, 5, 1]
+    values = rng.standard_normal((9, 2))
+    x, got = sequences.Sequences(values, lengths).batch([2, 0, 1])
+    assert x.shape == (5, 3, 2) and list(got) == [5, 3, 0]
+    np.testing.assert_array_equal(x[:, 0], values[3:8])
+    np.testing.assert_array_equal(x[:3, 1], values[:3])
+    assert not x[3:, 1].any() and not x[:, 2].any()
+
+
+def test_digits_read_row_by_row():
+    from sklearn.datasets import load_digits
+    digits = load_digits()
+    X, y = digits.images.astype("float32"), digits.target
+    model = LSTMClassifier(32, bidirectional=True, pooling="max", epochs=12, schedule="cosine",
+                           random_state=0)
+    assert model.fit(X[::2], y[::2]).score(X[1::2], y[1::2]) > 0.93
+
+
+def wave(n):
+    t = np.arange(n)
+    return np.sin(2 * np.pi * t / 12) + t / 40
+
+
+@pytest.mark.parametrize("horizon", [1, 12])
+def test_forecaster_beats_the_naive_forecast_of_a_seasonal_trend(horizon, tmp_path):
+    series = wave(160)
+    model = Forecaster(window=24, horizon=horizon, season=12,
+                       regressor=LSTMRegressor(16, epochs=60, random_state=0))
+    model.fit(series[:136])
+    assert np.abs(model.predict(24) - series[136:]).mean() < 0.15       # naive: 0.45
+    report = model.backtest(series, start=136)
+    assert report["forecast"].shape == report["actual"].shape == (25 - horizon, horizon)
+    np.testing.assert_allclose(report["naive_mae"], 12 / 40)            # the trend of a season
+    assert report["mae"] < report["naive_mae"] / 3
+    np.testing.assert_allclose(report["forecast"][0], model.predict(horizon))
+    pytest.importorskip("matplotlib")
+    figure = model.plot(series[136:], tmp_path / "forecast.png")
+    lines = {line.get_label().split(",")[0]: line.get_ydata() for line in figure.axes[0].lines}
+    np.testing.assert_array_equal(lines["LSTM"][1:], model.predict(24))
+    np.testing.assert_array_equal(lines["naive"][1:], np.tile(series[124:136], 2))
+    assert (tmp_path / "forecast.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_forecaster_sees_the_exogenous_columns_of_the_steps_to_come(horizon):
+    rng = np.random.default_rng(0)
+    exog = rng.standard_normal((220, 1))
+    series = exog[:, 0] * 2 + 5                     # known from the columns alone
+    model = Forecaster(window=6, horizon=horizon, anchored=False,
+                       regressor=LSTMRegressor(16, epochs=60, random_state=0))
+    model.fit(series[:214], exog[:214])
+    got = model.predict(6, exog[214:])
+    assert np.abs(got - series[214:]).mean() < 0.7                      # naive: about 2
+    with pytest.raises(ValueError, match="exog must be given"):
+        model.predict(6)
+    with pytest.raises(ValueError, match=r"exog must be \(6, 1\)"):
+        model.predict(6, exog[:2])
+
+
+def test_forecaster_names_what_is_wrong():
+    for options in (dict(window=0), dict(window=3, season=4)):
+        with pytest.raises(ValueError, match="must be at"):
+            Forecaster(**options)
+    with pytest.raises(ValueError, match="not fitted"):
+        Forecaster().predict(3)
+    for series, said in ((np.ones((4, 2)), r"must be \(n,\)"), (np.full(60, np.nan), "finite"),
+                         (np.ones(24), "more than window")):
+        with pytest.raises(ValueError, match=said):
+            Forecaster(window=24).fit(series)
+    with pytest.raises(ValueError, match="a row per value"):
+        Forecaster(window=4).fit(np.arange(30.0), np.ones((29, 1)))
