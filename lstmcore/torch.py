@@ -4,8 +4,8 @@
     accelerate   turn every torch.nn.LSTM of a model into one, in place
 
 Underneath, one operator per layer and direction, `torch.ops.lstmcore.lstm`, with its gradient
-`torch.ops.lstmcore.lstm_backward`: registered with autograd, vmap, autocast and torch.compile. Their
-tensors are the kernels' arrays, without a copy. What the forward pass saves for the backward pass,
+`torch.ops.lstmcore.lstm_backward`: registered with autograd, vmap, autocast and torch.compile.
+Their tensors are the kernels' arrays, without a copy. What the forward pass saves for the backward pass,
 the gates and the cell state of every step, are tensors too: autograd owns and frees them.
 
 This file knows `lstmcore.functional` and PyTorch, nothing of the kernels. CPU only; float32 and
@@ -25,13 +25,13 @@ __all__ = ["LSTM", "accelerate"]
 
 
 # The operators ------------------------------------------------------------------------------------
-#
+
 # _CELL are the arguments of functional.lstm_forward in its letters; x (T,B,I) -> y (T,B,P).
 # gates and c are the tape: (T,B,4H) and (T,B,H); of a ragged batch its real tokens, (N,4H) and
 # (N,H); without keep_tape both (0,), and the backward pass runs the forward pass once more.
-# The kernels' backward pass overwrites the gates. lstm_backward gives them a copy, unless the caller
-# of lstm promises with spend_tape to drop gates, and autograd is about to free them anyway: 0 to 11 %
-# of a training step, most where H is small.
+# The kernels' backward pass overwrites the gates. lstm_backward gives them a copy, unless the
+# caller of lstm promises with spend_tape to drop gates, and autograd is about to free them anyway:
+# 0 to 11 % of a training step, most where H is small.
 
 _CELL = ("Tensor x, Tensor W_ih, Tensor W_hh, Tensor? b, Tensor? h0, Tensor? c0, "
          "Tensor? peepholes, Tensor? W_hr, Tensor? lengths, bool reverse")
@@ -80,11 +80,9 @@ def _(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, keep_tape, sp
     return *outputs, x.new_empty(*tokens, H4), x.new_empty(*tokens, H4 // 4)
 
 
-@_operator("lstm_backward_", f"({_UPSTREAM}, {_CELL}, {_TAPE.format('(a!)')}) -> {_GRADIENTS}",
-           mutates_args={"gates"})
-def _lstm_backward_in_place(dy, dh_n, dc_n, x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths,
-                            reverse, y, gates, c):
-    """As lstm_backward; the gates are overwritten by their gradients, as the kernels like it."""
+def _backward(dy, dh_n, dc_n, x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse,
+              y, gates, c):
+    """Run the kernels backward; gates is overwritten."""
     cell = dict(x=_array(x), W_ih=_array(W_ih), W_hh=_array(W_hh), h0=_array(h0), c0=_array(c0),
                 peepholes=_array(peepholes), W_hr=_array(W_hr), lengths=_array(lengths),
                 reverse=reverse)
@@ -103,9 +101,8 @@ def _lstm_backward_in_place(dy, dh_n, dc_n, x, W_ih, W_hh, b, h0, c0, peepholes,
 @_operator("lstm_backward", f"({_UPSTREAM}, {_CELL}, {_TAPE.format('')}) -> {_GRADIENTS}")
 def lstm_backward(dy, dh_n, dc_n, x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse,
                   y, gates, c):
-    return _lstm_backward_in_place._init_fn(
-        dy, dh_n, dc_n, x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse,
-        y, gates.clone(memory_format=torch.contiguous_format), c)
+    return _backward(dy, dh_n, dc_n, x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse,
+                     y, gates.clone(memory_format=torch.contiguous_format), c)
 
 
 @lstm_backward.register_fake
@@ -114,6 +111,11 @@ def _(dy, dh_n, dc_n, x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, revers
     shapes = (x.shape, W_ih.shape, W_hh.shape, (H4,), (B, P), (B, H4 // 4),
               (0,) if peepholes is None else peepholes.shape, (0,) if W_hr is None else W_hr.shape)
     return tuple(x.new_empty(shape) for shape in shapes)
+
+
+_lstm_backward_in_place = _operator(
+    "lstm_backward_", f"({_UPSTREAM}, {_CELL}, {_TAPE.format('(a!)')}) -> {_GRADIENTS}",
+    mutates_args={"gates"})(_backward)
 
 
 # Their gradients ----------------------------------------------------------------------------------
@@ -185,9 +187,8 @@ def _save_for_double_backward(ctx, inputs, output):
 
 def _lstm_backward_gradient(ctx, *dd):
     """The gradient of the gradient, by running the layer again in PyTorch's operations."""
-    upstream, cell, lengths = (ctx.saved_tensors[:3], ctx.saved_tensors[3:-1],
-                               ctx.saved_tensors[-1])
-    n = len(upstream)
+    (*upstream, lengths), n = ctx.saved_tensors, 3
+    upstream, cell = upstream[:n], upstream[n:]
     tensors = (*upstream, *cell)
     present = [k for k, tensor in enumerate(tensors) if tensor is not None]
 
@@ -455,7 +456,7 @@ class LSTM(torch.nn.LSTM):
             if tensor.dtype not in (torch.float32, torch.float64) and not autocast:
                 raise ValueError(
                     f"lstmcore.torch.LSTM computes in float32 and float64, got {what} of "
-                    f"{tensor.dtype}: convert with .float(), or call it under torch.autocast('cpu')")
+                    f"{tensor.dtype}: convert with .float(), or use torch.autocast('cpu')")
         if input.dtype != weight.dtype and not autocast:  # in torch's words
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
@@ -580,7 +581,7 @@ def _counterpart(cls):
 
 
 def _open_dynamo_to_our_lstm():
-    """torch.compile refuses every instance of torch.nn.LSTM unless config.allow_rnn; ours it traces.
+    """torch.compile refuses any torch.nn.LSTM unless config.allow_rnn is set; ours it may trace.
 
     The setting would change what becomes of torch.nn.LSTM too, so it holds for our modules only.
     """
