@@ -235,8 +235,7 @@ def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_h
     h_n, c_n = np.empty((B, K), dtype), np.empty((B, H), dtype)
     gates = c = tape = None
     if keep_tape:
-        gates = np.empty((tokens, 4 * H), dtype)
-        c = np.empty((tokens, H), dtype)
+        gates, c = _kernels.tape_arrays(tokens, H, dtype)
         tape = Tape(x, W_ih, W_hh, peepholes, W_hr, h0, c0, bool(reverse), y, gates, c, order,
                     sorted_lengths)
     if tokens:
