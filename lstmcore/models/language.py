@@ -56,10 +56,8 @@ class Network(Module):
             self.embedding.backward(dx)
 
     def inputs(self, tokens):
-        """What the recurrent layers read for tokens (T, B)."""
-        if self.embedding:
-            return self.embedding(tokens)
-        return np.eye(self.head.out_features, dtype=self.recurrent.dtype)[tokens]
+        """What the recurrent layers read for tokens (T, B): rows of the table, or the tokens."""
+        return self.embedding(tokens) if self.embedding else tokens
 
 
 class LanguageModel:
