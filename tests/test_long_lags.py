@@ -48,3 +48,11 @@ def test_lstm_solves_adding_and_vanilla_rnn_does_not():
     assert error < 0.04
     rnn = long_lags.make(long_lags.adding, cell="rnn")
     assert long_lags.train(rnn, long_lags.adding, **{**budget, "sequences": seen})[1] > 0.12
+
+
+def test_lstm_solves_temporal_order_and_vanilla_rnn_does_not():
+    lstm = long_lags.make(long_lags.order, forget_bias=4, input_bias=-2, seed=2)
+    seen, error = long_lags.train(lstm, long_lags.order, 12_800, lag=40, goal=0.01, seed=2)
+    assert error < 0.01
+    rnn = long_lags.make(long_lags.order, cell="rnn", seed=2)
+    assert long_lags.train(rnn, long_lags.order, seen, lag=40, seed=2)[1] > 0.5
