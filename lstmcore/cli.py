@@ -96,7 +96,7 @@ def _add_train(commands):
     g.add_argument("--hidden", type=int, metavar="N", help=f"(default: {DEFAULT_HIDDEN})")
     g.add_argument("--layers", type=int, metavar="N", help="(default: 2)")
     g.add_argument("--embed", type=int, metavar="N",
-                   help="width of the table of tokens (default: 0, one-hot; words: 128)")
+                   help="width of the table of tokens (default: 64; words: 128; 0: one-hot)")
     g.add_argument("--peepholes", action="store_true", default=None)
     g.add_argument("--dropout", type=float, metavar="P", help="(default: 0)")
     g.add_argument("--vocab", type=int, metavar="N", help="keep the N most frequent tokens")

