@@ -39,7 +39,7 @@ def gradient_flow(layer, x, *, seed=0):
     if not isinstance(layer, (layers.LSTM, layers.RNN)):
         raise TypeError(f"layer must be an LSTM or an RNN, got {type(layer).__name__}")
     if layer.bidirectional:
-        raise ValueError("layer must have one direction: in a bidirectional one no step is the last")
+        raise ValueError("layer must have one direction: where there are two, no step is the last")
     x = np.asarray(x)
     probe = copy.deepcopy(layer).train()
     probe.dropout, probe.batch_first = 0.0, False

@@ -1,4 +1,4 @@
-"""Long-lag tasks that made the LSTM's name, and a loop that trains an LSTM or a vanilla RNN on them.
+"""Long-lag tasks that made the LSTM's name, and a loop that trains LSTM and vanilla RNN on them.
 
 A task is a function rng, n -> (x (T,n,I), lengths (n,), targets (T,n), counts (T,n)): what to read,
 and what to answer at the steps that count. To run one in full:
@@ -139,7 +139,7 @@ def _loss(task, answers, targets, counts):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Train on a long-lag task; one JSON line per look.")
+    parser = argparse.ArgumentParser(description="Train on a long-lag task; a JSON line per look.")
     parser.add_argument("task", choices=[task.__name__ for task in OUTPUTS])
     parser.add_argument("--cell", choices=("lstm", "rnn"), default="lstm")
     parser.add_argument("--hidden", type=int, default=32)

@@ -1,4 +1,4 @@
-"""Looking inside: the signals are the model's, the ranking finds a planted neuron, pages hold it."""
+"""Looking inside: the signals are the model's, a planted neuron is found, pages hold it all."""
 
 import base64
 import json
