@@ -1,0 +1,84 @@
+"""Memory: what a tape keeps, what inference does not, and that nothing grows with use."""
+
+import sys
+
+import pytest
+from problems import forward, lstm_problem, rnn_problem
+from test_api import python
+
+from lstmcore import functional
+
+needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+
+RESIDENT = """
+import numpy as np, lstmcore
+def kilobytes(name):
+    with open('/proc/self/status') as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(name))
+"""
+
+
+@pytest.mark.parametrize("dtype, item", [("float32", 4), ("float64", 8)])
+def test_tape_keeps_five_numbers_per_unit_step_and_row(dtype, item):
+    T, B, I, H = 7, 5, 3, 11
+    tape = forward(functional, lstm_problem(T, B, I, H, dtype=dtype))[-1]
+    assert tape.nbytes == 5 * H * T * B * item
+    assert tape.raw_gates.nbytes + tape.raw_c.nbytes == tape.nbytes
+
+
+def test_ragged_tape_keeps_the_real_tokens_only():
+    T, B, I, H = 7, 5, 3, 11
+    problem = lstm_problem(T, B, I, H, lengths="ragged")
+    tape = forward(functional, problem)[-1]
+    assert tape.nbytes == 5 * H * int(problem.options["lengths"].sum()) * 8
+
+
+def test_rnn_tape_keeps_references_only():
+    problem = rnn_problem(7, 5, 3, 11)
+    y, _, tape = forward(functional, problem)
+    assert tape.y is y and tape.x is problem.inputs["x"]
+
+
+def test_tape_holds_contiguous_arguments_without_a_copy():
+    problem = lstm_problem(7, 5, 3, 11)
+    tape = forward(functional, problem)[-1]
+    for name in ("x", "W_ih", "W_hh"):
+        assert getattr(tape, name) is problem.inputs[name]
+
+
+@needs_proc
+@pytest.mark.parametrize("lengths", ["None", "[20000, 15000]"])
+def test_inference_works_in_bounded_memory(lengths):
+    """20,000 steps: the gates alone would be 82 MB; x and y together are 20 MB."""
+    code, said = python(RESIDENT + f"""
+T, B, I, H = 20000, 2, 1, 128
+rng = np.random.default_rng(0)
+x, W_ih, W_hh = (rng.standard_normal(s).astype('f4') for s in ((T, B, I), (4 * H, I), (4 * H, H)))
+lstmcore.lstm_forward(x[:8], W_ih, W_hh, keep_tape=False)
+before = kilobytes('VmRSS')
+y, _, _ = lstmcore.lstm_forward(x, W_ih, W_hh, lengths={lengths}, keep_tape=False)
+print(kilobytes('VmHWM') - before - y.nbytes // 1024)
+""")
+    assert code == 0, said
+    assert int(said) < 6000, f"{said} kB beside x and y"
+
+
+@needs_proc
+def test_resident_memory_does_not_grow_with_shapes():
+    """2,000 training steps of random shapes; what a longer run needs, a shorter one needed too."""
+    code, said = python(RESIDENT + """
+rng = np.random.default_rng(0)
+def train(times):
+    for _ in range(times):
+        T, B, I, H = rng.integers(1, 20, 4)
+        x, W_ih, W_hh = (rng.standard_normal(s) for s in ((T, B, I), (4 * H, I), (4 * H, H)))
+        ragged = rng.integers(0, T + 1, B) if rng.random() < 0.5 else None
+        y, _, tape = lstmcore.lstm_forward(x, W_ih, W_hh, lengths=ragged)
+        lstmcore.lstm_backward(tape, y)
+train(500)
+before = kilobytes('VmRSS')
+train(2000)
+print(kilobytes('VmRSS') - before)
+""")
+    assert code == 0, said
+    assert int(said) < 2000, f"grew by {said} kB"
