@@ -71,6 +71,8 @@ def write(path, arrays, metadata=None):
             file.write(struct.pack("<Q", len(text)) + text)
             for name in names:
                 file.write(arrays[name].astype(arrays[name].dtype.newbyteorder("<")).tobytes())
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before it takes the place of another
         os.replace(partial, path)
     finally:
         if os.path.exists(partial):

@@ -345,11 +345,7 @@ class LanguageModel:
         tokens = self.vocabulary.tokens[1:] if self.level != "byte" else []
         saved = {"config": self.config, "level": self.level, "tokens": tokens,
                  "history": self.history, "outcome": self.outcome}
-        whole = f"{os.fspath(path)}.{os.getpid()}.whole"
-        safetensors.write(whole, arrays, {KEY: json.dumps(saved), **metadata})
-        with open(whole, "rb+") as file:
-            os.fsync(file.fileno())         # on the disk before it takes the place of another
-        os.replace(whole, path)
+        safetensors.write(path, arrays, {KEY: json.dumps(saved), **metadata})
 
     def _check_fitted(self):
         if self.network is None:
