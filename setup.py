@@ -12,10 +12,11 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-C_FILES = sorted(str(p.relative_to(Path(__file__).parent)) for p in
-                 (Path(__file__).parent / "csrc").glob("*.c"))
-C_HEADERS = sorted(str(p.relative_to(Path(__file__).parent)) for p in
-                   (Path(__file__).parent / "csrc").glob("*.h"))
+ROOT = Path(__file__).parent
+
+
+def files(pattern):
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
 
 
 class BuildExt(build_ext):
@@ -49,7 +50,8 @@ class BuildExt(build_ext):
 setup(
     cmdclass={"build_ext": BuildExt},
     ext_modules=cythonize([
-        Extension("lstmcore._kernels", ["lstmcore/_kernels.pyx", *C_FILES], depends=C_HEADERS,
+        Extension("lstmcore._kernels", ["lstmcore/_kernels.pyx", *files("csrc/*.c")],
+                  depends=files("csrc/*.h") + files("lstmcore/*.pxi"),
                   include_dirs=["csrc", numpy.get_include()],
                   define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]),
         Extension("lstmcore._blas", ["lstmcore/_blas.pyx"]),

@@ -5,7 +5,8 @@ A mutant is (name, file, text, wrong text). The text must be found exactly once 
 """
 
 CELL, BODY, ACT = "csrc/cell.h", "csrc/body.h", "csrc/activations.h"
-PLAN, REF = "lstmcore/_kernels.pyx", "lstmcore/reference.py"
+PASS, FORWARD, BACKWARD = (f"lstmcore/_{name}.pxi" for name in ("pass", "forward", "backward"))
+REF = "lstmcore/reference.py"
 
 MUTANTS = [
     # the cell, forward
@@ -90,39 +91,39 @@ MUTANTS = [
     ("the polynomial lacks a term", ACT, "for (int j = degree - 1; j >= 0; j--)",
      "for (int j = degree - 2; j >= 0; j--)"),
     # the plans
-    ("reverse starts one step late", PLAN, "(f.lengths[r] - 1 - s if f.reverse else s)",
+    ("reverse starts one step late", PASS, "(f.lengths[r] - 1 - s if f.reverse else s)",
      "(f.lengths[r] - s if f.reverse and s else f.lengths[r] - 1 - s if f.reverse else s)"),
-    ("rows leave one step late", PLAN, "* mine.stride] <= s:", "* mine.stride] < s:"),
-    ("h0 is taken as zero", PLAN, "cdef bint from_zero = s == 0 and f.h0 == NULL",
+    ("rows leave one step late", PASS, "* mine.stride] <= s:", "* mine.stride] < s:"),
+    ("h0 is taken as zero", FORWARD, "cdef bint from_zero = s == 0 and f.h0 == NULL",
      "cdef bint from_zero = s == 0"),
-    ("c0 is taken as zero", PLAN, "rows[q].c_prev = f.c0 + r * row_c if f.c0 != NULL else f.zeros",
+    ("c0 is taken as zero", FORWARD, "rows[q].c_prev = f.c0 + r * row_c if f.c0 != NULL else f.zeros",
      "rows[q].c_prev = f.zeros"),
-    ("h is not carried on", PLAN, "rows[q].h_prev = rows[q].h\n", "pass\n"),
-    ("h_n of the wrong place", PLAN, "memcpy(f.h_n + r * row_h, rows[q].h_prev, row_h)",
+    ("h is not carried on", FORWARD, "rows[q].h_prev = rows[q].h\n", "pass\n"),
+    ("h_n of the wrong place", FORWARD, "memcpy(f.h_n + r * row_h, rows[q].h_prev, row_h)",
      "memcpy(f.h_n + q * row_h, rows[q].h_prev, row_h)"),
-    ("dh_n is dropped", PLAN, "row.dy = f.dy_last + f.order[r] * row_h", "pass"),
-    ("h_t for h_{t-1} in dW_hh", PLAN, "f.h_prev[k + r] = f.y + before * row_h",
+    ("dh_n is dropped", BACKWARD, "row.dy = f.dy_last + f.order[r] * row_h", "pass"),
+    ("h_t for h_{t-1} in dW_hh", BACKWARD, "f.h_prev[k + r] = f.y + before * row_h",
      "f.h_prev[k + r] = f.y + at * row_h"),
-    ("h0 missing in dW_hh", PLAN,
+    ("h0 missing in dW_hh", BACKWARD,
      "f.h_prev[k + r] = f.h0 + f.order[r] * row_h if f.h0 != NULL else f.zeros",
      "f.h_prev[k + r] = f.zeros"),
-    ("c_t for c_{t-1} in dp", PLAN, "f.c_prev[k + r] = f.c + (f.start[s - 1] + r) * row_c",
+    ("c_t for c_{t-1} in dp", BACKWARD, "f.c_prev[k + r] = f.c + (f.start[s - 1] + r) * row_c",
      "f.c_prev[k + r] = f.c + (f.start[s] + r) * row_c"),
-    ("c_t for c_{t-1} in the cell, backward", PLAN,
+    ("c_t for c_{t-1} in the cell, backward", BACKWARD,
      "row.c_prev = f.c + (f.start[s - 1] + r) * row_c",
      "row.c_prev = f.c + (f.start[s] + r) * row_c"),
-    ("step 0 skipped, backward", PLAN, "for s in range(f.steps - 1, -1, -1):",
+    ("step 0 skipped, backward", BACKWARD, "for s in range(f.steps - 1, -1, -1):",
      "for s in range(f.steps - 1, 0, -1):"),
-    ("the last step has a later one", PLAN,
+    ("the last step has a later one", BACKWARD,
      "f.k.lstm_back_step(going_on, f.G, f.H, j0, j1, rows, packed_at(f, &f.hh, j0),",
      "f.k.lstm_back_step(0, f.G, f.H, j0, j1, rows, packed_at(f, &f.hh, j0),"),
-    ("dh0 is not computed", PLAN,
+    ("dh0 is not computed", BACKWARD,
      "multiply(f, &f.hh, slab, slabs, START_ZERO, going_on, a, NULL, C, scratch)",
      "pass"),
-    ("dx of the last token is lost", PLAN,
+    ("dx of the last token is lost", BACKWARD,
      "multiply(f, &f.ih, 0, 1, START_ZERO, k1 - k0, f.da + k0, NULL, f.C + k0, scratch)",
      "multiply(f, &f.ih, 0, 1, START_ZERO, k1 - k0 - 1, f.da + k0, NULL, f.C + k0, scratch)"),
-    ("BLAS keeps its last block of tokens only", PLAN, "1.0 if k0 else 0.0, <char *>product.dW",
+    ("BLAS keeps its last block of tokens only", PASS, "1.0 if k0 else 0.0, <char *>product.dW",
      "0.0, <char *>product.dW"),
     # the reference
     ("reference: sigmoid of 2a", REF, "np.tanh(0.5 * a)", "np.tanh(a)"),

@@ -16,12 +16,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from mutants import ACT, MUTANTS, PLAN, QUICK, REF
+from mutants import ACT, BACKWARD, FORWARD, MUTANTS, PASS, QUICK, REF
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-O1", "-fPIC", "-ffp-contract=off", "-std=gnu11", "-fopenmp", "-Icsrc", "-w"]
+PLAN = (PASS, FORWARD, BACKWARD)
 TESTS = {REF: ["test_reference.py"], ACT: ["test_activations.py", "test_kernels.py"],
-         PLAN: ["test_kernels.py", "test_determinism.py", "test_identities.py", "test_api.py"]}
+         **dict.fromkeys(PLAN, ["test_kernels.py", "test_determinism.py", "test_identities.py",
+                                "test_api.py"])}
 C_TESTS = ["test_kernels.py", "test_activations.py", "test_determinism.py"]
 
 
@@ -82,7 +84,7 @@ class Scratch:
         """Rebuild what depends on a file; False if it does not compile."""
         if file == REF:
             return True
-        built = self.cython("_kernels", False) if file == PLAN else self.compile(
+        built = self.cython("_kernels", False) if file in PLAN else self.compile(
             f"csrc/isa_{self.isa}.c", False)
         if built:
             self.link("_kernels", self.sources)
