@@ -239,19 +239,17 @@ cdef Workspace take_workspace(size_t size):
 
 
 cdef void give_back(Workspace w):
-    cdef Workspace other
+    """Keeps a block unless that makes too much; of too many, the smallest goes."""
+    cdef Workspace other, smallest = w
     cdef size_t total = w.size
     for other in spare:
         total += other.size
+        if other.size < smallest.size:
+            smallest = other
     if total <= SPARE_BYTES:
         spare.append(w)
         if len(spare) > SPARE_BLOCKS:
-            spare.sort(key=block_size)
-            del spare[0]
-
-
-def block_size(Workspace w):
-    return w.size
+            spare.remove(smallest)
 
 
 cdef class Lent:

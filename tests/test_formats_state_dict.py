@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import fuzz_formats
 import numpy as np
@@ -106,7 +108,8 @@ def test_two_files_hold_the_same_layer_and_torch_is_not_imported(tmp_path, dtype
                                   state["bias_ih_l1_reverse"] + state["bias_hh_l1_reverse"])
     code = (f"import sys, lstmcore; lstmcore.load({str(tmp_path / 'm.pt')!r});"
             "assert not {'torch', 'onnx', 'h5py', 'safetensors'} & set(sys.modules)")
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path,  # not beside the sources
+                   env={**os.environ, "PYTHONPATH": str(Path(lstmcore.__file__).parents[1])})
 
 
 def test_prefix_chooses_and_the_rest_is_named(tmp_path):

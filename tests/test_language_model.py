@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lstmcore
 from lstmcore import LanguageModel
 from lstmcore.formats import safetensors
 from lstmcore.losses import softmax_cross_entropy
@@ -275,8 +277,10 @@ print(m.outcome, flush=True)
 
 
 def _started(code, *args):
-    process = subprocess.Popen([sys.executable, "-c", code, *map(str, args)],
-                               stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, text=True,
+        cwd=Path(args[0]).parent,           # not beside the sources, which may not be built
+        env={**os.environ, "PYTHONPATH": str(Path(lstmcore.__file__).parents[1])})
     assert process.stdout.readline()
     return process
 
