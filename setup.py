@@ -24,8 +24,10 @@ class BuildExt(build_ext):
 
     def build_extensions(self):
         unix = self.compiler.compiler_type == "unix"
-        # No contraction: a multiply and an add are fused only where the code says so.
-        compile_args = ["-O3", "-ffp-contract=off", "-std=gnu11"] if unix else ["/O2", "/std:c11"]
+        # No contraction: a multiply and an add are fused only where the code says so. No debug
+        # information, which would be over half of the wheel.
+        compile_args = (["-O3", "-g0", "-ffp-contract=off", "-std=gnu11"] if unix
+                        else ["/O2", "/std:c11"])
         openmp = ["-fopenmp"] if unix and self.has_openmp() else []
         for extension in self.extensions:
             extension.extra_compile_args += compile_args + openmp

@@ -7,7 +7,7 @@ second or one run, and the median of the turns' medians counts. Training is forw
 with all gradients, dx included; one stream step is the next step with the state carried over.
 
 Writes compare.md and compare.png into --output. A library that lives in another environment is
-found with --python, e.g. --python openvino,jax=/opt/peers/bin/python; one that is not installed is
+found with --python, e.g. --python openvino,jax=OTHER/bin/python; one that is not installed is
 a line that says so. The whole comparison takes some eight minutes, --quick about two.
 """
 
