@@ -45,6 +45,7 @@ def generate(network, vocabulary, prime, length, draw, stop):
     decode, tail = vocabulary.decoder(), ""
     longest = max(map(len, stop), default=0)
     logits, state = _read(network, vocabulary, prime)
+    read = network.reader(state)
     for n in range(length):
         token = draw(logits)
         if piece := decode(token):
@@ -54,8 +55,7 @@ def generate(network, vocabulary, prime, length, draw, stop):
                 return
             tail = (tail + piece)[-longest:] if longest else ""
         if n + 1 < length:
-            logits, state = network(np.array([[token]]), state)
-            logits = _without_unknown(logits[0, 0], vocabulary)
+            logits = _without_unknown(read(token), vocabulary)
     if piece := decode(None):
         yield piece
 

@@ -55,6 +55,15 @@ class Network(Module):
         if self.embedding:
             self.embedding.backward(dx)
 
+    def reader(self, state):
+        """A function that reads one token after another, from a state on: id -> logits (V,)."""
+        stream = self.recurrent.stream(1)
+        stream.state = state
+
+        def read(token):
+            return self.head(stream.step(self.inputs(np.array([token]))))[0]
+        return read
+
     def inputs(self, tokens):
         """What the recurrent layers read for tokens (T, B): rows of the table, or the tokens."""
         return self.embedding(tokens) if self.embedding else tokens
