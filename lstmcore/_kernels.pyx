@@ -18,7 +18,7 @@ width of h. G is the width of a row of pre-activations: 4H, or H for the vanilla
 
 from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy, memset, strcmp
 cimport numpy as cnp
 
 import os

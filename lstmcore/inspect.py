@@ -73,7 +73,7 @@ def features(tokens):
     """What can be seen in a text without a model: name -> (T,) numbers.
 
     >>> sorted(features(list('say "hi" 12 times to me, now')))[:3]
-    ['a digit', 'a letter', 'a space']
+    ['a letter', 'a space', 'a vowel']
     """
     starts = np.cumsum([0] + [len(token) for token in tokens])
     text = "".join(tokens)
