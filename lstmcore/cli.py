@@ -150,10 +150,11 @@ def train(args):
         budget["minutes"] = DEFAULT_MINUTES
     bar = sys.stderr.isatty() and not args.json
     callbacks = [] if bar else [_print_json if args.json else _print_record]
+    files = _existing(args.files)
     if not args.json:
         _say(f"training {model} on "
              + (", ".join(args.files) or "Python's documentation of its own language"))
-    model.fit(_existing(args.files) or None, checkpoint=out, resume=args.resume,
+    model.fit(files or None, checkpoint=out, resume=args.resume,
               callbacks=callbacks, progress=bar, encoding=args.encoding, **budget, **settings)
     if args.plot:
         from lstmcore.models.curves import plot_history
@@ -369,7 +370,16 @@ def info(args):
 
 def _existing(files):
     """The paths, each found to be there, or "-": here a name is never a text."""
+    import stat
     from pathlib import Path
+
+    for name in files:
+        if name != "-":
+            found = os.stat(name)       # an OSError if it is not there
+            if stat.S_ISDIR(found.st_mode):
+                raise IsADirectoryError(21, "Is a directory", name)
+            if stat.S_ISREG(found.st_mode) and found.st_size == 0:
+                raise ValueError(f"{name} is empty")
     return [name if name == "-" else Path(name) for name in files]
 
 

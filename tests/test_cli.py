@@ -146,7 +146,7 @@ def test_convert_and_info(run, tmp_path):
 
 @pytest.mark.parametrize("args, message", [
     ("train none.txt", "none.txt: No such file or directory"),
-    ("train empty.txt", "the text to train on is empty"),
+    ("train empty.txt", "empty.txt is empty"),
     ("train short.txt", "needs at least 2 tokens"),
     ("train .", "Is a directory"),
     ("train bad.gz", "bad.gz is a damaged gzip file"),
@@ -168,7 +168,7 @@ def test_convert_and_info(run, tmp_path):
     ("sample story.txt", "story.txt cannot be read"),
     ("sample m --prime Ω", "'Ω'"), ("sample m --temperature -1", "temperature must be"),
     ("sample m --top-p 2", "top_p must be"), ("sample m --length -4", "length must be"),
-    ("eval m none.txt", "none.txt: No such file or directory"), ("eval m empty.txt", "2 tokens"),
+    ("eval m none.txt", "none.txt: No such file or directory"), ("eval m empty.txt", "empty.txt is empty"),
     ("inspect m none.txt", "none.txt: No such file"), ("inspect m story.txt --limit 0", "--limit"),
     ("gradflow --steps 0", "--steps must be at least 1"),
     ("gradflow --out none/x.png", "none/x.png: No such file"),
