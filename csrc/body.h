@@ -82,7 +82,7 @@ static F(tile_fn) *const F(tiles)[MR + 1][5] = {{0}, TILE_NAMES(1), TILE_NAMES(2
 
 typedef struct {
     ptrdiff_t col, stride, end; /* column of vector 0, distance of the vectors, end of the last one */
-    int nv;                     /* vectors */
+    int nv, neighbors;          /* vectors; whether they are next to one another */
 } F(panel);
 
 INLINE ptrdiff_t F(n_panels)(int panels, ptrdiff_t j0, ptrdiff_t j1) {
@@ -93,6 +93,7 @@ INLINE ptrdiff_t F(n_panels)(int panels, ptrdiff_t j0, ptrdiff_t j1) {
 /* Panel p of the columns [j0, j1), counted from j0. */
 INLINE F(panel) F(panel_at)(int panels, ptrdiff_t p, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1) {
     F(panel) g;
+    g.neighbors = panels == PANEL_PLAIN;
     if (panels == PANEL_GATES) {
         g.col = j0 + p * VL;
         g.stride = H;
@@ -107,9 +108,9 @@ INLINE F(panel) F(panel_at)(int panels, ptrdiff_t p, ptrdiff_t H, ptrdiff_t j0, 
     return g;
 }
 
-/* Lanes of vector v that are columns. */
+/* Lanes of vector v that are columns: of neighboring vectors, only the last can lack some. */
 INLINE ptrdiff_t F(lanes)(const F(panel) *g, int v) {
-    return g->stride == VL && v < g->nv - 1 ? VL : g->end;
+    return g->neighbors && v < g->nv - 1 ? VL : g->end;
 }
 
 /* out[k·out_stride + l] = in[l·in_stride + k] for k, l < VL.  Interleaving the two halves of the rows
@@ -136,7 +137,7 @@ static void F(pack)(int panels, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff_
         F(panel) g = F(panel_at)(panels, p, H, j0, j1);
         R *out = (R *)out_ + p * K * 4 * VL;
         for (int v = 0; v < g.nv; v++) {
-            ptrdiff_t n = panels == PANEL_GATES ? g.end : F(lanes)(&g, v);
+            ptrdiff_t n = F(lanes)(&g, v);
             const R *W = (const R *)W_ + (g.col + v * g.stride) * col_stride;
             for (ptrdiff_t k0 = 0; k0 < K; k0 += BLOCK) {
                 ptrdiff_t k1 = MIN(K, k0 + BLOCK);
@@ -162,7 +163,7 @@ static void F(pack)(int panels, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff_
 
 /* acc[r] += a[r] · panel for n <= GROUP rows, in tiles of nearly equal height.  Meanwhile the tiles
    fetch what follows the panel, the next one, a line per k: its first use by the first tile of the next
-   group would wait for the third-level cache (predicted and measured for (35,20,650,650): see README). */
+   group would wait for the third-level cache (6 % of inference at (35,20,650,650)). */
 static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const R *const *a, const R *panel,
                      F(row4) *acc) {
     const char *ahead = (const char *)(panel + K * nv * VL);
@@ -197,7 +198,7 @@ static void F(gemm)(int panels, int start, ptrdiff_t n, ptrdiff_t K, ptrdiff_t H
         for (ptrdiff_t r0 = 0; r0 < n; r0 += size) {
             ptrdiff_t m = MIN(size, n - r0);
             for (int v = 0; v < g.nv; v++) {
-                ptrdiff_t j = g.col + v * g.stride, w = panels == PANEL_GATES ? g.end : F(lanes)(&g, v);
+                ptrdiff_t j = g.col + v * g.stride, w = F(lanes)(&g, v);
                 vec from = start == START_BIAS ? F(v_load_n)(bias + j, w) : F(v_set1)(0);
                 for (ptrdiff_t r = 0; r < m; r++)
                     acc[r][v] = start == START_ADD ? F(v_load_n)((R *)C[r0 + r] + j, w) : from;
@@ -205,8 +206,7 @@ static void F(gemm)(int panels, int start, ptrdiff_t n, ptrdiff_t K, ptrdiff_t H
             F(group)(m, K, g.nv, (const R *const *)a + r0, (const R *)packed + p * K * 4 * VL, acc);
             for (ptrdiff_t r = 0; r < m; r++)
                 for (int v = 0; v < g.nv; v++)
-                    F(v_store_n)((R *)C[r0 + r] + g.col + v * g.stride, acc[r][v],
-                                 panels == PANEL_GATES ? g.end : F(lanes)(&g, v));
+                    F(v_store_n)((R *)C[r0 + r] + g.col + v * g.stride, acc[r][v], F(lanes)(&g, v));
         }
     }
 }

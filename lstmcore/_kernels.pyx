@@ -12,8 +12,8 @@ that are still running at step s are the first ones. Step s of a row is time s, 
 reverse. A token is one (step, row); in the tape it lies at `start[s] + r`: a dense tape is (T, B), a
 ragged one holds the real tokens only.
 
-Letters: DESIGN of the arrays in lstmcore/reference.py; K is what the recurrent product sums over: the
-width of h. G is the width of a row of pre-activations: 4H, or H for the vanilla RNN.
+Letters are those of lstmcore/reference.py, and: K is the width of h, over which the recurrent product
+sums (H, or P with a projection); G is the width of a row of pre-activations (4H, or H for the RNN).
 """
 
 from libc.stdint cimport int64_t
@@ -115,8 +115,8 @@ cdef extern from "team.h" nogil:
 cdef const lstm_kernels *tables[2]
 cdef Py_ssize_t L2_BYTES
 cdef enum: BLAS_ROWS = 32      # every BLAS product has this many rows: a row's bits depend on no other
-cdef enum: BLAS_COLUMNS = 64   # rows of a weight gradient per BLAS call, for the same reason
-cdef enum: BLAS_TOKENS = 256
+cdef enum: BLAS_COLUMNS = 64   # rows of a weight gradient per BLAS call, so that threads change no bit
+cdef enum: BLAS_TOKENS = 256   # tokens per BLAS call of a weight gradient
 cdef enum: CHUNK_ROWS = 192    # rows per input projection: enough to reuse a panel, few enough for L2
 cdef enum: MAX_TEAM = 1024
 
