@@ -108,13 +108,12 @@ cdef void list_tokens(Pass *f, int me, int team) noexcept nogil:
 cdef void backward_rows(Pass *f, int group, int groups, int slab, int slabs, char *scratch,
                         lstm_back_row *rows, const void **a, void **C) noexcept nogil:
     """The time loop, last step first, for the rows of a group and one slab of their units."""
-    cdef Py_ssize_t s, q, r, at, j0, j1, p0, p1, n, going_on = 0
+    cdef Py_ssize_t s, q, r, at, j0, j1, n, going_on = 0
     cdef Rows mine = rows_of(f, group, groups)
     cdef Py_ssize_t row_h = f.K * f.item, row_c = f.H * f.item, row_g = f.G * f.item
     cdef team_barrier *barrier = &f.barriers[1 + group]
     cdef lstm_back_row *row
     unit_range(f.H, f.k.VL, slab, slabs, &j0, &j1)
-    unit_range(f.K, f.k.VL, slab, slabs, &p0, &p1)
     for s in range(f.steps - 1, -1, -1):
         n = active(f, s, &mine, mine.n)  # of these, the first `going_on` have a step s + 1
         for q in range(n):
