@@ -18,6 +18,8 @@ from lstmcore.module import (Module, check_dtype, check_probability, check_size,
 LSTMTrace = namedtuple("LSTMTrace", "i f g o c h")
 RNNTrace = namedtuple("RNNTrace", "h")
 
+TABLE_ROWS = 16     # per step of a sequence: a larger table is looked up before the product
+
 NAMES = dict(W_ih="weight_ih", W_hh="weight_hh", b="bias", peepholes="weight_peephole",
              W_hr="weight_hr")
 
@@ -57,7 +59,7 @@ class _Recurrent(Module):
         shapes = {"W_ih": (self._gates, H, inputs), "W_hh": (self._gates, H, P)}
         return {**shapes, "b": (self._gates, H)} if self.bias else shapes
 
-    def __call__(self, x, state=None, lengths=None):
+    def __call__(self, x, state=None, lengths=None, *, embedding=None):
         """One pass over whole sequences.
 
         Parameters
@@ -67,16 +69,21 @@ class _Recurrent(Module):
         state : the initial state, as the final state of another call; zeros by default
         lengths : (B,) ints in 0..T: sequence b ends after its own lengths[b] steps. Its y is 0
             past that, and its final state is that of its own last step
+        embedding : an `Embedding` that x, token ids, are to be looked up in: as x = embedding(x),
+            but the rows of a small table are multiplied by the weights once each, not once for
+            every token. Its gradients are added to by `backward`
 
         Returns
         -------
         y : (T, B, D·P), or (B, T, D·P)
         state : the final state: (h_n, c_n) of an LSTM, h_n of an RNN, never batch-first
         """
+        x, weights = self._look_up(x, embedding)
         x, initial = self._inputs(x, state)
-        y, final, tapes = self._run(x, initial, lengths, self.training, self.training)
+        y, final, tapes = self._run(x, weights, initial, lengths, self.training, self.training)
         y = self._swap(y)
-        self._keep(y, [(mask, [tape for _, tape in runs]) for mask, runs in tapes])
+        self._keep(y, [(mask, [tape for _, tape in runs]) for mask, runs in tapes], embedding,
+                   weights is not self._weights)
         return y, self._join(final)
 
     def backward(self, dy=None, dstate=None):
@@ -84,7 +91,7 @@ class _Recurrent(Module):
 
         Adds to `gradients()`. None stands for zeros. For token ids the first result is None.
         """
-        dy, tapes = self._take(dy)
+        dy, tapes, embedding, tabled = self._take(dy)
         dx = self._swap(dy)
         dfinal = self._split(dstate, dx.shape[1], "dstate")
         dinitial = [None] * len(dfinal)
@@ -95,12 +102,17 @@ class _Recurrent(Module):
             for d, (tape, half) in enumerate(zip(runs, halves)):
                 n = layer * self.directions + d
                 g, dinitial[n] = self._cell_backward(tape, half, dfinal[n])
+                if tabled and layer == 0:
+                    g = self._through_table(n, g, embedding)
                 for letter, total in self._dweights[n].items():
                     total += getattr(g, "d" + letter)
                 dx = g.dx if dx is None else np.add(dx, g.dx, out=dx)
             if mask is not None:
                 np.multiply(dx, mask, out=dx)
-        return None if dx is None else self._swap(dx), self._join(dinitial)
+        dx = None if dx is None else self._swap(dx)
+        if embedding is not None and not tabled:
+            dx = embedding.backward(dx)
+        return dx, self._join(dinitial)
 
     def stream(self, batch_size=1):
         """The layer as a machine that takes one step at a time: a `Stream`."""
@@ -114,7 +126,7 @@ class _Recurrent(Module):
         h is (T, B, P). There is no dropout, and a tape kept for backward stays.
         """
         x, initial = self._inputs(x, state)
-        _, _, tapes = self._run(x, initial, lengths, True, False)
+        _, _, tapes = self._run(x, self._weights, initial, lengths, True, False)
         return [self._traced(y, tape) for _, runs in tapes for y, tape in runs]
 
     def save(self, path):
@@ -122,7 +134,7 @@ class _Recurrent(Module):
         from lstmcore import formats
         formats.save(self, path)
 
-    def _run(self, x, initial, lengths, keep_tape, drop):
+    def _run(self, x, weights, initial, lengths, keep_tape, drop):
         """The stack over time-major x: y, the final states, and (mask, [(y, tape)]) per layer."""
         final, tapes = [], []
         for layer in range(self.num_layers):
@@ -132,13 +144,45 @@ class _Recurrent(Module):
                 x = x * mask
             for d in range(self.directions):
                 n = layer * self.directions + d
-                y, last, tape = self._cell_forward(n, x, initial[n], lengths, d == 1, keep_tape)
+                y, last, tape = self._cell_forward(weights[n], x, initial[n], lengths, d == 1,
+                                                   keep_tape)
                 final.append(last)
                 runs.append((y, tape))
             x = y if len(runs) == 1 else np.concatenate([y for y, _ in runs], axis=2)
             if keep_tape:
                 tapes.append((mask, runs))
         return x, final, tapes
+
+    def _look_up(self, x, embedding):
+        """What the layers read for x, and their weights.
+
+        With a table of no more than TABLE_ROWS rows per step, x stays as it is, and W_ih of the
+        first layer becomes what each row of the table is projected to. Whether it does must not
+        depend on B: the bits of a row would then depend on the rest of its batch.
+        """
+        if embedding is None:
+            return x, self._weights
+        x, E = np.asarray(x), embedding.embedding_dim
+        check_dtype("embedding", embedding, self.dtype)
+        if E != self.input_size:
+            raise ValueError(f"embedding must have rows of I = {self.input_size} numbers, got {E}")
+        steps = x.shape[self.batch_first] if x.ndim == 2 and x.dtype.kind in "iu" else 0
+        if embedding.num_embeddings > TABLE_ROWS * steps:
+            return embedding(x), self._weights
+        table, D = embedding.parameters()["weight"], self.directions
+        # W_ih Eᵀ        (4H,E) (E,V) -> (4H,V)
+        first = [{**weights, "W_ih": functional.linear_forward(weights["W_ih"], table,
+                                                               n_threads=self.n_threads)}
+                 for weights in self._weights[:D]]
+        return x, first + self._weights[D:]
+
+    def _through_table(self, n, g, embedding):
+        """The gradients g with those by W_ih Eᵀ taken apart: into W_ih's, and into the table's."""
+        table, dtable = (of()["weight"] for of in (embedding.parameters, embedding.gradients))
+        dE, dW_ih, _ = functional.linear_backward(table, self._weights[n]["W_ih"], g.dW_ih.T,
+                                                  n_threads=self.n_threads)
+        dtable += dE
+        return g._replace(dW_ih=dW_ih)
 
     def _inputs(self, x, state):
         """x time-major and the initial states, both checked."""
@@ -244,10 +288,10 @@ class LSTM(_Recurrent):
             shapes["W_hr"] = P, H
         return shapes
 
-    def _cell_forward(self, n, x, state, lengths, reverse, keep_tape):
+    def _cell_forward(self, weights, x, state, lengths, reverse, keep_tape):
         h0, c0 = state
         return functional.lstm_forward(
-            x, **self._weights[n], h0=h0, c0=c0, lengths=lengths, reverse=reverse,
+            x, **weights, h0=h0, c0=c0, lengths=lengths, reverse=reverse,
             keep_tape=keep_tape, n_threads=self.n_threads)
 
     def _cell_backward(self, tape, dy, dfinal):
@@ -286,9 +330,9 @@ class RNN(_Recurrent):
     def _widths(self):
         return (self.hidden_size,)
 
-    def _cell_forward(self, n, x, state, lengths, reverse, keep_tape):
+    def _cell_forward(self, weights, x, state, lengths, reverse, keep_tape):
         y, h_n, tape = functional.rnn_forward(
-            x, **self._weights[n], h0=state[0], nonlinearity=self.nonlinearity, lengths=lengths,
+            x, **weights, h0=state[0], nonlinearity=self.nonlinearity, lengths=lengths,
             reverse=reverse, keep_tape=keep_tape, n_threads=self.n_threads)
         return y, (h_n,), tape
 

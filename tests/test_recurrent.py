@@ -9,7 +9,7 @@ import pytest
 from slopes import assert_copied, assert_gradients, by_name, normal
 
 import lstmcore
-from lstmcore import LSTM, RNN, LastStep, sequence_mask
+from lstmcore import LSTM, RNN, Embedding, LastStep, sequence_mask
 
 RAGGED = [4, 0, 6, 1, 3]        # of T = 6: unsorted, with an empty and a full sequence
 
@@ -268,6 +268,46 @@ def test_token_ids_are_one_hot_rows(make, bidirectional, close):
     dx, _ = layer.backward(dy)
     assert dx is None
     close(layer.gradients()["weight_ih_l0"], wanted, "kernel")
+
+
+@pytest.mark.parametrize("V", [7, 200], ids=["small table", "large table"])
+@pytest.mark.parametrize("lengths", [None, RAGGED], ids=["dense", "ragged"])
+@by_name(RECURRENT)
+def test_embedding_is_looked_up_on_the_way_in(make, lengths, V, close):
+    layer, table = make(), Embedding(V, 3, dtype="float64", seed=2)
+    other, other_table = copy.deepcopy((layer, table))
+    _, state, dy, dstate = recurrent_case(layer)
+    tokens = np.random.default_rng(4).integers(0, V, dy.shape[:2])
+    y, final = layer(tokens, state, lengths, embedding=table)
+    y_other, final_other = other(other_table(tokens), state, lengths)
+    dx, dinitial = layer.backward(dy, dstate)
+    dx_other, dinitial_other = other.backward(dy, dstate)
+    other_table.backward(dx_other)
+    assert dx is None
+    close((y, final, dinitial), (y_other, final_other, dinitial_other), "identity")
+    for one, two in (layer, other), (table, other_table):
+        close(tuple(one.gradients().values()), tuple(two.gradients().values()), "identity")
+
+
+@pytest.mark.parametrize("V", [7, 200], ids=["small table", "large table"])
+def test_an_embedded_row_does_not_depend_on_its_batch(V):
+    layer, table = LSTM(3, 5, seed=0).eval(), Embedding(V, 3, seed=1)
+    tokens = np.random.default_rng(2).integers(0, V, (6, 40))
+    whole, _ = layer(tokens, embedding=table)
+    alone, _ = layer(tokens[:, 11:12], embedding=table)
+    assert (whole[:, 11:12] == alone).all()
+
+
+@pytest.mark.parametrize("tokens, table, error, words", [
+    (np.zeros((5, 2), int), Embedding(4, 2), ValueError, "I = 3 numbers, got 2"),
+    (np.zeros((5, 2), int), Embedding(4, 3, dtype="float64"), TypeError, "float32, got float64"),
+    (np.full((5, 2), 4), Embedding(4, 3), ValueError, r"0\.\.3, got 4\.\.4|0\.\.I-1 = 0\.\.3"),
+    (np.zeros((5, 2)), Embedding(4, 3), TypeError, "tokens must be integers, got float64"),
+    (np.zeros((5, 2, 1), int), Embedding(4, 3), ValueError, "I = 3, got"),
+])
+def test_embedding_must_fit(tokens, table, error, words):
+    with pytest.raises(error, match=words):
+        LSTM(3, 5)(tokens, embedding=table)
 
 
 def test_last_step_of_both_ways_is_the_final_state():

@@ -45,15 +45,13 @@ class Network(Module):
 
     def __call__(self, tokens, state=None):
         """Tokens (T, B) and the state so far -> logits (T, B, V) and the state after them."""
-        y, state = self.recurrent(self.inputs(tokens), state)
+        y, state = self.recurrent(tokens, state, embedding=self.embedding)
         return self.head(self.dropout(y) if self.dropout else y), state
 
     def backward(self, dlogits):
         """The gradient by the logits -> gradients of all parameters; none by the first state."""
         dy = self.head.backward(dlogits)
-        dx, _ = self.recurrent.backward(self.dropout.backward(dy) if self.dropout else dy)
-        if self.embedding:
-            self.embedding.backward(dx)
+        self.recurrent.backward(self.dropout.backward(dy) if self.dropout else dy)
 
     def reader(self, state):
         """A function that reads one token after another, from a state on: id -> logits (V,)."""
