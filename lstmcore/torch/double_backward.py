@@ -1,0 +1,71 @@
+"""The gradient of the gradient: the layer runs again, in PyTorch's own operations.
+
+That is slow and needs much memory, and is the price of gradient penalties, Hessians and the like.
+"""
+
+import torch
+
+
+def _recurrence(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse):
+    """The same layer in PyTorch's own operations, which can be differentiated any number of times.
+
+    A row is frozen outside its own steps, so both directions visit the steps in plain order.
+    """
+    T, B, _ = x.shape
+    H, P = W_hh.shape[0] // 4, W_hh.shape[1]
+    h = x.new_zeros(B, P) if h0 is None else h0
+    c = x.new_zeros(B, H) if c0 is None else c0
+    p_i, p_f, p_o = (0, 0, 0) if peepholes is None else peepholes
+    y = [None] * T
+    for t in reversed(range(T)) if reverse else range(T):
+        a_i, a_f, a_g, a_o = torch.nn.functional.linear(x[t], W_ih, b).addmm(h, W_hh.T).chunk(4, 1)
+        c_t = (torch.sigmoid(a_f + p_f * c) * c
+               + torch.sigmoid(a_i + p_i * c) * torch.tanh(a_g))
+        h_t = torch.sigmoid(a_o + p_o * c_t) * torch.tanh(c_t)
+        h_t = h_t if W_hr is None else h_t @ W_hr.T
+        if lengths is None:
+            y[t], h, c = h_t, h_t, c_t
+        else:
+            alive = (t < lengths)[:, None]
+            y[t] = torch.where(alive, h_t, 0)
+            h, c = torch.where(alive, h_t, h), torch.where(alive, c_t, c)
+    return torch.stack(y) if T else x.new_zeros(0, B, P), h, c
+
+
+def save_for_double_backward(ctx, inputs, output):
+    *tensors, ctx.reverse, y, gates, c = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def lstm_backward_gradient(ctx, *dd):
+    """The gradient of the gradient, by running the layer again in PyTorch's operations."""
+    (*upstream, lengths), n = ctx.saved_tensors, 3
+    upstream, cell = upstream[:n], upstream[n:]
+    tensors = (*upstream, *cell)
+    present = [k for k, tensor in enumerate(tensors) if tensor is not None]
+
+    def gradients(*values):
+        full = [None] * len(tensors)
+        for k, value in zip(present, values):
+            full[k] = value
+        given = [k for k in present if k >= n]
+
+        def outputs(*values):
+            args = list(full[n:])
+            for k, value in zip(given, values):
+                args[k - n] = value
+            y_h_c = _recurrence(*args, lengths, ctx.reverse)
+            return tuple(out for out, d in zip(y_h_c, full[:n]) if d is not None)
+
+        _, pullback = torch.func.vjp(outputs, *(full[k] for k in given))
+        return pullback(tuple(d for d in full[:n] if d is not None))
+
+    firsts, pullback = torch.func.vjp(gradients, *(tensors[k] for k in present))
+    dd = [d for d, tensor in zip(dd, cell) if tensor is not None]
+    seconds = pullback(tuple(torch.zeros_like(first) if d is None else d
+                             for first, d in zip(firsts, dd)))
+    result = [None] * len(tensors)
+    for k, second in zip(present, seconds):
+        result[k] = second
+    return (*result, None, None, None, None, None)

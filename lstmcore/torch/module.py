@@ -1,0 +1,215 @@
+"""The module: `torch.nn.LSTM` on lstmcore's kernels, layer by layer and direction by direction."""
+
+import torch
+from torch.nn import Parameter
+from torch.nn.utils.rnn import PackedSequence
+
+from lstmcore.torch.operators import layer
+
+
+class _Pad(torch.autograd.Function):
+    """Spread packed rows (N, ·) over a padded batch (n, ·); with _Unpad, each other's gradient."""
+
+    @staticmethod
+    def forward(packed, rows, n):
+        return packed.new_zeros(n, packed.shape[1]).index_copy_(0, rows, packed)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, d):
+        return _Unpad.apply(d, *ctx.saved_tensors), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """Pick the rows of a padded batch (n, ·) that are real: packed (N, ·)."""
+
+    @staticmethod
+    def forward(padded, rows):
+        return padded.index_select(0, rows)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.n = len(inputs[0])
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, d):
+        return _Pad.apply(d, *ctx.saved_tensors, ctx.n), None
+
+
+class LSTM(torch.nn.LSTM):
+    """`torch.nn.LSTM` on lstmcore's kernels: change the class, keep everything else.
+
+    Constructor, parameters, state_dict, inputs (batched, unbatched, PackedSequence), outputs and
+    semantics are those of torch.nn.LSTM. The number of threads is torch's (torch.set_num_threads).
+
+    Parameters beyond torch.nn.LSTM's, both by keyword
+    --------------------------------------------------
+    peepholes : bool
+        The gates also see the cell (Gers et al. 2002): parameters weight_peephole_l{k} (3, H),
+        rows p_i, p_f, p_o, zero at the start. A checkpoint without them sets them to zero.
+    forget_bias : float, optional
+        Start with this forget gate bias (1.0 is the usual choice) in place of torch's random one.
+
+    Raises
+    ------
+    ValueError
+        A parameter or input is on another device than the CPU, or of another type than float32 or
+        float64; the message says what to do. Wrong shapes raise what torch.nn.LSTM raises.
+
+    Examples
+    --------
+    >>> import torch, lstmcore.torch
+    >>> m = lstmcore.torch.LSTM(input_size=3, hidden_size=5, num_layers=2, batch_first=True)
+    >>> y, (h_n, c_n) = m(torch.zeros(4, 7, 3))
+    >>> y.shape, h_n.shape
+    (torch.Size([4, 7, 5]), torch.Size([2, 4, 5]))
+    >>> isinstance(m, torch.nn.LSTM)
+    True
+    """
+
+    peepholes = False  # as class attributes, so that a torch.nn.LSTM can become an LSTM
+    forget_bias = None
+
+    def __init__(self, *args, peepholes=False, forget_bias=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        if forget_bias is not None and not self.bias:
+            raise ValueError(f"forget_bias={forget_bias} needs bias=True")
+        if peepholes:
+            self.peepholes = True
+            for name in self._peephole_names():
+                self.register_parameter(
+                    name, Parameter(self.weight_hh_l0.new_empty(3, self.hidden_size)))
+        if forget_bias is not None:
+            self.forget_bias = float(forget_bias)
+        self._reset_extras()
+
+    def _suffixes(self):
+        """One per layer and direction, in the order of the states: l0, l0_reverse, l1, ..."""
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+        return [f"l{k}{direction}" for k in range(self.num_layers) for direction in directions]
+
+    def _peephole_names(self):
+        return [f"weight_peephole_{s}" for s in self._suffixes()] if self.peepholes else []
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        self._reset_extras()
+
+    @torch.no_grad()
+    def _reset_extras(self):
+        for name in self._peephole_names():
+            getattr(self, name).zero_()
+        if self.forget_bias is not None:
+            f = slice(self.hidden_size, 2 * self.hidden_size)
+            for s in self._suffixes():
+                getattr(self, f"bias_ih_{s}")[f] = self.forget_bias
+                getattr(self, f"bias_hh_{s}")[f] = 0
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys,
+                              *args):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys,
+                                      *args)
+        if prefix + "weight_ih_l0" not in state_dict:
+            return
+        for name in self._peephole_names():  # a plain LSTM is one whose peepholes are zero
+            if prefix + name in missing_keys:
+                missing_keys.remove(prefix + name)
+                with torch.no_grad():
+                    getattr(self, name).zero_()
+
+    def extra_repr(self):
+        extras = ", peepholes=True" if self.peepholes else ""
+        if self.forget_bias is not None:
+            extras += f", forget_bias={self.forget_bias}"
+        return super().extra_repr() + extras
+
+    def forward(self, input, hx=None):
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        if hx is not None and not hx[0].dim() == hx[1].dim() == input.dim():
+            raise RuntimeError(
+                f"For a {input.dim()}-D input, hx and cx should also be {input.dim()}-D, "
+                f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors")
+        batched, batch_axis = input.dim() == 3, 0 if self.batch_first else 1
+        if not batched:
+            input = input.unsqueeze(batch_axis)
+            hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+        self._check(input, hx, None)
+        x = input.transpose(0, 1).contiguous() if self.batch_first else input
+        y, h_n, c_n = self._stack(x, hx, None)
+        y = y.transpose(0, 1) if self.batch_first else y
+        if not batched:
+            y, h_n, c_n = y.squeeze(batch_axis), h_n.squeeze(1), c_n.squeeze(1)
+        return y, (h_n, c_n)
+
+    def _forward_packed(self, input, hx):
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        hx = None if hx is None else self.permute_hidden(hx, sorted_indices)
+        self._check(data, hx, batch_sizes)
+        T, B = len(batch_sizes), int(batch_sizes[0])
+        alive = torch.arange(B) < batch_sizes[:, None]  # (T, B): row b takes part in step t
+        rows = alive.flatten().nonzero().squeeze(1)
+        x = _Pad.apply(data, rows, T * B).unflatten(0, (T, B))
+        y, h_n, c_n = self._stack(x, hx, alive.sum(0))
+        y = PackedSequence(_Unpad.apply(y.flatten(0, 1), rows), batch_sizes, sorted_indices,
+                           unsorted_indices)
+        return y, self.permute_hidden((h_n, c_n), unsorted_indices)
+
+    def _check(self, x, hx, batch_sizes):
+        if hx is None:
+            self.check_input(x, batch_sizes)
+        else:
+            self.check_forward_args(x, hx, batch_sizes)
+
+    def check_input(self, input, batch_sizes):
+        weight = self.weight_hh_l0
+        autocast = torch.is_autocast_enabled("cpu")
+        for what, tensor in (("input", input), ("weights", weight)):
+            if tensor.device.type not in ("cpu", "meta"):
+                raise ValueError(
+                    f"lstmcore.torch.LSTM runs on the CPU, got {what} on {tensor.device}: move the "
+                    "model and its input with .to('cpu'), or use torch.nn.LSTM on this device")
+            if tensor.dtype not in (torch.float32, torch.float64) and not autocast:
+                raise ValueError(
+                    f"lstmcore.torch.LSTM computes in float32 and float64, got {what} of "
+                    f"{tensor.dtype}: convert with .float(), or use torch.autocast('cpu')")
+        if input.dtype != weight.dtype and not autocast:  # in torch's words
+            raise ValueError(
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: "
+                f"model.to({input.dtype})")
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(f"input.size(-1) must be equal to input_size = {self.input_size}, "
+                               f"got {input.size(-1)}")
+
+    def _stack(self, x, hx, lengths):
+        """All layers: x (T,B,I) -> y (T,B,D·P), h_n (L·D,B,P), c_n (L·D,B,H)."""
+        suffixes = self._suffixes()
+        h0, c0 = ([None] * len(suffixes),) * 2 if hx is None else (s.unbind(0) for s in hx)
+        D = 2 if self.bidirectional else 1
+        h_n, c_n = [], []
+        for k in range(self.num_layers):
+            if k > 0 and self.dropout > 0:
+                x = torch.nn.functional.dropout(x, self.dropout, self.training)
+            ys = []
+            for n in range(k * D, k * D + D):
+                y, h, c = self._direction(x, suffixes[n], h0[n], c0[n], lengths, reverse=n % D == 1)
+                ys.append(y), h_n.append(h), c_n.append(c)
+            x = ys[0] if D == 1 else torch.cat(ys, dim=2)
+        return x, torch.stack(h_n), torch.stack(c_n)
+
+    def _direction(self, x, suffix, h0, c0, lengths, reverse):
+        def weight(name, exists=True):
+            return getattr(self, f"{name}_{suffix}") if exists else None
+
+        W_ih, W_hh = weight("weight_ih"), weight("weight_hh")
+        b = weight("bias_ih") + weight("bias_hh") if self.bias else None
+        peepholes = weight("weight_peephole", self.peepholes)
+        W_hr = weight("weight_hr", self.proj_size > 0)
+        return layer(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse)
