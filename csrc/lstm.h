@@ -15,6 +15,7 @@
 #define LSTMCORE_LSTM_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 /* Where one sequence's forward step lives. */
 typedef struct {
@@ -100,6 +101,11 @@ typedef struct {
     /* m = o ∘ tanh(c) on the columns [j0, j1) of n rows, for the gradient of a projection. */
     void (*cell_output)(ptrdiff_t n, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1,
                         const void *const *gates, const void *const *c, void *const *m);
+
+    /* Softmax cross-entropy of n rows z (V) with their targets, V >= 1:  loss[r] = log Σ e^z - z_k;
+       dz[r] = weight[r] (softmax(z) - [j = k]), of weight 0 whatever z is.  dz may be z. */
+    void (*cross_entropy)(ptrdiff_t n, ptrdiff_t V, const void *z, const int64_t *target,
+                          const void *weight, void *loss, void *dz);
 
     /* The activations on an array, for tests. */
     void (*sigmoid)(ptrdiff_t n, const void *x, void *out);

@@ -93,6 +93,8 @@ cdef extern from "lstm.h" nogil:
                               void **) noexcept nogil
         void (*cell_output)(Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, const void **,
                             const void **, void **) noexcept nogil
+        void (*cross_entropy)(Py_ssize_t, Py_ssize_t, const void *, const int64_t *, const void *,
+                              void *, void *) noexcept nogil
         void (*sigmoid)(Py_ssize_t, const void *, void *) noexcept nogil
         void (*tanh)(Py_ssize_t, const void *, void *) noexcept nogil
     const lstm_kernels *lstm_kernels_for(const char *isa, int is_double)
@@ -352,6 +354,25 @@ cdef void linear_backward(void *arg, int me, int team) noexcept nogil:
     weight_gradient(f, f.G, f.da, 1, &product, f.db, scratch, me, team)
 
 
+# ---- a loss: rows of a softmax cross-entropy ---------------------------------------------------------
+
+cdef struct Loss:
+    const lstm_kernels *k
+    Py_ssize_t n, V, item
+    const char *z
+    const int64_t *targets
+    const char *weights
+    char *losses
+    char *dz
+
+
+cdef void cross_entropy(void *arg, int me, int team) noexcept nogil:
+    cdef Loss *f = <Loss *>arg
+    cdef Py_ssize_t r = f.n * me // team, end = f.n * (me + 1) // team
+    f.k.cross_entropy(end - r, f.V, f.z + r * f.V * f.item, f.targets + r, f.weights + r * f.item,
+                      f.losses + r * f.item, f.dz + r * f.V * f.item)
+
+
 # ---- entry points ----------------------------------------------------------------------------------
 
 cdef Operand operand(int panels, Py_ssize_t K, Py_ssize_t N, Py_ssize_t H, W, Py_ssize_t k_stride,
@@ -533,6 +554,18 @@ def run_linear_backward(x, W, dy, dx, dW, db, n_threads):
     f.dy, f.dx, f.dW_ih, f.db = address(dy), address(dx), address(dW), address(db)
     f.ih = operand(PANEL_PLAIN, f.G, f.I, 0, W, f.I, 1)
     run(&f, lay_out_linear, linear_backward)
+
+
+def run_cross_entropy(z, targets, weights, losses, dz, n_threads):
+    """losses (n,) and dz (n, V) of logits z (n, V), V >= 1, and int64 targets (n,) in 0..V-1."""
+    cdef Loss f
+    f.n, f.V, f.item = cnp.PyArray_DIM(z, 0), cnp.PyArray_DIM(z, 1), cnp.PyArray_ITEMSIZE(z)
+    f.k = tables[f.item == 8]
+    f.z, f.targets, f.weights = address(z), <int64_t *>address(targets), address(weights)
+    f.losses, f.dz = address(losses), address(dz)
+    cdef int team = n_threads
+    with nogil:
+        team_run(team, cross_entropy, &f)
 
 
 use_isa(os.environ.get("LSTMCORE_ISA") or None)

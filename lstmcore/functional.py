@@ -525,6 +525,29 @@ def _dense(x, W):
             _array(W, "W", "(O, I)", W.shape, dtype), dtype)
 
 
+# ---- a loss ------------------------------------------------------------------------------------------
+
+def cross_entropy(logits, targets, weights, dlogits, *, n_threads=None):
+    """Softmax cross-entropy of rows, in nats: logits (n, V), targets (n,) in 0..V-1 -> losses (n,).
+
+    dlogits (n, V), which may be logits itself, becomes the gradient of Σ weights (n,) · losses; it is 0
+    where the weight is, whatever the logits are. Arguments are trusted: see `softmax_cross_entropy`.
+
+    >>> import numpy as np
+    >>> from lstmcore.functional import cross_entropy
+    >>> dlogits = np.empty((1, 4))
+    >>> cross_entropy(np.zeros((1, 4)), np.array([2]), np.ones(1), dlogits).round(4), dlogits
+    (array([1.3863]), array([[ 0.25,  0.25, -0.75,  0.25]]))
+    """
+    logits, targets = np.ascontiguousarray(logits), np.ascontiguousarray(targets, np.int64)
+    losses = np.empty(len(logits), logits.dtype)
+    if logits.size:
+        weights = np.ascontiguousarray(weights, logits.dtype)
+        n = _threads(n_threads, *logits.shape, 16)  # an exponential costs 16 multiply-adds
+        _kernels.run_cross_entropy(logits, targets, weights, losses, dlogits, n)
+    return losses
+
+
 # ---- the machine -------------------------------------------------------------------------------------
 
 def info():

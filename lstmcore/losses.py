@@ -7,6 +7,7 @@ losses; the gradient is then that of their sum). Sums are formed in float64.
 
 import numpy as np
 
+from lstmcore import functional
 from lstmcore.layers import sigmoid
 from lstmcore.module import check_dtype
 
@@ -55,20 +56,13 @@ def softmax_cross_entropy(logits, targets, *, ignore_index=None, mask=None, redu
     if targets.size and not 0 <= targets.min() <= targets.max() < V:
         raise ValueError(f"targets must be in 0..{V - 1}, got {targets.min()}..{targets.max()}")
 
-    # loss = log Σ_j e^(z_j - max z) - (z_k - max z);    dz = softmax(z) - 1 at k
-    k, each = targets.reshape(-1), np.arange(targets.size)
-    with np.errstate(invalid="ignore"):     # what is not finite shows in the loss
-        top = logits.max(axis=-1, keepdims=True, initial=-np.inf)
-        d = np.subtract(logits, top, out=out, order="C")
-        rows = d.reshape(-1, V)
-        z_k = rows[each, k]
-        np.exp(rows, out=rows)
-        total = rows.sum(axis=1)
-        loss, factor = _reduce((np.log(total) - z_k).reshape(shape), weights, reduction)
-        factor = np.broadcast_to(factor, shape).reshape(-1)
-        _scale(rows, (factor / total)[:, None], factor == 0)
-    rows[each, k] -= factor
-    return loss, d
+    share, factor = _shares(weights, targets.size, logits.dtype, reduction)
+    d = np.empty(logits.shape, logits.dtype) if out is None else out
+    if np.may_share_memory(d, logits) and d is not logits:
+        logits = logits.copy()
+    losses = functional.cross_entropy(logits.reshape(-1, V), targets.reshape(-1),
+                                      np.broadcast_to(factor, shape).reshape(-1), d.reshape(-1, V))
+    return _reduce(losses.reshape(shape), weights, share, reduction), d
 
 
 def mse_loss(y, target, *, mask=None, reduction="mean"):
@@ -92,7 +86,8 @@ def mse_loss(y, target, *, mask=None, reduction="mean"):
     y, target, weights = _pair("y", y, "target", target, mask)
     d = y - target
     half = reduction == "half_sum"
-    loss, factor = _reduce(0.5 * d * d if half else d * d, weights, "sum" if half else reduction)
+    share, factor = _shares(weights, d.size, d.dtype, reduction)
+    loss = _reduce(0.5 * d * d if half else d * d, weights, share, reduction)
     return loss, _scale(d, factor if half else 2 * factor, weights == 0)
 
 
@@ -120,7 +115,8 @@ def bce_with_logits(logits, targets, *, mask=None, reduction="mean"):
         raise ValueError(f"targets must be in 0..1, got {t.min()}..{t.max()}")
     # max(z, 0) - t z + log(1 + e^-|z|): the same, without overflow
     losses = np.maximum(z, 0) - t * z + np.log1p(np.exp(-np.abs(z)))
-    loss, factor = _reduce(losses, weights, reduction)
+    share, factor = _shares(weights, z.size, z.dtype, reduction)
+    loss = _reduce(losses, weights, share, reduction)
     return loss, _scale(sigmoid(z) - t, factor, weights == 0)
 
 
@@ -154,20 +150,20 @@ def _check_reduction(reduction, *names):
         raise ValueError(f"reduction must be one of {', '.join(names)}, got {reduction!r}")
 
 
-def _reduce(losses, weights, reduction):
-    """The losses as `reduction` says, and how much each counts in it: a number, or as losses."""
-    factor = losses.dtype.type(1) if weights is None else weights.astype(losses.dtype)
+def _shares(weights, count, dtype, reduction):
+    """What the weighted sum of losses is multiplied by, and what each loss is: a number or array."""
+    if reduction == "mean" and weights is not None:
+        count = float(weights.sum(dtype=np.float64))
+    share = 1.0 if reduction != "mean" else 1 / count if count else 0.0
+    return share, dtype.type(share) * (1 if weights is None else weights.astype(dtype))
+
+
+def _reduce(losses, weights, share, reduction):
+    """The losses as `reduction` says."""
     if weights is not None:
         # A weight of zero wins over a loss of infinity or nan.
-        losses = np.multiply(losses, factor, out=np.zeros_like(losses), where=weights != 0)
-    if reduction == "none":
-        return losses, factor
-    loss = float(losses.sum(dtype=np.float64))
-    if reduction == "sum":
-        return loss, factor
-    count = losses.size if weights is None else float(weights.sum(dtype=np.float64))
-    share = 1 / count if count else 0.0
-    return loss * share, factor * losses.dtype.type(share)
+        losses = np.multiply(losses, weights, out=np.zeros_like(losses), where=weights != 0)
+    return losses if reduction == "none" else float(losses.sum(dtype=np.float64)) * share
 
 
 def _scale(d, factor, nothing):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from slopes import assert_gradients
 
+import lstmcore
 from lstmcore import bce_with_logits, mse_loss, softmax_cross_entropy
 
 
@@ -120,6 +121,10 @@ def test_extreme_logits_are_exact(dtype):
     loss, gradient = bce_with_logits(far, (far < 0).astype(dtype), reduction="none")
     assert (loss == [[1e4, np.log(np.array(2, dtype)), 1e4]] * 2).all()
     assert (gradient == [[1, 0.5, -1], [-1, 0.5, 1]]).all()
+    wide = np.zeros((1, 40), dtype)
+    wide[0, 5] = 1e4            # the largest, within a full vector
+    loss, gradient = softmax_cross_entropy(wide, np.array([5]))
+    assert loss == 0 and not gradient.any()
     small, _ = bce_with_logits(np.array([40.0]), np.array([1.0]))
     assert abs(small / np.exp(-40) - 1) < 1e-14
 
@@ -163,6 +168,39 @@ def test_any_layout_will_do(loss, given, target, masked):
         got, found = loss(a, b, mask=m)
         np.testing.assert_allclose(got, want, rtol=1e-13)       # sums in another order
         np.testing.assert_allclose(found, gradient, rtol=1e-13, atol=1e-16)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("V", [1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 200])
+def test_cross_entropy_is_its_definition_in_every_width(V, dtype, isa, close):
+    z, target = normal(5, V, dtype=dtype, scale=9.0), classes(5, V=V)
+    e = np.exp(z.astype("float64") - z.max(axis=1, keepdims=True))
+    share, at = e / e.sum(axis=1, keepdims=True), (np.arange(5), target)
+    loss, gradient = softmax_cross_entropy(z, target, reduction="none")
+    share[at] -= 1
+    close(gradient, share, "kernel")
+    want = np.log(e.sum(axis=1)) - (z[at].astype("float64") - z.max(axis=1))
+    close(loss, want, "kernel")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_cross_entropy_has_the_same_bits_for_any_rows_and_threads(dtype, isa):
+    z, target = normal(700, 257, dtype=dtype), classes(700, V=257)
+    with lstmcore.threads(1):
+        want, gradient = softmax_cross_entropy(z, target, reduction="none")
+    for n in 2, 3, 4:
+        with lstmcore.threads(n):
+            got, found = softmax_cross_entropy(z, target, reduction="none")
+        assert (got == want).all() and (found == gradient).all()
+    got, found = softmax_cross_entropy(z[69:70], target[69:70], reduction="none")
+    assert got[0] == want[69] and (found[0] == gradient[69]).all()
+
+
+def test_out_may_overlap_the_logits():
+    room = normal(6, 7)
+    z, target = room[:5], classes(5)
+    want = softmax_cross_entropy(z.copy(), target)[1]
+    assert (softmax_cross_entropy(z, target, out=room[1:])[1] == want).all()
 
 
 def test_long_float32_sums_stay_exact():

@@ -55,7 +55,8 @@ PARAMETERS = """
     ----------
     network_ : the trained `lstmcore.Module`; its `recurrent` is the LSTM, for a look inside
     n_iter_, loss_curve_, validation_curve_ : epochs run, and the mean losses after each
-    n_features_in_ : columns of a two-dimensional X
+    n_features_in_, feature_names_in_ : of a two-dimensional X, its columns; of a DataFrame, their
+        names
     vocabulary_ : of an X of strings
 """
 
@@ -167,22 +168,27 @@ class _SequenceEstimator(BaseEstimator):
 
     def _read(self, X, reset):
         """X as Sequences; with reset, what a later X must look like is noted."""
-        kind, X = sequences.recognize(X)
+        kind, given = sequences.recognize(X)
+        if reset:
+            for name in ("n_features_in_", "feature_names_in_"):
+                vars(self).pop(name, None)
         if kind == "text":
+            if np.ndim(X) == 2 and (reset or hasattr(self, "n_features_in_")):
+                validate_data(self, X, skip_check_array=True, reset=reset)
             if reset:
-                self.vocabulary_ = sequences.Vocabulary(X, self.tokenizer, self.min_count)
+                self.vocabulary_ = sequences.Vocabulary(given, self.tokenizer, self.min_count)
             elif self.vocabulary_ is None:
                 raise TypeError("X must hold numbers, as in fit, got strings")
-            return self.vocabulary_.encode(X)
+            return self.vocabulary_.encode(given)
         if reset:
             self.vocabulary_ = None
         elif self.vocabulary_ is not None:
             raise TypeError("X must hold strings, as in fit, got numbers")
         if kind == "list":
-            read = sequences.from_list(X, self.n_channels, self.dtype)
+            read = sequences.from_list(given, self.n_channels, self.dtype)
             assert_all_finite(read.values, input_name="X")
         elif kind == "array":
-            X = check_array(X, allow_nd=True, dtype=self._dtypes(), input_name="X")
+            X = check_array(given, allow_nd=True, dtype=self._dtypes(), input_name="X")
             read = sequences.from_array(X)
         else:
             if reset or hasattr(self, "n_features_in_"):
@@ -375,6 +381,10 @@ class LSTMClassifier(ClassifierMixin, _SequenceEstimator):
         y = column_or_1d(y, warn=True)
         if y.dtype.kind == "f":
             assert_all_finite(y, input_name="y")
+        elif y.dtype.kind == "O" and (missing := [n for n, v in enumerate(y)
+                                                  if v is None or v is not v or v != v]):
+            raise ValueError(f"y must not have missing values, got {y[missing[0]]} at "
+                             f"{missing[0]}")
         check_classification_targets(y)
         if reset and not getattr(self, "_classes_given", False):
             self.classes_ = np.unique(y)

@@ -48,25 +48,44 @@ class Sequences:
 def recognize(X):
     """("text" | "list" | "array" | "table", X): which kind of input X is.
 
-    A list of equally long one-dimensional rows is a table, as anywhere in scikit-learn.
+    A list of equally long one-dimensional rows is a table, as anywhere in scikit-learn; a table of
+    one column that holds strings is text.
     """
     if isinstance(X, (str, bytes)):
         raise TypeError("X must hold many sequences, got a single string: pass [X]")
-    if getattr(X, "ndim", None) == 1 and hasattr(X, "to_numpy"):    # a pandas Series
-        X = X.to_numpy()
+    X = _text_column(X)
     if isinstance(X, np.ndarray) and not (X.ndim == 1 and X.dtype.kind in "OUT"):
         return ("array" if X.ndim == 3 else "table"), X
     if not isinstance(X, (list, tuple, np.ndarray)) or not len(X):
         return "table", X
-    if all(isinstance(x, str) for x in X):
+    strings = sum(isinstance(x, str) for x in X)
+    if strings == len(X):
         return "text", list(X)
-    if any(isinstance(x, str) for x in X):
-        raise TypeError("X must hold strings only or arrays only, got both")
+    if strings:
+        n, odd = next((n, x) for n, x in enumerate(X) if not isinstance(x, str))
+        raise TypeError("X must hold strings only or arrays only, got both: "
+                        f"X[{n}] is {odd if np.ndim(odd) == 0 else type(odd).__name__}")
     dimensions = {np.ndim(x[0]) + 1 if isinstance(x, (list, tuple)) and len(x) else np.ndim(x)
                   for x in X}
     if dimensions == {1} and len({len(x) for x in X}) == 1 or dimensions & {0}:
         return "table", X
     return "list", X
+
+
+def _text_column(X):
+    """The strings of a pandas Series, or of a table of one column; every other X as it is."""
+    dimensions = getattr(X, "ndim", None)
+    if dimensions == 1 and hasattr(X, "to_numpy"):
+        return X.to_numpy()
+    if dimensions == 2 and len(X):
+        first = X.iloc[0] if hasattr(X, "iloc") else X[0]
+        texts = sum(isinstance(value, str) for value in first)
+        if texts and len(first) > 1:
+            raise TypeError(f"X must hold numbers, or one column of strings; got {len(first)} "
+                            f"columns, {texts} of them of strings")
+        if texts:
+            return np.asarray(X, object)[:, 0]
+    return X
 
 
 def from_list(X, n_channels, dtype):

@@ -6,7 +6,7 @@ A mutant is (name, file, text, wrong text). The text must be found exactly once 
 
 CELL, BODY, ACT = "csrc/cell.h", "csrc/body.h", "csrc/activations.h"
 PASS, FORWARD, BACKWARD = (f"lstmcore/_{name}.pxi" for name in ("pass", "forward", "backward"))
-REF = "lstmcore/reference.py"
+KERNELS, REF = "lstmcore/_kernels.pyx", "lstmcore/reference.py"
 
 MUTANTS = [
     # the cell, forward
@@ -83,6 +83,17 @@ MUTANTS = [
     ("the projection's m without o", BODY,
      "o * F(v_tanh)(F(v_load_n)((const R *)c[r] + j, w)), w);",
      "F(v_tanh)(F(v_load_n)((const R *)c[r] + j, w)), w);"),
+    # the loss
+    ("the largest logit is only the first", BODY, "top = lanes[l] > top ? lanes[l] : top;", ";"),
+    ("a last odd logit is no candidate", BODY, "for (; j < V; j++) top =",
+     "for (; j < V - 1; j++) top ="),
+    ("dz without its target", BODY, "dz[target[r]] -= weight;", ";"),
+    ("dz of a row that does not count", BODY, "weight ? F(v_load_n)(dz + j, w) * (weight / sum)",
+     "1 ? F(v_load_n)(dz + j, w) * (weight / sum)"),
+    ("a forbidden class gets something", BODY,
+     "F(v_select)(z < least, F(v_set1)(0), s * (q + 1))", "s * (q + 1)"),
+    ("threads leave a row of the loss", KERNELS, "end = f.n * (me + 1) // team",
+     "end = f.n * (me + 1) // team - (me + 1 < team)"),
     # activations
     ("tanh loses its sign", ACT, "return F(v_copysign)(", "return ((void)x, "),
     ("sigmoid is not bounded below", ACT,

@@ -16,15 +16,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from mutants import ACT, BACKWARD, FORWARD, MUTANTS, PASS, QUICK, REF
+from mutants import ACT, BACKWARD, FORWARD, KERNELS, MUTANTS, PASS, QUICK, REF
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-O1", "-fPIC", "-ffp-contract=off", "-std=gnu11", "-fopenmp", "-Icsrc", "-w"]
-PLAN = (PASS, FORWARD, BACKWARD)
+PLAN = (PASS, FORWARD, BACKWARD, KERNELS)
 TESTS = {REF: ["test_reference.py"], ACT: ["test_activations.py", "test_kernels.py"],
          **dict.fromkeys(PLAN, ["test_kernels.py", "test_determinism.py", "test_identities.py",
-                                "test_api.py"])}
-C_TESTS = ["test_kernels.py", "test_activations.py", "test_determinism.py"]
+                                "test_api.py", "test_losses.py"])}
+C_TESTS = ["test_kernels.py", "test_activations.py", "test_determinism.py", "test_losses.py"]
 
 
 class Scratch:

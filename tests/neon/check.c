@@ -170,6 +170,29 @@ static void check_backward(const lstm_kernels *k, ptrdiff_t n, ptrdiff_t H) {
     free(block);
 }
 
+static void check_cross_entropy(const lstm_kernels *k, ptrdiff_t n, ptrdiff_t V) {
+    int d = k->is_double;
+    matrix z = new_matrix(n, V, d), weight = new_matrix(1, n, d), loss = new_matrix(1, n, d);
+    double *want = malloc(sizeof(double) * (size_t)(n * V + n)), *want_loss = want + n * V;
+    int64_t target[ROWS];
+    for (ptrdiff_t r = 0; r < n; r++) {
+        double sum = 0;
+        target[r] = (r * 7 + V / 2) % V;
+        for (ptrdiff_t j = 0; j < V; j++) sum += exp(get(&z, r, j));
+        want_loss[r] = log(sum) - get(&z, r, target[r]);
+        for (ptrdiff_t j = 0; j < V; j++)
+            want[r * V + j] = get(&weight, 0, r) * (exp(get(&z, r, j)) / sum - (j == target[r]));
+    }
+    for (ptrdiff_t r = 0; r < n; r++) {
+        ptrdiff_t at = r * (d ? 8 : 4);
+        k->cross_entropy(1, V, z.row[r], target + r, (char *)weight.row[0] + at,
+                         (char *)loss.row[0] + at, z.row[r]);
+    }
+    check(&z, want, k->isa, "dz");
+    check(&loss, want_loss, k->isa, "loss");
+    free(weight.data), free(want);
+}
+
 int main(void) {
     for (int q = 0; lstm_isa(q); q++)
         for (int is_double = 0; is_double < 2; is_double++) {
@@ -180,6 +203,7 @@ int main(void) {
                     check_forward(k, n, widths[w]);
                     check_backward(k, n, widths[w]);
                     check_gemm(k, n, 2 * n + 1, widths[w]);
+                    check_cross_entropy(k, n, widths[w]);
                 }
             printf("%s f%d: agrees\n", k->isa, is_double ? 64 : 32);
         }
