@@ -212,6 +212,52 @@ def test_bad_input_is_named():
         small(learning_rate=1e200, clip_norm=None, optimizer="sgd", epochs=20).fit(X, y)
 
 
+def test_a_column_of_strings_is_text():
+    X, y = words(60)
+    column = np.array(X, object)[:, None]
+    model, other = (small(LSTMClassifier).fit(given, y) for given in (X, column))
+    np.testing.assert_array_equal(model.predict_proba(X), other.predict_proba(column))
+    assert other.n_features_in_ == 1 and not hasattr(model, "n_features_in_")
+    np.testing.assert_array_equal(other.predict_proba(X), model.predict_proba(X))
+    with pytest.raises(TypeError, match="2 columns, 2 of them of strings"):
+        small(LSTMClassifier).fit(np.hstack([column, column]), y)
+    with pytest.raises(TypeError, match=r"X\[3\] is nan"):
+        small(LSTMClassifier).fit([*X[:3], np.nan, *X[4:]], y)
+
+
+@pytest.mark.parametrize("labels, said", [(["a", None], "NoneType, str"),
+                                          (["a", np.nan], "float, str"), (["a", 1], "int, str")])
+def test_labels_are_of_one_type(labels, said):
+    X, _ = ragged(6, 2)
+    with pytest.raises(TypeError, match=f"labels of one type.*got {said}"):
+        small(LSTMClassifier).fit(X, np.array(labels * 3, object))
+
+
+def test_dataframes_and_series_go_in():
+    pd = pytest.importorskip("pandas")
+    X, y = words(60)
+    frame = pd.DataFrame({"text": X, "label": y}, index=range(100, 160))
+    model = small(LSTMClassifier).fit(X, y)
+    want = model.predict_proba(X)
+    for given in (frame["text"], frame[["text"]], frame["text"].astype("category")):
+        model = small(LSTMClassifier).fit(given, frame["label"].astype("category"))
+        np.testing.assert_array_equal(model.predict_proba(given), want)
+        assert list(model.classes_) == ["with", "without"]
+    model = small(LSTMClassifier).fit(frame[["text"]], y)
+    assert list(model.feature_names_in_) == ["text"]
+    with pytest.raises(ValueError, match="feature names should match"):
+        model.predict(frame[["text"]].rename(columns={"text": "other"}))
+    numbers = pd.DataFrame(np.random.default_rng(0).standard_normal((30, 4)), columns=list("abcd"))
+    model = small().fit(numbers, numbers["a"])
+    assert list(model.feature_names_in_) == list("abcd")
+    with pytest.raises(ValueError, match="same order"):
+        model.predict(numbers[list("dcba")])
+    X, y = ragged(20, 2)
+    by_frames = small().fit(pd.Series([pd.DataFrame(x) for x in X]), pd.Series(y))
+    np.testing.assert_array_equal(by_frames.predict(X), small().fit(X, y).predict(X))
+    assert not hasattr(model.fit(X, y), "feature_names_in_")       # they were the table's
+
+
 def test_sequences_of_no_steps_are_legal():
     X, y = ragged(10, 2)
     X[3] = np.zeros((0, 2))
@@ -278,6 +324,49 @@ def test_forecaster_sees_the_exogenous_columns_of_the_steps_to_come(horizon):
         model.predict(6)
     with pytest.raises(ValueError, match=r"exog must be \(6, 1\)"):
         model.predict(6, exog[:2])
+
+
+@pytest.mark.parametrize("start, freq, unit", [("2024-01-31", "ME", "datetime"),
+                                               ("2024-03-30 22:00", "h", "datetime"),
+                                               ("2024-01-01", "D", "period"), (7, 5, "integer")])
+def test_forecast_of_a_series_goes_on_with_its_index(start, freq, unit, tmp_path):
+    pd = pytest.importorskip("pandas")
+    if unit == "integer":
+        index = pd.RangeIndex(start, start + 5 * 48, freq)
+    elif unit == "period":
+        index = pd.period_range(start, periods=48, freq=freq)
+    else:
+        index = pd.DatetimeIndex(list(pd.date_range(start, periods=48, freq=freq)))    # no freq
+    series, exog = pd.Series(wave(48), index, name="sales"), pd.DataFrame({"a": wave(48)}, index)
+    model = Forecaster(window=12, horizon=3, regressor=small())
+    got = model.fit(series[:40], exog[:40]).predict(5, exog[40:46])
+    assert got.name == "sales" and got.index.equals(index[40:45])
+    plain = model.fit(wave(48)[:40], wave(48)[:40, None]).predict(5, wave(48)[40:46, None])
+    np.testing.assert_array_equal(got, plain)
+    model.fit(series[:40])
+    with pytest.raises(ValueError, match="actual must go on where the series in fit ends"):
+        model.plot(series[41:45])
+    pytest.importorskip("matplotlib")
+    model.plot(series[40:46], tmp_path / "forecast.png")
+
+
+def test_forecaster_names_what_is_wrong_in_a_series():
+    pd = pytest.importorskip("pandas")
+    dates = pd.date_range("2024-01-01", periods=40)
+    series, exog = pd.Series(wave(40), dates), pd.DataFrame({"a": 1.0, "b": wave(40)}, dates)
+    model = Forecaster(window=12, regressor=small())
+    for uneven in (series.drop(dates[7]), series[::-1], series.set_axis(list(map(str, dates)))):
+        with pytest.raises(ValueError, match="must step evenly"):
+            model.fit(uneven)
+    with pytest.raises(ValueError, match="exog must have the index of the series"):
+        model.fit(series[1:], exog[:-1])
+    model.fit(series[:30], exog[:30])
+    with pytest.raises(ValueError, match=r"columns \['a', 'b'\], as in fit, got \['b', 'a'\]"):
+        model.predict(1, exog[["b", "a"]][30:31])
+    with pytest.raises(ValueError, match="exog must go on where the series in fit ends"):
+        model.predict(1, exog[31:32])
+    with pytest.raises(TypeError, match="must hold numbers"):
+        model.fit(series.astype(str))
 
 
 def test_forecaster_names_what_is_wrong():

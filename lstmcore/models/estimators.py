@@ -381,10 +381,9 @@ class LSTMClassifier(ClassifierMixin, _SequenceEstimator):
         y = column_or_1d(y, warn=True)
         if y.dtype.kind == "f":
             assert_all_finite(y, input_name="y")
-        elif y.dtype.kind == "O" and (missing := [n for n, v in enumerate(y)
-                                                  if v is None or v is not v or v != v]):
-            raise ValueError(f"y must not have missing values, got {y[missing[0]]} at "
-                             f"{missing[0]}")
+        if len(kinds := {type(label).__name__ for label in y} if y.dtype == object else ()) > 1:
+            raise TypeError("y must hold labels of one type, and one for every sequence; got "
+                            + ", ".join(sorted(kinds)))
         check_classification_targets(y)
         if reset and not getattr(self, "_classes_given", False):
             self.classes_ = np.unique(y)

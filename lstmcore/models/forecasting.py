@@ -4,6 +4,8 @@ A window of the series, and of columns known beside it, is one sequence; the nex
 are its targets. Longer forecasts roll on: what was forecast becomes past.
 """
 
+import warnings
+
 import numpy as np
 
 from lstmcore.models.estimators import LSTMRegressor
@@ -48,10 +50,16 @@ class Forecaster:
     def fit(self, series, exog=None):
         """Learn from a series (n,) and, beside it, columns exog (n, K); returns self.
 
+        Both may be of pandas. The index of a Series must step evenly, through dates, periods or
+        integers, and an exog beside it must have the same.
+
         A forecast sees the exog of the steps that it forecasts: columns known ahead (a calendar, a
         price that is set). What is known only afterwards must be shifted by `horizon` rows first.
         """
+        index, name, names = _index(series), getattr(series, "name", None), _names(exog)
         series, exog = self._check(series, exog)
+        if index is not None and len(index):
+            _after(index, 1)
         first, last = self.window - 1, len(series) - self.horizon
         if last <= first:
             raise ValueError(f"series must have more than window + horizon - 1 = "
@@ -68,10 +76,13 @@ class Forecaster:
         self.regressor_ = clone(self.regressor or LSTMRegressor(random_state=0))
         self.regressor_.fit(x, y)
         self._past, self._past_exog = series, exog
+        self._index, self._name, self._exog_names = index, name, names
         return self
 
     def predict(self, steps=1, exog=None):
         """The `steps` values after the end of the series in fit, (steps,).
+
+        After a pandas Series, a Series again, whose index goes on from there.
 
         exog : (m, K), what is known of the steps to come, if fit was given any; m is `steps`,
             rounded up to a multiple of `horizon`
@@ -83,6 +94,7 @@ class Forecaster:
         if (exog is None) != (self._past_exog is None):
             raise ValueError("exog must be given to predict if, and only if, it was given to fit")
         if exog is not None:
+            self._check_next("exog", exog)
             exog = _columns(exog)
             if exog.shape != (blocks * self.horizon, self._past_exog.shape[1]):
                 raise ValueError(f"exog must be ({blocks * self.horizon}, "
@@ -90,7 +102,11 @@ class Forecaster:
             known = np.concatenate([self._past_exog, exog])
         for _ in range(blocks):
             series = np.concatenate([series, self._block(series, known, [len(series) - 1])[0]])
-        return series[len(self._past):len(self._past) + steps]
+        values = series[len(self._past):len(self._past) + steps]
+        if self._index is None:
+            return values
+        from pandas import Series
+        return Series(values, _after(self._index, steps), name=self._name)
 
     def backtest(self, series, start, exog=None):
         """Forecasts from every place of a series on, with the truth as past: how good is the model?
@@ -124,31 +140,61 @@ class Forecaster:
         except ImportError as error:
             raise ImportError("Forecaster.plot needs matplotlib: pip install 'lstmcore[plot]'") \
                 from error
+        self._check_fitted()
+        self._check_next("actual", actual)
         actual = _series("actual", actual)
-        forecast = self.predict(len(actual), exog)
-        n = len(self._past)
+        forecast = np.asarray(self.predict(len(actual), exog))
+        n, steps = len(self._past), self._steps(len(actual))
         naive = self._past[n - self.season + np.arange(len(actual)) % self.season]
         past = self._past[-(shown or 3 * len(actual)):]
         figure = Figure(figsize=(8, 4), layout="constrained")
         axes = figure.subplots()
-        axes.plot(np.arange(n - len(past), n), past, color="#888", label="known")
+        axes.plot(steps[n - len(past):n], past, color="#888", label="known")
         # Each line starts at the last known value, so that it is seen to go on from there.
         for values, style in ((actual, dict(color="black", label="actual")),
                               (naive, dict(color="C0", linestyle=":", label=_error(
                                   "naive", naive, actual))),
                               (forecast, dict(color="C3", label=_error(
                                   "LSTM", forecast, actual)))):
-            axes.plot(np.arange(n - 1, n + len(actual)), np.r_[past[-1], values], **style)
-        axes.axvline(n - 1, color="#bbb", linewidth=1)
+            axes.plot(steps[n - 1:], np.r_[past[-1], values], **style)
+        axes.axvline(steps[n - 1], color="#bbb", linewidth=1)
         axes.set(title=title, xlabel="step")
+        if steps.dtype.kind == "M":
+            from matplotlib.dates import ConciseDateFormatter
+            axes.xaxis.set_major_formatter(ConciseDateFormatter(axes.xaxis.get_major_locator()))
+            axes.set(xlabel="")
         axes.margins(x=0.01)
         axes.grid(alpha=0.3)
-        figure.legend(loc="outside lower center", ncols=4)
+        figure.legend(loc="outside lower center", ncols=2)
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
 
+    def _steps(self, ahead):
+        """Where on the axis the known steps and those `ahead` of them stand: times, or numbers."""
+        if self._index is not None:
+            index = self._index.append(_after(self._index, ahead))
+            index = index.to_timestamp() if hasattr(index, "to_timestamp") else index
+            if index.dtype.kind in "iM":
+                return index.to_numpy()
+        return np.arange(len(self._past) + ahead)
+
+    def _check_next(self, name, values):
+        """What comes after fit must say so, if it has an index, and have the columns of then."""
+        names, index = _names(values), _index(values)
+        if name == "exog" and names and self._exog_names and names != self._exog_names:
+            raise ValueError(f"exog must have the columns {self._exog_names}, as in fit, "
+                             f"got {names}")
+        if index is not None and self._index is not None and len(index):
+            if not index.equals(_after(self._index, len(index))):
+                first = _after(self._index, 1)[0]
+                raise ValueError(f"{name} must go on where the series in fit ends, at {first}, "
+                                 f"step by step; got {index[0]} to {index[-1]}")
+
     def _check(self, series, exog):
+        index, other = _index(series), _index(exog)
+        if index is not None and other is not None and not index.equals(other):
+            raise ValueError("exog must have the index of the series")
         series = _series("series", series)
         if exog is not None:
             exog = _columns(exog)
@@ -192,18 +238,59 @@ def _error(name, forecast, actual):
 
 
 def _series(name, values):
-    values = np.asarray(values, np.float64)
+    values = _numbers(name, values)
     if values.ndim != 1:
         raise ValueError(f"{name} must be (n,), got {values.shape}")
+    return values
+
+
+def _columns(exog):
+    exog = _numbers("exog", exog)
+    if exog.ndim != 2:
+        raise ValueError(f"exog must be (n, K), got {exog.shape}")
+    return exog
+
+
+def _numbers(name, values):
+    values = np.asarray(values)
+    kind = values.dtype.kind
+    if kind not in "biufO" or kind == "O" and any(isinstance(v, str) for v in values.flat):
+        raise TypeError(f"{name} must hold numbers, got {values.flat[0]!r}")
+    values = values.astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError(f"{name} must be finite, got NaN or infinity")
     return values
 
 
-def _columns(exog):
-    exog = np.asarray(exog, np.float64)
-    if exog.ndim != 2:
-        raise ValueError(f"exog must be (n, K), got {exog.shape}")
-    if not np.isfinite(exog).all():
-        raise ValueError("exog must be finite, got NaN or infinity")
-    return exog
+def _names(exog):
+    """The names of the columns of a DataFrame; None of an array."""
+    return list(exog.columns) if hasattr(exog, "columns") else None
+
+
+def _index(values):
+    """The index of a pandas object; None of an array or a list."""
+    return values.index if hasattr(values, "to_numpy") else None
+
+
+def _after(index, steps):
+    """The pandas index of the `steps` steps that follow those of `index`."""
+    import pandas as pd
+
+    if isinstance(index, pd.PeriodIndex):
+        after = pd.period_range(index[-1], periods=steps + 1)
+        even = index.equals(pd.period_range(index[0], periods=len(index)))
+    elif isinstance(index, pd.DatetimeIndex):
+        with warnings.catch_warnings():     # pandas 3 tells that pandas 4 returns another type
+            warnings.simplefilter("ignore")
+            freq = index.freq or index.inferred_freq
+        even = freq is not None and index[0] < index[-1]
+        after = pd.date_range(index[-1], periods=steps + 1, freq=freq) if even else None
+    else:
+        gaps = set(np.diff(index)) if index.dtype.kind in "iu" else ()
+        even = len(gaps) == 1 and (step := gaps.pop()) > 0
+        after = pd.RangeIndex(index[-1], index[-1] + step * (steps + 1), step) if even else None
+    if not even:
+        raise ValueError("the index of series must step evenly, through dates, periods or "
+                         "integers, to be continued: series.asfreq(...) or series.to_numpy() may "
+                         f"help; got {', '.join(map(str, index[:3]))}, ...")
+    return after[1:]

@@ -106,7 +106,8 @@ def from_list(X, n_channels, dtype):
     if any(row.shape[1] != C for row in rows):
         raise ValueError(f"X mixes sequences of {C} and of n_channels = {n_channels} channels")
     dtype = float_type(rows, dtype)
-    return Sequences(np.concatenate(rows).astype(dtype, copy=False), [len(row) for row in rows])
+    values = np.concatenate(rows).astype(dtype, order="C", copy=False)
+    return Sequences(values, [len(row) for row in rows])
 
 
 def from_array(X):
