@@ -6,6 +6,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lstmcore.torch.operators import layer
 
+_DTYPES = (torch.float32, torch.float64)
+
 
 class _Pad(torch.autograd.Function):
     """Spread packed rows (N, ·) over a padded batch (n, ·); with _Unpad, each other's gradient."""
@@ -169,47 +171,58 @@ class LSTM(torch.nn.LSTM):
 
     def check_input(self, input, batch_sizes):
         weight = self.weight_hh_l0
-        autocast = torch.is_autocast_enabled("cpu")
-        for what, tensor in (("input", input), ("weights", weight)):
-            if tensor.device.type not in ("cpu", "meta"):
-                raise ValueError(
-                    f"lstmcore.torch.LSTM runs on the CPU, got {what} on {tensor.device}: move the "
-                    "model and its input with .to('cpu'), or use torch.nn.LSTM on this device")
-            if tensor.dtype not in (torch.float32, torch.float64) and not autocast:
-                raise ValueError(
-                    f"lstmcore.torch.LSTM computes in float32 and float64, got {what} of "
-                    f"{tensor.dtype}: convert with .float(), or use torch.autocast('cpu')")
-        if input.dtype != weight.dtype and not autocast:  # in torch's words
-            raise ValueError(
-                f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
-                f"Convert input: input.to({weight.dtype}), or convert model: "
-                f"model.to({input.dtype})")
+        if not (input.is_cpu and weight.is_cpu and input.dtype == weight.dtype in _DTYPES):
+            _check_kind(input, weight)
         if input.size(-1) != self.input_size:
             raise RuntimeError(f"input.size(-1) must be equal to input_size = {self.input_size}, "
                                f"got {input.size(-1)}")
 
     def _stack(self, x, hx, lengths):
         """All layers: x (T,B,I) -> y (T,B,D·P), h_n (L·D,B,P), c_n (L·D,B,H)."""
-        suffixes = self._suffixes()
-        h0, c0 = ([None] * len(suffixes),) * 2 if hx is None else (s.unbind(0) for s in hx)
         D = 2 if self.bidirectional else 1
-        h_n, c_n = [], []
-        for k in range(self.num_layers):
-            if k > 0 and self.dropout > 0:
-                x = torch.nn.functional.dropout(x, self.dropout, self.training)
-            ys = []
-            for n in range(k * D, k * D + D):
-                y, h, c = self._direction(x, suffixes[n], h0[n], c0[n], lengths, reverse=n % D == 1)
-                ys.append(y), h_n.append(h), c_n.append(c)
-            x = ys[0] if D == 1 else torch.cat(ys, dim=2)
-        return x, torch.stack(h_n), torch.stack(c_n)
+        absent = [None] * (D * self.num_layers)
+        h0, c0 = (absent, absent) if hx is None else map(_rows, hx)
+        peepholes = [getattr(self, name) for name in self._peephole_names()] or absent
+        ys, h_n, c_n = [], [], []
+        for n, (W_ih, W_hh, *others) in enumerate(self.all_weights):
+            d = n % D
+            if d == 0 and n > 0:
+                x = _joined(ys, dim=2)
+                if self.dropout > 0:
+                    x = torch.nn.functional.dropout(x, self.dropout, self.training)
+                ys = []
+            b_ih, b_hh = others[:2] if self.bias else (None, None)
+            W_hr = others[-1] if self.proj_size > 0 else None
+            y, h, c = layer(x, W_ih, W_hh, b_ih, b_hh, h0[n], c0[n], peepholes[n], W_hr, lengths,
+                            reverse=d == 1)
+            ys.append(y), h_n.append(h), c_n.append(c)
+        return _joined(ys, dim=2), _joined(h_n, dim=0), _joined(c_n, dim=0)
 
-    def _direction(self, x, suffix, h0, c0, lengths, reverse):
-        def weight(name, exists=True):
-            return getattr(self, f"{name}_{suffix}") if exists else None
 
-        W_ih, W_hh = weight("weight_ih"), weight("weight_hh")
-        b = weight("bias_ih") + weight("bias_hh") if self.bias else None
-        peepholes = weight("weight_peephole", self.peepholes)
-        W_hr = weight("weight_hr", self.proj_size > 0)
-        return layer(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse)
+def _rows(states):
+    """States (N,B,·) as N of (1,B,·)."""
+    return (states,) if len(states) == 1 else states.split(1)
+
+
+def _joined(tensors, dim):
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def _check_kind(input, weight):
+    """Only tensors of one type on the CPU; autocast may convert them, meta tensors are traced."""
+    for what, tensor in (("input", input), ("weights", weight)):
+        if tensor.device.type not in ("cpu", "meta"):
+            raise ValueError(
+                f"lstmcore.torch.LSTM runs on the CPU, got {what} on {tensor.device}: move the "
+                "model and its input with .to('cpu'), or use torch.nn.LSTM on this device")
+    if torch.is_autocast_enabled("cpu"):
+        return
+    if input.dtype != weight.dtype:  # in torch's words
+        raise ValueError(
+            f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+            f"Convert input: input.to({weight.dtype}), or convert model: "
+            f"model.to({input.dtype})")
+    if weight.dtype not in _DTYPES:
+        raise ValueError(
+            f"lstmcore.torch.LSTM computes in float32 and float64, got input and weights of "
+            f"{weight.dtype}: convert with .float(), or use torch.autocast('cpu')")

@@ -9,6 +9,9 @@ A call through these operators costs 0.3 ms of Python, more than a small layer c
 nothing but autograd wants to see a call, the same parts run without them.
 """
 
+import copy
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -29,7 +32,7 @@ _GRADIENTS = ("(Tensor dx, Tensor dW_ih, Tensor dW_hh, Tensor db, Tensor dh0, Te
 _N_DIFFERENTIABLE = 8  # of _CELL: all but lengths and reverse
 
 
-# The kernels on tensors ---------------------------------------------------------------------------
+# Tensors as arrays --------------------------------------------------------------------------------
 
 
 def _array(tensor):
@@ -37,39 +40,20 @@ def _array(tensor):
     return None if tensor is None else tensor.contiguous().numpy(force=True)
 
 
-def _tensor(array):
-    return None if array is None else torch.from_numpy(array)
-
-
-def _copy(tensor):
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _forward(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, keep_tape):
-    """y, h_n, c_n and the tape's gates and c, or None and None."""
-    y, (h_n, c_n), tape = functional.lstm_forward(
+def _run(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, keep_tape):
+    """functional.lstm_forward on tensors; the results are arrays."""
+    return functional.lstm_forward(
         _array(x), _array(W_ih), _array(W_hh), _array(b), _array(h0), _array(c0),
         peepholes=_array(peepholes), W_hr=_array(W_hr), lengths=_array(lengths), reverse=reverse,
         keep_tape=keep_tape, n_threads=torch.get_num_threads())
-    tape = (tape.raw_gates, tape.raw_c) if keep_tape else (None, None)
-    return tuple(map(_tensor, (y, h_n, c_n, *tape)))
 
 
-def _backward(dy, dh_n, dc_n, x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse,
-              y, gates, c):
-    """The gradients of all that is differentiable, in its order; gates is overwritten."""
-    cell = dict(x=_array(x), W_ih=_array(W_ih), W_hh=_array(W_hh), h0=_array(h0), c0=_array(c0),
-                peepholes=_array(peepholes), W_hr=_array(W_hr), lengths=_array(lengths),
-                reverse=reverse)
-    if gates.dim() == 1:
-        tape = functional.lstm_forward(b=_array(b), n_threads=torch.get_num_threads(), **cell)[2]
-    else:
-        tape = functional.tape_from(
-            y=_array(y), raw_gates=_array(gates).reshape(-1, gates.shape[-1]),
-            raw_c=_array(c).reshape(-1, c.shape[-1]), **cell)
-    g = functional.lstm_backward(tape, _array(torch.zeros_like(y) if dy is None else dy),
-                                 _array(dh_n), _array(dc_n), n_threads=torch.get_num_threads())
-    return tuple(map(_tensor, (g.dx, g.dW_ih, g.dW_hh, g.db, g.dh0, g.dc0, g.dpeepholes, g.dW_hr)))
+def _run_backward(tape, dy, dh_n, dc_n):
+    """functional.lstm_backward on tensors: gradients as arrays, in the order of _CELL."""
+    dy = np.zeros_like(tape.y) if dy is None else _array(dy)
+    g = functional.lstm_backward(tape, dy, _array(dh_n), _array(dc_n),
+                                 n_threads=torch.get_num_threads())
+    return g.dx, g.dW_ih, g.dW_hh, g.db, g.dh0, g.dc0, g.dpeepholes, g.dW_hr
 
 
 # The operators ------------------------------------------------------------------------------------
@@ -80,19 +64,22 @@ def _operator(name, schema):
                                    schema=schema)
 
 
-def _present(tensors, like):
+def _present(arrays, like):
     """An operator's outputs: an empty tensor where there is none."""
-    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
+    return tuple(like.new_empty(0) if array is None else torch.from_numpy(array)
+                 for array in arrays)
 
 
 @_operator("lstm", f"({_CELL}, bool keep_tape) -> "
                    "(Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor c)")
 def lstm(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, keep_tape):
-    *outputs, gates, c = _forward(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse,
-                                  keep_tape)
-    if keep_tape and lengths is None:
-        gates, c = (raw.unflatten(0, x.shape[:2]) for raw in (gates, c))
-    return _present((*outputs, gates, c), x)
+    y, (h_n, c_n), tape = _run(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse,
+                               keep_tape)
+    if not keep_tape:
+        return _present((y, h_n, c_n, None, None), x)
+    tokens = x.shape[:2] if lengths is None else (-1,)
+    gates, c = (raw.reshape(*tokens, raw.shape[-1]) for raw in (tape.raw_gates, tape.raw_c))
+    return _present((y, h_n, c_n, gates, c), x)
 
 
 @lstm.register_fake
@@ -108,8 +95,16 @@ def _(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, keep_tape):
 @_operator("lstm_backward", f"({_UPSTREAM}, {_CELL}, {_TAPE}) -> {_GRADIENTS}")
 def lstm_backward(dy, dh_n, dc_n, x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse,
                   y, gates, c):
-    return _present(_backward(dy, dh_n, dc_n, x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths,
-                              reverse, y, _copy(gates), c), x)
+    if gates.dim() == 1:
+        tape = _run(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, True)[2]
+    else:
+        gates = gates.clone(memory_format=torch.contiguous_format)  # the kernels overwrite them
+        tape = functional.tape_from(
+            x=_array(x), W_ih=_array(W_ih), W_hh=_array(W_hh), h0=_array(h0), c0=_array(c0),
+            peepholes=_array(peepholes), W_hr=_array(W_hr), lengths=_array(lengths),
+            reverse=reverse, y=_array(y), raw_gates=_array(gates.flatten(0, -2)),
+            raw_c=_array(c.flatten(0, -2)))
+    return _present(_run_backward(tape, dy, dh_n, dc_n), x)
 
 
 @lstm_backward.register_fake
@@ -129,17 +124,11 @@ def _save_for_backward(ctx, inputs, output):
     ctx.save_for_backward(*tensors, y, gates, c)
     ctx.mark_non_differentiable(gates, c)
     ctx.set_materialize_grads(False)
-    ctx.owns_tape = False
 
 
-def _lstm_gradient(ctx, dy, dh_n, dc_n, *_):
+def _lstm_gradient(ctx, dy, dh_n, dc_n, _dgates, _dc):
     *cell, y, gates, c = ctx.saved_tensors
-    if _is_plain(dy, dh_n, dc_n, gates) and not torch.is_grad_enabled():
-        if not ctx.owns_tape or torch._C._autograd._get_current_graph_task_keep_graph():
-            gates = _copy(gates)
-        gradients = _backward(dy, dh_n, dc_n, *cell, ctx.reverse, y, gates, c)
-    else:
-        gradients = _lstm_backward(dy, dh_n, dc_n, *cell, ctx.reverse, y, gates, c)
+    gradients = _lstm_backward(dy, dh_n, dc_n, *cell, ctx.reverse, y, gates, c)
     wanted = ctx.needs_input_grad[:_N_DIFFERENTIABLE]
     return (*(g if want else None for g, want in zip(gradients, wanted)), None, None, None)
 
@@ -211,38 +200,101 @@ lstm.register_autocast("cpu", torch.float32)
 # The short way ------------------------------------------------------------------------------------
 
 
-def _is_plain(*tensors):
-    """Whether these are ordinary tensors, and no transform, mode or tracer wants to see the call."""
-    C = torch._C
-    return (not torch.compiler.is_compiling()
-            and not C._are_functorch_transforms_active()
-            and not C._len_torch_dispatch_stack()
-            and not C._len_torch_function_stack()
-            and C._get_tracing_state() is None
-            and all(t is None or (type(t) is Tensor or type(t) is Parameter) and t.is_cpu
-                    and not C._functorch.is_legacy_batchedtensor(t) for t in tensors))
-
-
 class _Eager(torch.autograd.Function):
-    """`lstm` without its operator. Nobody sees its tape, so the backward pass may overwrite it."""
+    """`layer` for eager mode, without operators.
+
+    It keeps the tape itself: nobody else sees it, so the backward pass may overwrite its gates. Of
+    the tensors that it saves beside, autograd checks that nobody has changed them.
+    """
 
     @staticmethod
     def forward(ctx, *args):
-        output = _forward(*args)
-        _save_for_backward(ctx, args, output)
-        ctx.owns_tape = True
-        return output[:3]
+        *tensors, ctx.reverse = args
+        y, h_n, c_n, ctx.tape = _run_eager(*args, True)
+        ctx.save_for_backward(*tensors, y)
+        ctx.set_materialize_grads(False)
+        return y, h_n, c_n
 
-    backward = staticmethod(_lstm_gradient)
+    @staticmethod
+    def backward(ctx, *upstream):
+        saved, run = ctx.saved_tensors, _eager_gradients
+        if torch.is_grad_enabled() or any(map(_is_batched, upstream)) or not _is_plain(*upstream):
+            run = _operator_gradients
+        dx, dW_ih, dW_hh, db, dh0, dc0, dpeepholes, dW_hr = run(ctx, saved, *upstream)
+        gradients = dx, dW_ih, dW_hh, db, db, dh0, dc0, dpeepholes, dW_hr
+        return (*(g if want else None for g, want in zip(gradients, ctx.needs_input_grad)),
+                None, None)
 
 
-def layer(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse):
-    """One layer in one direction: x (T,B,I) -> y (T,B,P), h_n (B,P), c_n (B,H).
+def _run_eager(x, W_ih, W_hh, b_ih, b_hh, h0, c0, peepholes, W_hr, lengths, reverse, keep_tape):
+    b = None if b_ih is None else b_ih + b_hh
+    y, (h_n, c_n), tape = _run(x, W_ih, W_hh, b, _first(h0), _first(c0), peepholes, W_hr, lengths,
+                               reverse, keep_tape)
+    return torch.from_numpy(y), torch.from_numpy(h_n[None]), torch.from_numpy(c_n[None]), tape
 
-    The arguments are those of functional.lstm_forward, as tensors.
+
+def _eager_gradients(ctx, _, dy, dh_n, dc_n):
+    """From the tape, which is spent unless autograd keeps the graph."""
+    tape = ctx.tape
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        tape = copy.copy(tape)
+        tape.raw_gates = tape.raw_gates.copy()
+    else:
+        ctx.tape = None
+    dx, dW_ih, dW_hh, db, dh0, dc0, dpeepholes, dW_hr = _run_backward(
+        tape, dy, _first(dh_n), _first(dc_n))
+    return (torch.from_numpy(g) if g is not None else None
+            for g in (dx, dW_ih, dW_hh, db, dh0[None], dc0[None], dpeepholes, dW_hr))
+
+
+def _operator_gradients(ctx, saved, dy, dh_n, dc_n):
+    """From the operator, whose gradients are differentiable and can be batched."""
+    x, W_ih, W_hh, b_ih, b_hh, h0, c0, peepholes, W_hr, lengths, y = saved
+    b = None if b_ih is None else b_ih + b_hh
+    gates, c = torch.from_numpy(ctx.tape.raw_gates), torch.from_numpy(ctx.tape.raw_c)
+    dx, dW_ih, dW_hh, db, dh0, dc0, dpeepholes, dW_hr = _lstm_backward(
+        dy, _first(dh_n), _first(dc_n), x, W_ih, W_hh, b, _first(h0), _first(c0), peepholes, W_hr,
+        lengths, ctx.reverse, y, gates, c)
+    return dx, dW_ih, dW_hh, db, dh0[None], dc0[None], dpeepholes, dW_hr
+
+
+def _first(states):
+    return None if states is None else states[0]
+
+
+_PLAIN = {Tensor, Parameter, type(None)}
+
+
+def _is_plain(*tensors):
+    """Whether these are ordinary tensors, and no transform, mode, hook or tracer sees the call."""
+    C = torch._C
+    return (not torch.compiler.is_compiling()
+            and {*map(type, tensors)} <= _PLAIN
+            and not C._are_functorch_transforms_active()
+            and not C._len_torch_dispatch_stack()
+            and not C._len_torch_function_stack()
+            and C._autograd._top_saved_tensors_default_hooks(False) is None
+            and C._get_tracing_state() is None)
+
+
+def _is_batched(tensor):
+    """Whether it is what autograd.grad(is_grads_batched=True) makes of a gradient."""
+    return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def layer(x, W_ih, W_hh, b_ih, b_hh, h0, c0, peepholes, W_hr, lengths, reverse):
+    """One layer in one direction: x (T,B,I) -> y (T,B,P), h_n (1,B,P), c_n (1,B,H).
+
+    The arguments are those of functional.lstm_forward, as tensors, but for PyTorch's two biases and
+    its states (1,B,·).
     """
-    tensors = x, W_ih, W_hh, b, h0, c0, peepholes, W_hr
+    tensors = x, W_ih, W_hh, b_ih, b_hh, h0, c0, peepholes, W_hr, lengths
     keep_tape = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if not _is_plain(*tensors, lengths) or torch.is_autocast_enabled("cpu"):
-        return _lstm(*tensors, lengths, reverse, keep_tape)[:3]
-    return (_Eager.apply if keep_tape else _forward)(*tensors, lengths, reverse, keep_tape)[:3]
+    if torch.is_autocast_enabled("cpu") or not (x.is_cpu and _is_plain(*tensors)):
+        b = None if b_ih is None else b_ih + b_hh
+        y, h_n, c_n, _, _ = _lstm(x, W_ih, W_hh, b, _first(h0), _first(c0), peepholes, W_hr, lengths,
+                                  reverse, keep_tape)
+        return y, h_n[None], c_n[None]
+    if keep_tape:
+        return _Eager.apply(*tensors, reverse)
+    return _run_eager(*tensors, reverse, False)[:3]
