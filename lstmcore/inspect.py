@@ -65,8 +65,7 @@ def _read(model, text):
         raise TypeError("model must be a trained LanguageModel, or an estimator fitted on strings, "
                         f"got {type(model).__name__}")
     ids = model.vocabulary.encode(text)
-    return list(map(model.vocabulary.decoder(), ids)), network.inputs(ids[:, None]), \
-        network.recurrent
+    return model.vocabulary.split(text), network.inputs(ids[:, None]), network.recurrent
 
 
 def features(tokens):
@@ -220,7 +219,9 @@ def picture(model, text, path=None, *, neuron, place=0, signal="h", limit=1200, 
                       ha="center", va="center", parse_math=False,
                       color="white" if abs(value) > DARK else "#222")
     axes.set(xlim=(0, width), ylim=(lines, 0))
-    axes.set_title(f"{found.places[place]}, neuron {neuron}, {MEANINGS[signal]}", fontsize=10)
+    scale = "white 0, green 1" if signal in GATES else "blue −1, white 0, red 1"
+    axes.set_title(f"{found.places[place]}, neuron {neuron}, {MEANINGS[signal]}: {scale}",
+                   fontsize=10)
     axes.axis("off")
     if path is not None:
         figure.savefig(path, dpi=150)
@@ -256,7 +257,7 @@ PAGE = """<!doctype html>
 <style>
   * { box-sizing: border-box }
   body { margin: 0; font: 16px/1.4 system-ui, sans-serif; color: #222; background: #fff }
-  header { position: sticky; top: 0; background: #fffffff2; border-bottom: 1px solid #ddd;
+  header { position: sticky; top: 0; background: #fff; border-bottom: 1px solid #ddd;
            padding: .5rem .8rem; z-index: 1 }
   h1 { font-size: 1.05rem; margin: 0 0 .4rem }
   .row { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center }
@@ -274,14 +275,16 @@ PAGE = """<!doctype html>
   aside p { font-size: .85rem; color: #666; margin: .2rem 0 .5rem }
   ol { list-style: none; margin: 0; padding: 0 }
   ol button { width: 100%; text-align: left; margin-bottom: .25rem; font-size: .9rem;
-           display: flex; gap: .5rem; align-items: baseline }
+           display: flex; gap: .5rem; align-items: center }
   ol button b { min-width: 2.6em } ol button span { flex: 1; overflow-wrap: anywhere }
   ol button.on { border-color: #222; background: #f2f2f2 }
+  aside { position: sticky; top: 7.5rem; align-self: start; max-height: calc(100vh - 8rem);
+           overflow-y: auto; padding: 0 .2rem }
   #scale { display: inline-block; width: 8rem; height: .8rem; border: 1px solid #ccc }
-  @media (max-width: 700px) {
+  @media (max-width: 900px) {
     main { grid-template-columns: minmax(0, 1fr) }
     ol { display: flex; overflow-x: auto; gap: .4rem } ol li { flex: 0 0 12rem }
-    aside { order: -1; min-width: 0 }
+    aside { order: -1; min-width: 0; position: static; overflow: visible }
     #text { font-size: 14px }
   }
 </style>
@@ -357,7 +360,6 @@ PAGE = """<!doctype html>
 
   function show() {
     const entry = current(), known = entry.ranked.find(r => r[0] === neuron);
-    neuron = (neuron + entry.width) % entry.width;
     find("neuron").value = neuron;
     find("neuron").max = entry.width - 1;
     find("low").textContent = gate() ? "0" : "\\u22121";
@@ -370,9 +372,14 @@ PAGE = """<!doctype html>
     });
     find("status").textContent = known
       ? `neuron ${neuron} follows: ${known[1]} (r = ${known[2].toFixed(2)})`
-      : `neuron ${neuron} of ${entry.width}`;
+      : `neuron ${neuron} of 0 to ${entry.width - 1}`;
     for (const button of find("ranked").querySelectorAll("button"))
       button.classList.toggle("on", +button.dataset.neuron === neuron);
+  }
+
+  function step(by) {
+    neuron = (neuron + by + current().width) % current().width;
+    show();
   }
 
   function list() {
@@ -407,9 +414,13 @@ PAGE = """<!doctype html>
   find("place").value = place;
   find("place").onchange = event => { place = +event.target.value; signals(); best(); };
   find("signal").onchange = event => { signal = event.target.value; best(); };
-  find("neuron").onchange = event => { neuron = Math.trunc(+event.target.value) || 0; show(); };
-  find("back").onclick = () => { neuron -= 1; show(); };
-  find("next").onclick = () => { neuron += 1; show(); };
+  find("neuron").onchange = event => {
+    const asked = Math.trunc(+event.target.value) || 0;
+    neuron = Math.max(0, Math.min(asked, current().width - 1));
+    show();
+  };
+  find("back").onclick = () => step(-1);
+  find("next").onclick = () => step(1);
   signals();
   best();
 </script>

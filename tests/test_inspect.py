@@ -47,6 +47,15 @@ def test_activations_of_a_vanilla_rnn_and_of_bytes():
     assert [set(signals) for signals in found.signals] == [{"h"}]
 
 
+@pytest.mark.parametrize("level, count", [("char", 23), ("word", 6), ("byte", 32)])
+def test_tokens_are_shown_as_they_stand_in_the_text(level, count):
+    made = LanguageModel(level, hidden_size=4, num_layers=1, seed=1)
+    made.fit(TEXT * 4, steps=1, progress=False, batch_size=2, seq_length=16)
+    text = "Never seen: 日本語 – naïve"
+    tokens = inspect.activations(made, text).tokens
+    assert "".join(tokens) == text and len(tokens) == count
+
+
 def test_activations_of_a_classifier_of_words():
     pytest.importorskip("sklearn")
     from lstmcore import LSTMClassifier

@@ -441,3 +441,18 @@ def test_budget_counts_what_comes_first():
     assert Budget(minutes=2).spent(9, 30, 9) == 0.25
     assert Budget(epochs=0).spent(0, 0, 0) == 1
     assert Budget().epochs == 10
+
+
+def test_training_curve_shows_what_there_is(tmp_path):
+    pytest.importorskip("matplotlib")
+    from lstmcore.models.curves import plot_history
+    record = dict(step=30, loss=2.5, validation=2.25, best=True)
+    history = [record, {**record, "step": 60, "validation": 2.5, "best": False}]
+    axes = plot_history(history, tmp_path / "curve.png").axes[0]
+    assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines["training"] == [[30, 2.5], [60, 2.5]]
+    assert lines["validation, best 2.250 at step 30"] == [[30, 2.25], [60, 2.5]]
+    alone = plot_history([{**record, "validation": None}]).axes[0]
+    assert [text.get_text() for text in alone.get_legend().get_texts()] == ["training"]
+    assert plot_history([]).axes[0].get_legend() is None

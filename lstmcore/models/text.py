@@ -141,7 +141,7 @@ class Vocabulary:
         """
         if level == "byte":
             return cls(level)
-        counts = Counter(data if level == "char" else WORD.findall(data))
+        counts = Counter(cls(level).split(data))
         counts.pop(UNKNOWN[level], None)
         kept = [token for token, count in counts.items() if count >= min_count]
         if max_size is not None:
@@ -151,13 +151,22 @@ class Vocabulary:
     def __len__(self):
         return len(self.tokens)
 
+    def split(self, data):
+        """A text -> its tokens, known or not, as strs that give the text again when joined.
+
+        The bytes of one character are "" until the last of them.
+        """
+        if self.level == "byte":
+            return list(map(self.decoder(), self.encode(data)))
+        return list(data) if self.level == "char" else WORD.findall(data)
+
     def encode(self, data):
         """A text (or bytes, for level "byte") -> (N,) int32 ids."""
         if self.level == "byte":
             data = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
             return np.frombuffer(data, np.uint8).astype(np.int32)
         if self.level == "word":
-            return np.array([self.ids.get(word, 0) for word in WORD.findall(data)], np.int32)
+            return np.array([self.ids.get(word, 0) for word in self.split(data)], np.int32)
         codes = np.frombuffer(data.encode("utf-32-le", "surrogatepass"), "<u4")
         if not len(self._codes):
             return np.zeros(len(codes), np.int32)
