@@ -1,17 +1,20 @@
 """lstmcore.torch.LSTM against torch.nn.LSTM and lstmcore itself: `python -m bench.torch_dropin`.
 
-The processes, turns, data and proofs are those of bench.compare. Three questions:
+The processes, turns, data and proofs are those of bench.compare. Five questions:
     train   a training step of the layer, all gradients, dx included; lstmcore's own is beside it
-    packed  the same of a PackedSequence, packing and padding included
-    model   words per second of embedding, LSTM, linear, cross-entropy and Adam, before and after
+    infer   the forward pass in inference_mode; `call` is one step of one sequence
+    packed  a training step from PackedSequence to PackedSequence
+    padded  the same from padded batch to padded batch, with PyTorch's packing and padding around it
+    model   tokens per second of embedding, LSTM, linear, cross-entropy and Adam, before and after
             `lstmcore.torch.accelerate`
 """
 
 import argparse
 import sys
+from dataclasses import replace
 
 from bench import report
-from bench.cases import CASES, DENSE, RAGGED, WORDLM
+from bench.cases import DENSE, RAGGED, STREAM, WORDLM, Case
 from bench.compare import Arena, Contest, progress
 from bench.peers import PEERS, Torch
 from bench.worker import Worker, serve
@@ -52,10 +55,34 @@ class TorchModel(Torch):
         return run, collect
 
 
+class TorchPacked(Torch):
+    """Packed outside of what is timed, and never padded."""
+
+    name, jobs = "torch packed", ("train",)
+
+    def prepare(self, case, job, data):
+        _, collect_padded = super().prepare(case, job, data)
+        pack, _ = self._packing(data["lengths"], case.T)
+        pad, tensor = self.lib.nn.utils.rnn.pad_packed_sequence, self.lib.from_numpy
+        m, x, dy = self._layer(case, data), pack(tensor(data["x"])), pack(tensor(data["dy"])).data
+
+        def run():
+            leaf = x.data.detach().requires_grad_()
+            y, state = m(x._replace(data=leaf))
+            return y, state, self.lib.autograd.grad(y.data, [leaf, *m.parameters()], dy)
+
+        def collect(result):
+            y, state, (dx, *gradients) = result
+            y, dx = (pad(p, total_length=case.T)[0] for p in (y, x._replace(data=dx)))
+            return collect_padded((y, state, (dx, *gradients)))
+
+        return run, collect
+
+
 class DropIn(Torch):
     """The same code around an accelerated layer."""
 
-    name, jobs, packages = "lstmcore.torch", ("train",), ("lstmcore", "torch")
+    name, jobs, packages = "lstmcore.torch", ("train", "infer"), ("lstmcore", "torch")
 
     def _layer(self, case, data):
         import lstmcore.torch
@@ -65,13 +92,22 @@ class DropIn(Torch):
         return m
 
 
+class DropInPacked(DropIn, TorchPacked):
+    name, jobs = "lstmcore.torch packed", ("train",)
+
+
 class DropInModel(DropIn, TorchModel):
-    name = "lstmcore.torch model"
+    name, jobs = "lstmcore.torch model", ("train",)
 
 
-PEERS |= {peer.name: peer for peer in (TorchModel, DropIn, DropInModel)}
+PEERS |= {peer.name: peer for peer in (TorchModel, TorchPacked, DropIn, DropInPacked, DropInModel)}
 LAYERS = ("lstmcore", "lstmcore.torch", "torch")
-MODELS = ("lstmcore.torch model", "torch model")
+CALL = replace(STREAM, name="call", origin="a call for every step")
+MODELS = (
+    Case("char-2x128", 50, 50, 64, 128, 2, "a small character model", V=65),
+    Case("char-2x512", 50, 50, 64, 512, 2, "a large character model", V=65),
+    WORDLM,
+)
 
 
 class ArenaWithOurs(Arena):
@@ -86,12 +122,15 @@ class ArenaWithOurs(Arena):
         return self._workers[key]
 
 
-def contests(names):
-    """The lines of the table, for the named cases."""
+def contests():
+    """The lines of the table."""
     lines = [Contest("train", case, "train", LAYERS) for case in DENSE]
-    lines += [Contest("packed", case, "train", LAYERS) for case in RAGGED]
-    lines.append(Contest("model", WORDLM, "train", MODELS))
-    return [line for line in lines if line.case.name in names]
+    lines += [Contest("infer", case, "infer", LAYERS) for case in (*DENSE, CALL)]
+    for section, ending in (("packed", " packed"), ("padded", "")):
+        names = ("lstmcore", "lstmcore.torch" + ending, "torch" + ending)
+        lines += [Contest(section, case, "train", names) for case in RAGGED]
+    names = ("lstmcore.torch model", "torch model")
+    return lines + [Contest("model", case, "train", names) for case in MODELS]
 
 
 def row(contest, result):
@@ -103,20 +142,25 @@ def row(contest, result):
     shown = ["–" if not own else report.digits(own[0] * 1e3), report.digits(ours * 1e3),
              report.digits(torchs * 1e3), f"{torchs / ours:.2f}×",
              f"{ours / own[0]:.2f}" if own else f"{contest.case.tokens() / torchs:,.0f} → "
-                                                f"{contest.case.tokens() / ours:,.0f} words/s"]
+                                                f"{contest.case.tokens() / ours:,.0f} tokens/s"]
     return [contest.section, contest.case.name, *shown], torchs / ours
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench.torch_dropin",
                                      description=__doc__.splitlines()[0])
-    parser.add_argument("--case", action="append", choices=[*CASES], metavar="NAME")
+    parser.add_argument("--section", action="append",
+                        choices=("train", "infer", "packed", "padded", "model"))
+    parser.add_argument("--case", action="append", metavar="NAME",
+                        choices=sorted({line.case.name for line in contests()}))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    lines = [line for line in contests() if line.section in (options.section or [line.section])
+             and line.case.name in (options.case or [line.case.name])]
     rows, gains = [], {}
     with ArenaWithOurs(options.threads, {}, options.rounds) as arena:
-        for contest in contests(options.case or CASES):
+        for contest in lines:
             result = arena.hold(contest)
             progress(f"{contest.section} {contest.case.name}", result)
             cells, gain = row(contest, result)
