@@ -7,6 +7,7 @@ exit code 2; an interrupted training is saved and ends with 130 (Ctrl-C) or 143 
 import argparse
 import json
 import os
+import re
 import sys
 
 from lstmcore import __version__
@@ -16,6 +17,17 @@ DEFAULT_MINUTES = 1.0
 # For a minute on two cores; a model made in Python has the constructor's sizes.
 DEFAULT_HIDDEN, DEFAULT_LR, DEFAULT_SEQ, DEFAULT_BATCH = 128, 5e-3, 64, 32
 EXIT_OF = {"SIGINT": 130, "SIGTERM": 143}
+
+SETTINGS = ("seq_length batch_size optimizer lr schedule decay decay_after warmup clip "
+            "weight_decay validation evaluate_every patience").split()
+MODEL = dict(level="level", cell="cell", hidden_size="hidden", num_layers="layers",
+             embed_size="embed", peepholes="peepholes", dropout="dropout", vocab_size="vocab",
+             min_count="min_count", seed="seed")
+# The options by what Python calls them, to name them in messages; the least some may be.
+OPTIONS = {**{name: name for name in SETTINGS}, **MODEL, "validation": "val", "width": "beam",
+           **{name: name for name in ("threads hidden steps limit epochs minutes length "
+                                      "temperature top_k top_p stop").split()}}
+LEAST = dict(threads=1, hidden=1, steps=0, limit=1, seed=0)
 
 EXAMPLES = """examples:
   lstmcore train                                 a minute on Python's own documentation
@@ -31,6 +43,9 @@ def main(argv=None):
     """Run the command with these arguments, by default those of the process; the exit code."""
     args = build_parser().parse_args(argv)
     try:
+        for name, least in LEAST.items():
+            if (value := getattr(args, name, None)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if args.threads is not None:
             from lstmcore import set_num_threads
             set_num_threads(args.threads)
@@ -46,12 +61,19 @@ def main(argv=None):
         name = f"{error.filename}: " if error.filename is not None else ""
         return _mistake(f"{name}{error.strerror or error}")
     except (ValueError, TypeError, ImportError, FloatingPointError, MemoryError) as error:
-        return _mistake(str(error) or type(error).__name__)
+        return _mistake(_in_options(str(error)) or type(error).__name__)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def build_parser():
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lstmcore", description="Train LSTM language models on the CPU and use them.",
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"lstmcore {__version__}")
@@ -128,22 +150,15 @@ def _add_train(commands):
                    help="end after N evaluations without a better one")
 
 
-SETTINGS = ("seq_length batch_size optimizer lr schedule decay decay_after warmup clip "
-            "weight_decay validation evaluate_every patience").split()
-MODEL = dict(level="level", cell="cell", hidden_size="hidden", num_layers="layers",
-             embed_size="embed", peepholes="peepholes", dropout="dropout", vocab_size="vocab",
-             min_count="min_count", seed="seed")
-
-
 def train(args):
     """Train, save, write a sample."""
     from lstmcore.models.language import check_writable
+    from lstmcore.models.training import Budget, Settings
 
     out = args.out or args.resume or DEFAULT_OUT
-    for path in filter(None, (out, args.plot)):
-        check_writable(path)
+    check_writable(out)
     if args.plot:
-        import matplotlib  # noqa: F401  (missing: said now, not after the training)
+        _check_picture(args.plot)
     model, settings = _model_to_train(args)
     budget = {name: getattr(args, name) for name in ("epochs", "minutes", "steps")}
     if not args.resume and not any(value is not None for value in budget.values()):
@@ -151,11 +166,17 @@ def train(args):
     bar = sys.stderr.isatty() and not args.json
     callbacks = [] if bar else [_print_json if args.json else _print_record]
     files = _existing(args.files)
+    Settings(**settings)
+    Budget(**budget)
     if not args.json:
         _say(f"training {model} on "
              + (", ".join(args.files) or "Python's documentation of its own language"))
+    done = model.history[-1]["step"] if model.history else None
     model.fit(files or None, checkpoint=out, resume=args.resume,
               callbacks=callbacks, progress=bar, encoding=args.encoding, **budget, **settings)
+    if args.resume and model.history and model.history[-1]["step"] == done:
+        _say(f"nothing to do: the run was at its end, after {done} steps; more --epochs, --minutes "
+             "or --steps continue it")
     if args.plot:
         from lstmcore.models.curves import plot_history
         plot_history(model.history, args.plot)
@@ -174,8 +195,8 @@ def _model_to_train(args):
         model = LanguageModel.load(args.resume)
         for name, value in asked.items():
             if model.config[name] != value:
-                raise ValueError(f"a resumed run cannot change --{MODEL[name].replace('_', '-')} "
-                                 f"from {model.config[name]} to {value}")
+                raise ValueError(f"a resumed run cannot change {name} from {model.config[name]} "
+                                 f"to {value}")
         return model, settings
     ours = dict(seq_length=DEFAULT_SEQ, batch_size=DEFAULT_BATCH, lr=DEFAULT_LR)
     return LanguageModel(**{"hidden_size": DEFAULT_HIDDEN, **asked}), {**ours, **settings}
@@ -235,7 +256,7 @@ def sample(args):
 
     model = LanguageModel.load(args.model)
     prime = sys.stdin.read() if args.prime == "-" else args.prime
-    if args.beam:
+    if args.beam is not None:
         pieces = [model.beam_search(prime, args.length, width=args.beam, stop=args.stop)]
     else:
         pieces = model.generate(prime, args.length, temperature=args.temperature,
@@ -290,8 +311,6 @@ def look_inside(args):
     from lstmcore.models.language import check_writable
 
     check_writable(args.out)
-    if args.limit < 1:
-        raise ValueError(f"--limit must be at least 1, got {args.limit}")
     model = LanguageModel.load(args.model)
     path, = _existing([args.file])
     shown = text.decode(text.read_bytes(path), args.encoding, args.file)
@@ -313,13 +332,9 @@ def _add_gradflow(commands):
 def gradflow(args):
     """Print, and draw, the norms of `lstmcore.gradflow.compare`."""
     from lstmcore import gradflow
-    from lstmcore.models.language import check_writable
 
-    for name in ("hidden", "steps"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.out:
-        check_writable(args.out)
+        _check_picture(args.out)
     flows = gradflow.compare(args.hidden, args.steps, seed=args.seed)
     if args.out:
         gradflow.plot(flows, args.out)
@@ -383,6 +398,18 @@ def _existing(files):
     return [name if name == "-" else Path(name) for name in files]
 
 
+def _check_picture(path):
+    """Says before the work, not after it, that a picture cannot be drawn or written."""
+    from matplotlib.figure import Figure
+
+    from lstmcore.models.language import check_writable
+
+    kinds = Figure().canvas.get_supported_filetypes()
+    if os.path.splitext(path)[1][1:].lower() not in kinds:
+        raise ValueError(f"{path} must end in one of ." + ", .".join(sorted(kinds)))
+    check_writable(path)
+
+
 def _token(model):
     return {"char": "character"}.get(model.level, model.level)
 
@@ -400,6 +427,13 @@ def _print_json(model, record):
 
 def _say(line):
     print(line, file=sys.stderr, flush=True)
+
+
+def _in_options(message):
+    """A message about an argument in Python, about the option that gave it."""
+    before, name, rest = re.fullmatch(r"(a resumed run cannot change )?(\w*)(.*)", message,
+                                      re.DOTALL).groups("")
+    return f"{before}--{OPTIONS[name].replace('_', '-')}{rest}" if name in OPTIONS else message
 
 
 def _mistake(line):

@@ -153,21 +153,29 @@ def test_convert_and_info(run, tmp_path):
     ("train story.txt --encoding ascii --out none/m", "none/m: No such file or directory"),
     ("train story.txt --out .", "is a directory"),
     ("train story.txt --encoding utf-99", "unknown encoding 'utf-99'"),
-    ("train story.txt --hidden 0", "hidden_size must be at least 1, got 0"),
-    ("train story.txt --batch-size -3", "batch_size must be at least 1, got -3"),
-    ("train story.txt --lr nan", "lr must be at least 0 and finite, got nan"),
-    ("train story.txt --val 1.5", "validation must be at least 0 and below 1, got 1.5"),
-    ("train story.txt --dropout 2", "dropout must be in 0..1, got 2.0"),
-    ("train story.txt --minutes -1", "minutes must be at least 0 and finite"),
-    ("train story.txt --threads 0", "n must be >= 1, got 0"),
+    ("train story.txt --hidden 0", "lstmcore: --hidden must be at least 1, got 0"),
+    ("train story.txt --batch-size -3", "--batch-size must be at least 1, got -3"),
+    ("train story.txt --lr nan", "--lr must be at least 0 and finite, got nan"),
+    ("train story.txt --val 1.5", "--val must be at least 0 and below 1, got 1.5"),
+    ("train story.txt --dropout 2", "--dropout must be in 0..1, got 2.0"),
+    ("train story.txt --minutes -1", "--minutes must be at least 0 and finite"),
+    ("train story.txt --threads 0", "--threads must be at least 1, got 0"),
     ("train story.txt --resume none", "none: No such file or directory"),
-    ("train story.txt --resume story.txt", "story.txt cannot be read"),
+    ("train story.txt --resume story.txt", "story.txt is no model that can be read"),
     ("train story.txt --level letters", "invalid choice: 'letters'"),
-    ("train story.txt --resume m --steps 30 --batch-size 6", "cannot change batch_size from 5"),
+    ("train story.txt --resume m --steps 30 --batch-size 6", "cannot change --batch-size from 5"),
     ("sample none", "none: No such file or directory"),
-    ("sample story.txt", "story.txt cannot be read"),
-    ("sample m --prime Ω", "'Ω'"), ("sample m --temperature -1", "temperature must be"),
-    ("sample m --top-p 2", "top_p must be"), ("sample m --length -4", "length must be"),
+    ("sample story.txt", "story.txt is no model that can be read"),
+    ("sample m --prime Ω", "'Ω'"), ("sample m --temperature -1", "--temperature must be"),
+    ("sample m --top-p 2", "--top-p must be"), ("sample m --length -4", "--length must be"),
+    ("sample m --seed -1", "--seed must be at least 0"), ("sample m --beam 0", "--beam must be"),
+    ("train story.txt --plot x.xyz", "x.xyz must end in one of"),
+    ("train story.txt --plot none/x.png", "none/x.png: No such file"),
+    ("train story.txt --seed -1", "--seed must be at least 0, got -1"),
+    ("train story.txt --vocab 1", "--vocab must be at least 2"),
+    ("train story.txt --epochs few", "argument --epochs: invalid float value: 'few'"),
+    ("train tiny.txt", "needs at least 2 tokens, got 1: validation is 0.05 of 20 tokens"),
+    ("convert m b.onnx", "lstmcore.load(file, 'recurrent')"), ("gradflow --out x.y", "x.y must end"),
     ("eval m none.txt", "none.txt: No such file or directory"), ("eval m empty.txt", "empty.txt is empty"),
     ("inspect m none.txt", "none.txt: No such file"), ("inspect m story.txt --limit 0", "--limit"),
     ("gradflow --steps 0", "--steps must be at least 1"),
@@ -176,13 +184,24 @@ def test_convert_and_info(run, tmp_path):
     ("", "COMMAND"), ("fly", "invalid choice: 'fly'"),
 ])
 def test_each_mistake_is_one_line_and_exit_2(run, trained, args, message):
-    for name, data in ("empty.txt", b""), ("short.txt", b"x"), ("bad.gz", b"\x1f\x8b\x08junk"):
+    for name, data in ("empty.txt", b""), ("short.txt", b"x"), ("tiny.txt", b"x" * 20), \
+            ("bad.gz", b"\x1f\x8b\x08junk"):
         (trained / name).write_bytes(data)
     code, out, err = run(*args.split())
     lines = [line for line in err.splitlines() if not line.startswith("training Lang")]
     assert code == 2 and out == "" and message in err, err
-    assert "Traceback" not in err and "usage" in err or len(lines) == 1
-    assert sorted(os.listdir(trained)) == ["bad.gz", "empty.txt", "m", "short.txt", "story.txt"]
+    assert len(lines) == 1 and lines[0].startswith("lstmcore")
+    assert sorted(os.listdir(trained)) == ["bad.gz", "empty.txt", "m", "short.txt", "story.txt",
+                                           "tiny.txt"]
+
+
+def test_resuming_a_run_at_its_end_says_so(run, trained):
+    before = (trained / "m").read_bytes()
+    code, _, err = run("train", "story.txt", "--resume", "m", "--no-sample")
+    assert code == 0 and "nothing to do: the run was at its end, after 20 steps" in err
+    assert (trained / "m").read_bytes() == before
+    code, _, err = run("train", "story.txt", "--resume", "m", "--steps", 25, "--no-sample")
+    assert code == 0 and "nothing to do" not in err
 
 
 def test_diverging_training_is_a_mistake_that_names_the_step(run, trained):

@@ -341,7 +341,7 @@ def test_load_refuses_what_it_did_not_write(tmp_path):
     with pytest.raises(FileNotFoundError):
         LanguageModel.load(path)
     path.write_bytes(b"text")
-    with pytest.raises(ValueError, match="m cannot be read"):
+    with pytest.raises(ValueError, match="m is no model that can be read"):
         LanguageModel.load(path)
     safetensors.write(path, {"a": np.zeros(3)})
     with pytest.raises(ValueError, match="not of a language model"):

@@ -7,6 +7,8 @@ import math
 
 import numpy as np
 
+from lstmcore.module import check_size
+
 
 def drawing(temperature=1.0, top_k=None, top_p=None, seed=None):
     """A function from logits (V,) to the id of a token drawn from them.
@@ -20,7 +22,7 @@ def drawing(temperature=1.0, top_k=None, top_p=None, seed=None):
         raise ValueError(f"top_k must be an int of at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(None if seed is None else check_size("seed", seed, at_least=0))
 
     def draw(logits):
         z = logits.astype(np.float64)

@@ -110,7 +110,8 @@ class LanguageModel:
             embed_size = 128 if level == "word" else 64
         if min_count is None:
             min_count = 2 if level == "word" else 1
-        self.level, self.cell, self.peepholes, self.seed = level, cell, bool(peepholes), seed
+        self.level, self.cell, self.peepholes = level, cell, bool(peepholes)
+        self.seed = None if seed is None else check_size("seed", seed, at_least=0)
         self.hidden_size = check_size("hidden_size", hidden_size)
         self.num_layers = check_size("num_layers", num_layers)
         self.embed_size = check_size("embed_size", embed_size, at_least=0)
@@ -261,6 +262,10 @@ class LanguageModel:
     def save(self, path):
         """Write the model to one safetensors file, at once or not at all."""
         self._check_fitted()
+        if os.fspath(path).endswith((".onnx", ".h5", ".keras", ".pt")):
+            raise ValueError("a LanguageModel is saved as .safetensors; of that file, "
+                             "lstmcore.load(file, 'recurrent').save(...) writes the recurrent "
+                             f"layers to other kinds; got {os.fspath(path)!r}")
         self._write(path, self.network.state_dict(), {})
 
     @classmethod
@@ -321,8 +326,12 @@ class LanguageModel:
             train, held_out = tokens, held_out and self.vocabulary.encode(held_out)
         for name, part in ("train on", train), ("validate by", held_out):
             if part is not None and len(part) < 2:
-                hint = f" ({data[:60]!r}: is that a file that does not exist?)" \
-                    if len(data) < 200 else ""
+                hint = ""
+                if isinstance(source, str) and source != "-" and len(source) < 200:
+                    hint = f" ({source[:60]!r}: is that a file that does not exist?)"
+                elif share and len(tokens) > 1:
+                    hint = (f": validation is {share:g} of {len(tokens)} tokens; choose another "
+                            "share, or 0 for none")
                 raise ValueError(f"the text to {name} needs at least 2 tokens, got "
                                  f"{len(part)}{hint}")
         return train, held_out
@@ -417,7 +426,7 @@ def _read(path):
     try:
         arrays, metadata = safetensors.read(path)
     except ValueError as error:
-        raise ValueError(f"{os.fspath(path)} cannot be read: {error}") from None
+        raise ValueError(f"{os.fspath(path)} is no model that can be read: {error}") from None
     if KEY not in metadata:
         raise ValueError(f"{os.fspath(path)} is a safetensors file, but not of a language model "
                          "that lstmcore saved")
