@@ -6,8 +6,8 @@
        tanh(x) = -E / (E + 2), E = e^(-2|x|) - 1, with the sign of x
 
    Largest error against a correctly rounded result (tests/test_activations.py): float32 within 4 ulp,
-   float64 within 2 ulp, wherever the result is a normal number; σ(x) below the smallest normal number
-   is rounded to it or to zero.  nan gives nan; ±inf give the limits; ±0 keep their sign in tanh. */
+   float64 within 2 ulp, wherever the result is a normal number; σ(x) far below the smallest normal
+   number, from x = -709 (float64) or -89 (float32) on, is 0.  nan gives nan; ±inf give the limits; ±0 keep their sign in tanh. */
 
 #undef EXP_SHIFT
 #undef EXP_ONE
@@ -75,7 +75,8 @@ INLINE vec F(v_sigmoid)(vec x) {
     vec z = v_max(F(v_set1)(EXP_MIN), v_min(F(v_set1)(EXP_MAX), -x));
     F(exp_parts)(z, &q, &s);
     vec e = s * (q + 1), D = e + 1;
-    return F(v_quotient)(F(v_set1)(1), F(v_set1)(0), D, DOUBLE ? 1 - (D - e) : D);
+    vec y = F(v_quotient)(F(v_set1)(1), F(v_set1)(0), D, DOUBLE ? 1 - (D - e) : D);
+    return DOUBLE ? F(v_select)(-x > EXP_MAX, F(v_set1)(0), y) : y;
 }
 
 INLINE vec F(v_tanh)(vec x) {

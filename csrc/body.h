@@ -21,6 +21,7 @@
 #define PREFETCH(p) (void)(p)
 #endif
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define EACH(x, n) _Pragma("GCC unroll 6") for (int x = 0; x < (n); x++)
 #endif
 
@@ -162,11 +163,11 @@ static void F(pack)(int panels, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff_
 /* ---- rows over a panel ---------------------------------------------------------------------------- */
 
 /* acc[r] += a[r] · panel for n <= GROUP rows, in tiles of nearly equal height.  Meanwhile the tiles
-   fetch what follows the panel, the next one, a line per k: its first use by the first tile of the next
-   group would wait for the third-level cache (6 % of inference at (35,20,650,650)). */
+   fetch the next panel, a line per k: its first use by the first tile of the next group would wait for
+   the third-level cache (6 % of inference at (35,20,650,650)). */
 static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const R *const *a, const R *panel,
-                     F(row4) *acc) {
-    const char *ahead = (const char *)(panel + K * nv * VL);
+                     const R *next, F(row4) *acc) {
+    const char *ahead = (const char *)next;
     for (ptrdiff_t k = 0; k < K; k += KC) {
         ptrdiff_t kn = MIN(KC, K - k);
         const R *ak[MR];
@@ -203,7 +204,8 @@ static void F(gemm)(int panels, int start, ptrdiff_t n, ptrdiff_t K, ptrdiff_t H
                 for (ptrdiff_t r = 0; r < m; r++)
                     acc[r][v] = start == START_ADD ? F(v_load_n)((R *)C[r0 + r] + j, w) : from;
             }
-            F(group)(m, K, g.nv, (const R *const *)a + r0, (const R *)packed + p * K * 4 * VL, acc);
+            F(group)(m, K, g.nv, (const R *const *)a + r0, (const R *)packed + p * K * 4 * VL,
+                     (const R *)packed + (p + 1) * K * 4 * VL, acc);
             for (ptrdiff_t r = 0; r < m; r++)
                 for (int v = 0; v < g.nv; v++)
                     F(v_store_n)((R *)C[r0 + r] + g.col + v * g.stride, acc[r][v], F(lanes)(&g, v));
@@ -213,47 +215,55 @@ static void F(gemm)(int panels, int start, ptrdiff_t n, ptrdiff_t K, ptrdiff_t H
 
 /* ---- one time step -------------------------------------------------------------------------------- */
 
-static void F(lstm_step)(ptrdiff_t n, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1,
-                         const lstm_row *rows, const void *packed, const void *peepholes) {
+static void F(lstm_step)(const lstm_weights *w, int descending, ptrdiff_t n, ptrdiff_t j0,
+                         ptrdiff_t j1, const lstm_row *rows) {
     F(row4) acc[GROUP];
-    const R *a[GROUP];
+    const R *x[GROUP], *h[GROUP], *bias = w->bias;
+    ptrdiff_t I = w->I, K = w->K, H = w->H, panels = F(n_panels)(PANEL_GATES, j0, j1);
     if (n == 0) return;
     ptrdiff_t size = F(group_size)(n);
-    for (ptrdiff_t p = 0; p < F(n_panels)(PANEL_GATES, j0, j1); p++) {
-        ptrdiff_t j = j0 + p * VL, w = MIN(VL, j1 - j);
-        const R *peep = peepholes ? (const R *)peepholes + j : NULL;
+    for (ptrdiff_t q = 0; q < panels; q++) {
+        ptrdiff_t p = descending ? panels - 1 - q : q, next = descending ? MAX(p - 1, 0) : p + 1;
+        ptrdiff_t j = j0 + p * VL, lanes = MIN(VL, j1 - j);
+        const R *peep = w->peepholes ? (const R *)w->peepholes + j : NULL;
+        const R *ih = (const R *)w->ih + p * I * 4 * VL, *hh = (const R *)w->hh + p * K * 4 * VL;
         for (ptrdiff_t r0 = 0; r0 < n; r0 += size) {
             ptrdiff_t m = MIN(size, n - r0);
             const lstm_row *row = rows + r0;
             for (ptrdiff_t r = 0; r < m; r++) {
-                const R *gates = (const R *)row[r].gates + j;
-                a[r] = row[r].h_prev;
-                for (int v = 0; v < 4; v++) acc[r][v] = F(v_load_n)(gates + v * H, w);
+                const R *start = I ? bias : row[r].gates;
+                x[r] = row[r].x, h[r] = row[r].h_prev;
+                for (int v = 0; v < 4; v++)
+                    acc[r][v] = start ? F(v_load_n)(start + j + v * H, lanes) : F(v_set1)(0);
             }
-            F(group)(m, K, 4, a, (const R *)packed + p * K * 4 * VL, acc);
+            F(group)(m, I, 4, x, ih, hh, acc);
+            F(group)(m, K, 4, h, hh, I ? (const R *)w->ih + next * I * 4 * VL
+                                       : (const R *)w->hh + next * K * 4 * VL, acc);
             for (ptrdiff_t r = 0; r < m; r++) {
                 F(gates) s = {acc[r][0], acc[r][1], acc[r][2], acc[r][3]};
                 R *gates = (R *)row[r].gates + j;
-                vec c, h;
-                F(cell_forward)(&s, F(v_load_n)((const R *)row[r].c_prev + j, w), peep, H, w, &c, &h);
-                F(v_store_n)(gates, s.i, w);
-                F(v_store_n)(gates + H, s.f, w);
-                F(v_store_n)(gates + 2 * H, s.g, w);
-                F(v_store_n)(gates + 3 * H, s.o, w);
-                F(v_store_n)((R *)row[r].c + j, c, w);
-                F(v_store_n)((R *)row[r].h + j, h, w);
+                vec c, m_t, c_prev = F(v_load_n)((const R *)row[r].c_prev + j, lanes);
+                F(cell_forward)(&s, c_prev, peep, H, lanes, &c, &m_t);
+                F(v_store_n)(gates, s.i, lanes);
+                F(v_store_n)(gates + H, s.f, lanes);
+                F(v_store_n)(gates + 2 * H, s.g, lanes);
+                F(v_store_n)(gates + 3 * H, s.o, lanes);
+                F(v_store_n)((R *)row[r].c + j, c, lanes);
+                F(v_store_n)((R *)row[r].h + j, m_t, lanes);
             }
         }
     }
 }
 
-static void F(lstm_back_step)(ptrdiff_t n, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1,
-                              const lstm_back_row *rows, const void *packed, const void *peepholes) {
+static void F(lstm_back_step)(const lstm_weights *w, int descending, ptrdiff_t n, ptrdiff_t j0,
+                              ptrdiff_t j1, const lstm_back_row *rows) {
     F(row4) acc[GROUP];
-    const R *a[GROUP];
+    const R *a[GROUP], *hh = w->hh, *peepholes = w->peepholes;
+    ptrdiff_t K = w->K, H = w->H, panels = F(n_panels)(PANEL_PLAIN, j0, j1);
     if (n == 0) return;
     ptrdiff_t size = F(group_size)(n);
-    for (ptrdiff_t p = 0; p < F(n_panels)(PANEL_PLAIN, j0, j1); p++) {
+    for (ptrdiff_t q = 0; q < panels; q++) {
+        ptrdiff_t p = descending ? panels - 1 - q : q, next = descending ? MAX(p - 1, 0) : p + 1;
         F(panel) g = F(panel_at)(PANEL_PLAIN, p, H, j0, j1);
         for (ptrdiff_t r0 = 0; r0 < n; r0 += size) {
             ptrdiff_t m = MIN(size, n - r0);
@@ -263,22 +273,23 @@ static void F(lstm_back_step)(ptrdiff_t n, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j
                 a[r] = row[r].da_next;
                 for (int v = 0; v < g.nv; v++) acc[r][v] = F(v_load_n)(dy + v * VL, F(lanes)(&g, v));
             }
-            F(group)(m, K, g.nv, a, (const R *)packed + p * K * 4 * VL, acc);
+            F(group)(m, K, g.nv, a, hh + p * K * 4 * VL, hh + next * K * 4 * VL, acc);
             for (ptrdiff_t r = 0; r < m; r++)
                 for (int v = 0; v < g.nv; v++) {
-                    ptrdiff_t j = g.col + v * VL, w = F(lanes)(&g, v);
+                    ptrdiff_t j = g.col + v * VL, lanes = F(lanes)(&g, v);
                     R *gates = (R *)row[r].gates + j, *dc_row = (R *)row[r].dc + j;
-                    F(gates) s = {F(v_load_n)(gates, w), F(v_load_n)(gates + H, w),
-                                  F(v_load_n)(gates + 2 * H, w), F(v_load_n)(gates + 3 * H, w)};
-                    vec dc = F(v_load_n)(dc_row, w);
-                    F(cell_backward)(&s, F(v_load_n)((const R *)row[r].c + j, w),
-                                     F(v_load_n)((const R *)row[r].c_prev + j, w),
-                                     peepholes ? (const R *)peepholes + j : NULL, H, w, acc[r][v], &dc);
-                    F(v_store_n)(gates, s.i, w);
-                    F(v_store_n)(gates + H, s.f, w);
-                    F(v_store_n)(gates + 2 * H, s.g, w);
-                    F(v_store_n)(gates + 3 * H, s.o, w);
-                    F(v_store_n)(dc_row, dc, w);
+                    F(gates) s = {
+                        F(v_load_n)(gates, lanes), F(v_load_n)(gates + H, lanes),
+                        F(v_load_n)(gates + 2 * H, lanes), F(v_load_n)(gates + 3 * H, lanes)};
+                    vec dc = F(v_load_n)(dc_row, lanes);
+                    F(cell_backward)(&s, F(v_load_n)((const R *)row[r].c + j, lanes),
+                                     F(v_load_n)((const R *)row[r].c_prev + j, lanes),
+                                     peepholes ? peepholes + j : NULL, H, lanes, acc[r][v], &dc);
+                    F(v_store_n)(gates, s.i, lanes);
+                    F(v_store_n)(gates + H, s.f, lanes);
+                    F(v_store_n)(gates + 2 * H, s.g, lanes);
+                    F(v_store_n)(gates + 3 * H, s.o, lanes);
+                    F(v_store_n)(dc_row, dc, lanes);
                 }
         }
     }

@@ -17,8 +17,17 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* The weights of a step, packed for the units from j0 on. */
+typedef struct {
+    ptrdiff_t I, K, H;   /* I = 0: gates hold x W_ihᵀ + b already; K = 0: the recurrent part is zero */
+    const void *ih, *hh; /* forward both in PANEL_GATES, backward hh (K = 4H) in PANEL_PLAIN */
+    const void *bias;    /* (4H) or NULL; read if I > 0 */
+    const void *peepholes; /* (3, H) or NULL */
+} lstm_weights;
+
 /* Where one sequence's forward step lives. */
 typedef struct {
+    const void *x;       /* (I)   x_t; not read if I = 0 */
     const void *h_prev;  /* (K)   h_{t-1}; not read if K = 0 */
     const void *c_prev;  /* (H)   c_{t-1}; may be the same row as c */
     void *gates;         /* (4H)  in: the pre-activations without the recurrent part; out: i, f, g, o */
@@ -67,15 +76,15 @@ typedef struct {
                  ptrdiff_t j1, const void *const *a, const void *packed, const void *bias,
                  void *const *C);
 
-    /* One time step of n sequences: gates += h_prev W_hhᵀ (PANEL_GATES panels of the units [j0, j1),
-       K = 0: nothing is added), then the cell.  peepholes: (3, H) or NULL. */
-    void (*lstm_step)(ptrdiff_t n, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1,
-                      const lstm_row *rows, const void *packed, const void *peepholes);
+    /* One time step of n sequences on the units [j0, j1): the gates' pre-activations, then the cell.
+       descending: last panel first; every other step is, to begin with the panels that the step
+       before left in the cache. */
+    void (*lstm_step)(const lstm_weights *w, int descending, ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1,
+                      const lstm_row *rows);
 
-    /* One time step backward: dh = dy + da_next W_hh (PANEL_PLAIN panels of the units [j0, j1), K = 4H
-       or 0), then the gradient of the cell. */
-    void (*lstm_back_step)(ptrdiff_t n, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1,
-                           const lstm_back_row *rows, const void *packed, const void *peepholes);
+    /* One time step backward: dh = dy + da_next W_hh, then the gradient of the cell. */
+    void (*lstm_back_step)(const lstm_weights *w, int descending, ptrdiff_t n, ptrdiff_t j0,
+                           ptrdiff_t j1, const lstm_back_row *rows);
 
     /* dW[m, n] = Σ_k da[k][m] x[k][n] of each product and, if db is not NULL, db[m] = Σ_k da[k][m],
        for m in [m0, m1) and K >= 1.  Sums are cut into blocks of a fixed number of k and added in order.

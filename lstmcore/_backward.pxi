@@ -113,7 +113,9 @@ cdef void backward_rows(Pass *f, int group, int groups, int slab, int slabs, cha
     cdef Py_ssize_t row_h = f.K * f.item, row_c = f.H * f.item, row_g = f.G * f.item
     cdef team_barrier *barrier = &f.barriers[1 + group]
     cdef lstm_back_row *row
+    cdef lstm_weights w
     unit_range(f.H, f.k.VL, slab, slabs, &j0, &j1)
+    w.H, w.hh, w.peepholes = f.H, packed_at(f, &f.hh, j0), f.peepholes
     for s in range(f.steps - 1, -1, -1):
         n = active(f, s, &mine, mine.n)  # of these, the first `going_on` have a step s + 1
         for q in range(n):
@@ -136,9 +138,10 @@ cdef void backward_rows(Pass *f, int group, int groups, int slab, int slabs, cha
         if f.rnn or f.blas or f.hr.W != NULL:
             back_step(f, s, n, going_on, &mine, barrier, slab, slabs, rows, a, C, scratch)
         else:
-            f.k.lstm_back_step(going_on, f.G, f.H, j0, j1, rows, packed_at(f, &f.hh, j0),
-                               f.peepholes)
-            f.k.lstm_back_step(n - going_on, 0, f.H, j0, j1, rows + going_on, NULL, f.peepholes)
+            w.K = f.G
+            f.k.lstm_back_step(&w, s & 1, going_on, j0, j1, rows)
+            w.K = 0
+            f.k.lstm_back_step(&w, s & 1, n - going_on, j0, j1, rows + going_on)
         going_on = n
         team_wait(barrier, slabs)
     # dh0 = da_0 W_hh        (n,G) (G,K)
@@ -155,6 +158,7 @@ cdef void back_step(Pass *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t going_on, co
     """One step whose product and cell are not one tile: RNN, BLAS, projection."""
     cdef Py_ssize_t q, r, j0, j1, p0, p1, row_h = f.K * f.item
     cdef bint projected = f.hr.W != NULL
+    cdef lstm_weights w
     unit_range(f.H, f.k.VL, slab, slabs, &j0, &j1)
     unit_range(f.K, f.k.VL, slab, slabs, &p0, &p1)
     for q in range(n):  # dh = dy + da_next W_hh        (n,G) (G,K)
@@ -183,7 +187,8 @@ cdef void back_step(Pass *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t going_on, co
             C[q] = f.dm + (mine.first + q * mine.stride) * f.H * f.item
             rows[q].dy = C[q]
         multiply(f, &f.hr, slab, slabs, START_ZERO, n, a, NULL, C, scratch)
-    f.k.lstm_back_step(n, 0, f.H, j0, j1, rows, NULL, f.peepholes)
+    w.K, w.H, w.hh, w.peepholes = 0, f.H, NULL, f.peepholes
+    f.k.lstm_back_step(&w, False, n, j0, j1, rows)
 
 
 cdef void input_gradient(Pass *f, int me, int team, char *scratch) noexcept nogil:

@@ -77,6 +77,7 @@ cdef void forward_rows(Pass *f, int group, int groups, int slab, int slabs, char
                 r = mine.first + q * mine.stride
                 at = place(f, s, r)
                 a[count] = f.x + at * row_x if f.ids == NULL else f.table + f.ids[at] * row_g
+                rows[q].x = a[count]
                 if f.rnn:
                     C[count] = f.y + at * row_h
                 else:
@@ -85,7 +86,7 @@ cdef void forward_rows(Pass *f, int group, int groups, int slab, int slabs, char
         if f.ids != NULL:
             for q in range(count):
                 copy_units(f, C[q], <const char *>a[q], j0, j1)
-        else:
+        elif not fused(f):
             multiply(f, &f.ih, slab, slabs, START_BIAS if f.b != NULL else START_ZERO, count, a, f.b,
                      C, scratch)
         for s in range(s0, min(f.steps, s0 + f.chunk)):
@@ -127,22 +128,29 @@ cdef inline void copy_units(const Pass *f, void *out, const char *row, Py_ssize_
                (j1 - j0) * f.item)
 
 
+cdef inline bint fused(const Pass *f) noexcept nogil:
+    """Whether the step itself multiplies x: for a single step, which reads all weights once, in one
+    order; then the next one can start with those that are still in the cache."""
+    return f.steps == 1 and f.ids == NULL and not f.rnn and not f.blas
+
+
 cdef inline void step(const Pass *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t j0, Py_ssize_t j1,
                       int slab, int slabs, lstm_row *rows, const void **a, void **C,
                       char *scratch) noexcept nogil:
     """One step of n rows on one slab of units: a += h_prev W_hhᵀ, then the cell."""
     cdef bint from_zero = s == 0 and f.h0 == NULL
     cdef Py_ssize_t q
+    cdef lstm_weights w
+    w.I, w.K, w.H = f.I if fused(f) else 0, 0 if from_zero or f.blas else f.K, f.H
+    w.ih, w.hh, w.bias = packed_at(f, &f.ih, j0), packed_at(f, &f.hh, j0), f.b
+    w.peepholes = f.peepholes
     if f.rnn or f.blas:
         for q in range(n):
             a[q] = rows[q].h_prev
             C[q] = rows[q].h if f.rnn else rows[q].gates
         if not from_zero:
             multiply(f, &f.hh, slab, slabs, START_ADD, n, a, NULL, C, scratch)
-        if f.rnn:
-            f.k.rnn_cell(f.relu, n, j0, j1, C)
-        else:
-            f.k.lstm_step(n, 0, f.H, j0, j1, rows, NULL, f.peepholes)
+    if f.rnn:
+        f.k.rnn_cell(f.relu, n, j0, j1, C)
     else:
-        f.k.lstm_step(n, 0 if from_zero else f.K, f.H, j0, j1, rows, packed_at(f, &f.hh, j0),
-                      f.peepholes)
+        f.k.lstm_step(&w, (s & 1) != f.descending, n, j0, j1, rows)

@@ -18,14 +18,14 @@ sums (H, or P with a projection); G is the width of a row of pre-activations (4H
 
 from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memset, strcmp
+from libc.string cimport memcpy, memset
 cimport numpy as cnp
 
 import os
 
 import numpy as np
 
-from lstmcore.threads import one_blas_thread
+from lstmcore.threads import look_for_blas, one_blas_thread
 
 cdef extern from *:
     """
@@ -47,7 +47,16 @@ ctypedef void gemm_fn(bint, bint, bint, int, int, int, double, const void *, int
 
 
 cdef extern from "lstm.h" nogil:
+    ctypedef struct lstm_weights:
+        Py_ssize_t I
+        Py_ssize_t K
+        Py_ssize_t H
+        const void *ih
+        const void *hh
+        const void *bias
+        const void *peepholes
     ctypedef struct lstm_row:
+        const void *x
         const void *h_prev
         const void *c_prev
         void *gates
@@ -78,10 +87,10 @@ cdef extern from "lstm.h" nogil:
                      const void *, Py_ssize_t, Py_ssize_t, void *) noexcept nogil
         void (*gemm)(int, int, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t,
                      const void **, const void *, const void *, void **) noexcept nogil
-        void (*lstm_step)(Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t,
-                          const lstm_row *, const void *, const void *) noexcept nogil
-        void (*lstm_back_step)(Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t,
-                               const lstm_back_row *, const void *, const void *) noexcept nogil
+        void (*lstm_step)(const lstm_weights *, bint, Py_ssize_t, Py_ssize_t, Py_ssize_t,
+                          const lstm_row *) noexcept nogil
+        void (*lstm_back_step)(const lstm_weights *, bint, Py_ssize_t, Py_ssize_t, Py_ssize_t,
+                               const lstm_back_row *) noexcept nogil
         void (*weight_gradient)(Py_ssize_t, Py_ssize_t, Py_ssize_t, const void **, int,
                                 const lstm_product *, void *, void *) noexcept nogil
         Py_ssize_t (*weight_gradient_work)(Py_ssize_t) noexcept nogil
@@ -188,10 +197,12 @@ def tanh(x):
 
 
 def fits(a, shape, bint is_double):
-    """Whether a is a C-contiguous, aligned array of native floats or doubles of this shape."""
+    """Whether a is a C-contiguous, aligned array of native floats or doubles of this shape, unmasked."""
     cdef int d
     cdef int number = <int>(cnp.NPY_DOUBLE if is_double else cnp.NPY_FLOAT)
     if not cnp.PyArray_Check(a) or cnp.PyArray_TYPE(a) != number:
+        return False
+    if not cnp.PyArray_CheckExact(a) and hasattr(a, "mask"):
         return False
     if cnp.PyArray_NDIM(a) != len(<tuple>shape) or not cnp.PyArray_ISCARRAY_RO(a):
         return False
@@ -199,6 +210,13 @@ def fits(a, shape, bint is_double):
         if cnp.PyArray_DIM(a, d) != <Py_ssize_t>(<tuple>shape)[d]:
             return False
     return True
+
+
+cdef inline bint overlap(a, b):
+    """Whether two contiguous arrays have memory in common."""
+    cdef char *p = <char *>cnp.PyArray_DATA(a)
+    cdef char *q = <char *>cnp.PyArray_DATA(b)
+    return p < q + cnp.PyArray_NBYTES(b) and q < p + cnp.PyArray_NBYTES(a)
 
 
 cdef inline char *address(a):
@@ -428,6 +446,7 @@ cdef run(Pass *f, void (*lay_out)(Pass *, Arena *) noexcept nogil, team_fn *fn):
         if blas_gemm == NULL:
             from lstmcore import _blas
             blas_gemm = <gemm_fn *><size_t>_blas.gemm_address()
+            look_for_blas()
         with one_blas_thread(), nogil:
             number_tokens(f)
             team_run(f.n_threads, fn, f)
@@ -455,6 +474,7 @@ cdef class Packed:
     cdef Workspace work
     cdef Operand ih, hh, hr
     cdef const lstm_kernels *k
+    cdef bint descending           # which way the next step goes through them
     cdef object weights            # the operands point into them
 
     def __init__(self, cell, W_ih, W_hh, W_hr):
@@ -475,8 +495,13 @@ cdef class Packed:
         self.k, self.ih, self.hh, self.hr, self.weights = f.k, f.ih, f.hh, f.hr, (W_ih, W_hh, W_hr)
 
 
+cdef void use_packed(Pass *f, Packed packed):
+    f.k, f.ih, f.hh, f.hr, f.prepacked = packed.k, packed.ih, packed.hh, packed.hr, True
+    f.descending = packed.descending
+
+
 def run_forward(cell, x, W_ih, W_hh, b, W_hr, h0, c0, peepholes, order, lengths, reverse, y, h_n, c_n,
-                gates, c, n_threads):
+                gates, c, n_threads, Packed packed=None):
     """Fills y, h_n, c_n and, if given, the tape's gates and c. cell: "lstm", "tanh" or "relu".
 
     All arrays are C-contiguous of one dtype; order and lengths (int64) are sorted by length, longest
@@ -490,20 +515,26 @@ def run_forward(cell, x, W_ih, W_hh, b, W_hr, h0, c0, peepholes, order, lengths,
         f.table = address(b)
     f.b, f.h_n, f.c_n, f.keep = address(b), address(h_n), address(c_n), gates is not None
     f.chunk = min(max(1, f.steps), (CHUNK_ROWS + f.B - 1) // f.B)
-    forward_operands(&f, W_ih, W_hh, W_hr)
+    if packed is None or f.blas:
+        forward_operands(&f, W_ih, W_hh, W_hr)
+    else:
+        use_packed(&f, packed)
     run(&f, lay_out_forward, forward)
 
 
 def run_step(cell, x, W_ih, W_hh, b, W_hr, peepholes, h, c, y, n_threads, Packed packed):
     """One step of `run_forward` on x (B, I), or token ids (B,): the state h, c is updated in place."""
     cdef Pass f
+    if overlap(x, y):  # y is written while x is still read
+        x = x.copy()
     memset(&f, 0, sizeof(Pass))
     fill_weights(&f, cell, W_ih, W_hh, x, cnp.PyArray_NDIM(x) == 1, n_threads)
     f.T = f.steps = f.chunk = 1
     f.B = f.tokens = cnp.PyArray_DIM(x, 0)
     f.h0, f.h_n, f.c0, f.c_n = address(h), address(h), address(c), address(c)
     f.peepholes, f.y, f.b, f.table = address(peepholes), address(y), address(b), address(b)
-    f.k, f.ih, f.hh, f.hr, f.prepacked = packed.k, packed.ih, packed.hh, packed.hr, True
+    use_packed(&f, packed)
+    packed.descending = not packed.descending
     run(&f, lay_out_forward, forward)
 
 

@@ -18,6 +18,7 @@ cdef struct Grid:
 cdef struct Pass:
     const lstm_kernels *k
     bint rnn, relu, ragged, reverse, keep, blas, prepacked
+    bint descending                # whether step 0 goes through the panels last first
     Py_ssize_t T, B, I, H, K, G, item, steps, tokens
     int n_threads
     Grid grid
@@ -136,15 +137,13 @@ cdef Grid choose_grid(const Pass *f, int team) noexcept nogil:
 
 
 cdef inline bint choose_blas(const Pass *f):
-    """BLAS instead of the tiles: where ours are plain C, and there are rows enough for its packing.
+    """BLAS instead of the tiles: only where a vector has one lane, for want of a compiler with vectors.
 
-    Against a BLAS with AVX2 the plain tiles take 1.4x to 1.9x the time from 50 rows on, and 0.3x to
-    1.0x up to 20 rows; against one with SSE only they always win, by 1.1x to 1.4x from 50 rows on
-    (training, ten shapes from H = 64 to 650).
+    Not by the shape, or a row's bits would depend on the other rows of its batch. Without fused
+    multiply-adds the tiles win against a BLAS that has none either, by 1.1x to 1.4x from 50 rows on,
+    and take 1.4x to 1.9x the time of one that has them (training, ten shapes from H = 64 to 650).
     """
-    if plan is not None:
-        return plan == "blas"
-    return strcmp(f.k.isa, b"base") == 0 and f.B >= BLAS_ROWS
+    return f.k.VL == 1 if plan is None else plan == "blas"
 
 
 # ---- products --------------------------------------------------------------------------------------

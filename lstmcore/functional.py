@@ -23,8 +23,10 @@ def _array(value, name, letters, shape, dtype):
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name} must be a NumPy array, got {type(value).__module__}."
                         f"{type(value).__qualname__}")
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be an array without a mask: fill it, or use lengths")
     if value.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype} like x, got {value.dtype}")
+        raise TypeError(f"{name} must be {dtype} like the other arrays, got {value.dtype}")
     if value.shape != shape:
         raise ValueError(f"{name} must be {letters} = {shape}, got {value.shape}")
     return np.array(value, order="C", subok=False)
@@ -68,15 +70,22 @@ def _sequence(x, W_ih, W_hh, gates, W_hr=None):
     elif x.size and (x.min() < 0 or x.max() >= I):
         raise ValueError(f"token ids must be in 0..I-1 = 0..{I - 1}, got {x.min()}..{x.max()}")
     else:
-        x = np.ascontiguousarray(x, np.int64)
+        x = np.array(x, np.int64, order="C")  # the tape's own: an id changed later could point anywhere
     return x, T, B, I, H, K, dtype
 
 
 def _table(x, W_ih, b):
-    """The bias, or for token ids what each of them projects to: W_ihᵀ + b (I, 4H)."""
+    """x and the bias; or token ids and the table that they look up, what each projects to.
+
+    The table is W_ihᵀ + b (I, 4H) or, if it has more rows than there are tokens, the rows in use.
+    """
     if x.ndim == 3:
-        return b
-    return np.ascontiguousarray(W_ih.T if b is None else W_ih.T + b)
+        return x, b
+    rows = W_ih.T
+    if x.size < len(rows):
+        used, ids = np.unique(x, return_inverse=True)
+        x, rows = ids.reshape(x.shape), rows[used]
+    return x, np.ascontiguousarray(rows if b is None else rows + b)
 
 
 def _lengths(lengths, T, B):
@@ -239,8 +248,9 @@ def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_h
         tape = Tape(x, W_ih, W_hh, peepholes, W_hr, h0, c0, bool(reverse), y, gates, c, order,
                     sorted_lengths)
     if tokens:
-        _kernels.run_forward("lstm", x, W_ih, W_hh, _table(x, W_ih, b), W_hr, h0, c0, peepholes,
-                             order, sorted_lengths, bool(reverse), y, h_n, c_n, gates, c, n_threads)
+        rows, b = _table(x, W_ih, b)
+        _kernels.run_forward("lstm", rows, W_ih, W_hh, b, W_hr, h0, c0, peepholes, order,
+                             sorted_lengths, bool(reverse), y, h_n, c_n, gates, c, n_threads)
     else:
         h_n[...] = 0 if h0 is None else h0
         c_n[...] = 0 if c0 is None else c0
@@ -370,9 +380,9 @@ def rnn_forward(x, W_ih, W_hh, b=None, h0=None, *, nonlinearity="tanh", lengths=
     y = np.empty((T, B, H), dtype) if order is None else np.zeros((T, B, H), dtype)
     h_n = np.empty((B, H), dtype)
     if tokens:
-        _kernels.run_forward(nonlinearity, x, W_ih, W_hh, _table(x, W_ih, b), None, h0, None, None,
-                             order, sorted_lengths, bool(reverse), y, h_n, None, None, None,
-                             n_threads)
+        rows, b = _table(x, W_ih, b)
+        _kernels.run_forward(nonlinearity, rows, W_ih, W_hh, b, None, h0, None, None, order,
+                             sorted_lengths, bool(reverse), y, h_n, None, None, None, n_threads)
     else:
         h_n[...] = 0 if h0 is None else h0
     tape = RNNTape(x, W_ih, W_hh, h0, bool(reverse), nonlinearity, y, order, sorted_lengths)
@@ -429,7 +439,8 @@ class Step:
     (1, 2)
     """
 
-    def __init__(self, cell, batch_size, W_ih, W_hh, b=None, peepholes=None, W_hr=None):
+    def __init__(self, cell, batch_size, W_ih, W_hh, b=None, peepholes=None, W_hr=None, *,
+                 n_threads=None):
         B, dtype = batch_size, W_ih.dtype
         H, K = len(W_hh) // (4 if cell == "lstm" else 1), W_hh.shape[1]
         W_ih, W_hh, b, peepholes, W_hr = (None if a is None else a.copy()
@@ -439,26 +450,30 @@ class Step:
         self._weights, self._table = (cell, W_ih, W_hh, b, W_hr, peepholes), None
         self._packed = _kernels.Packed(cell, W_ih, W_hh, W_hr)
         # A step reads all weights once: a second thread helps if they do not fit near one core.
-        self._n_threads = get_num_threads() if W_ih.nbytes + W_hh.nbytes > 1 << 20 else 1
+        self._n_threads = n_threads if W_ih.nbytes + W_hh.nbytes > 1 << 20 else 1
 
     def __call__(self, x_t, out=None):
         """x_t (B, I), or token ids (B,) -> h_t (B, H), in `out` if it is given."""
         cell, W_ih, W_hh, b, W_hr, peepholes = self._weights
-        double = self._dtype == _F64
-        if not _kernels.fits(x_t, self._x_shape, double):
+        if not _kernels.fits(x_t, self._x_shape, self._dtype == _F64):
             x_t, b = self._checked(x_t, b)
+        out = self.room(out)
+        _kernels.run_step(cell, x_t, W_ih, W_hh, b, W_hr, peepholes, self.h, self.c, out,
+                          resolve(self._n_threads), self._packed)
+        return out
+
+    def room(self, out):
+        """`out`, found fit to take h_t, or a new array if it is None."""
         if out is None:
-            out = np.empty(self._y_shape, self._dtype)
-        elif not _kernels.fits(out, self._y_shape, double) or not out.flags.writeable:
+            return np.empty(self._y_shape, self._dtype)
+        if not _kernels.fits(out, self._y_shape, self._dtype == _F64) or not out.flags.writeable:
             raise ValueError(f"out must be a writable C-contiguous {self._dtype} array of shape "
                              f"{self._y_shape}, got {getattr(out, 'shape', type(out).__name__)}")
-        _kernels.run_step(cell, x_t, W_ih, W_hh, b, W_hr, peepholes, self.h, self.c, out,
-                          self._n_threads, self._packed)
         return out
 
     def _checked(self, x_t, b):
         """x_t contiguous with the bias; or token ids with the table that they look up."""
-        x_t, (B, I) = np.asarray(x_t), self._x_shape
+        x_t, (B, I) = np.asanyarray(x_t), self._x_shape
         if x_t.dtype.kind not in "iu":
             return _array(x_t, "x_t", "(B, I)", (B, I), self._dtype), b
         if x_t.shape != (B,):

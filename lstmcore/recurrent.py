@@ -362,7 +362,8 @@ class Stream:
             raise ValueError("a bidirectional layer cannot stream: its second half starts at the "
                              "end of the sequence")
         self.layer, self.batch_size = layer, check_size("batch_size", batch_size)
-        self._steps = [functional.Step(layer._cell, self.batch_size, **weights)
+        self._steps = [functional.Step(layer._cell, self.batch_size, **weights,
+                                       n_threads=layer.n_threads)
                        for weights in layer._weights]
         # What goes from layer to layer within a step.
         self._between = [np.empty_like(step.h) for step in self._steps[:-1]]
@@ -387,6 +388,7 @@ class Stream:
 
     def step(self, x_t, out=None):
         """x_t (B, I), or token ids (B,) -> y_t (B, P), in `out` if it is given."""
+        out = self._steps[-1].room(out)     # before any layer has taken a step
         for step, h in zip(self._steps, self._between):
             x_t = step(x_t, h)
         return self._steps[-1](x_t, out)

@@ -8,6 +8,8 @@ import contextlib
 import os
 import threading
 
+MOST = 1024         # threads, more than any machine has use for
+
 _local = threading.local()
 _default = None
 
@@ -15,8 +17,8 @@ _default = None
 def _positive(n, name):
     if isinstance(n, bool) or not hasattr(n, "__index__"):
         raise TypeError(f"{name} must be an int >= 1, got {n!r}")
-    if n.__index__() < 1:
-        raise ValueError(f"{name} must be >= 1, got {n}")
+    if not 1 <= n.__index__() <= MOST:
+        raise ValueError(f"{name} must be in 1..{MOST}, got {n}")
     return n.__index__()
 
 
@@ -26,7 +28,7 @@ def _from_environment():
         if text:
             if not text.isdigit() or int(text) < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {text!r}")
-            return int(text)
+            return min(int(text), MOST)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -72,9 +74,9 @@ def resolve(n_threads):
 
 
 _lock = threading.Lock()
-_inside = 0         # calls that hold BLAS to one thread now
+_inside = {}        # thread -> how many of its calls hold BLAS to one thread now
 _pools = None       # BLAS libraries; finding them costs milliseconds: at the first use, not at import
-_before = ()        # their numbers of threads before the first of these calls
+_before = {}        # library -> its number of threads before it was held
 
 
 def _limit(pool, n):
@@ -86,25 +88,61 @@ def _limit(pool, n):
     getattr(pool, "_real_set_num_threads", pool.set_num_threads)(n)
 
 
+def _hold():
+    global _pools
+    if _pools is None:
+        from threadpoolctl import ThreadpoolController
+
+        _pools = ThreadpoolController().select(user_api="blas").lib_controllers
+    for pool in _pools:
+        if pool.filepath not in _before:
+            _before[pool.filepath] = pool.num_threads
+            _limit(pool, 1)
+
+
+def _release():
+    for pool in _pools:
+        if pool.filepath in _before:
+            _limit(pool, _before.pop(pool.filepath))
+
+
 @contextlib.contextmanager
 def one_blas_thread():
     """Hold every BLAS pool of the process to one thread; the last of concurrent callers restores."""
-    global _inside, _pools, _before
+    me = threading.get_ident()
     with _lock:
-        if _inside == 0:
-            if _pools is None:
-                from threadpoolctl import ThreadpoolController
-
-                _pools = ThreadpoolController().select(user_api="blas").lib_controllers
-            _before = [pool.num_threads for pool in _pools]
-            for pool in _pools:
-                _limit(pool, 1)
-        _inside += 1
+        if not _inside:
+            _hold()
+        _inside[me] = _inside.get(me, 0) + 1
     try:
         yield
     finally:
         with _lock:
-            _inside -= 1
-            if _inside == 0:
-                for pool, n in zip(_pools, _before):
-                    _limit(pool, n)
+            _inside[me] -= 1
+            if not _inside[me]:
+                del _inside[me]
+            if not _inside:
+                _release()
+
+
+def look_for_blas():
+    """Look again for BLAS libraries, since one was loaded; if the others are held, so is it."""
+    global _pools
+    with _lock:
+        _pools = None
+        if _inside:
+            _hold()
+
+
+def _after_fork():
+    """In the child only the thread that forked goes on; what the others held is free again."""
+    global _lock
+    _lock = threading.Lock()
+    for thread in set(_inside) - {threading.get_ident()}:
+        del _inside[thread]
+    if _before and not _inside:
+        _release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

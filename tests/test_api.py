@@ -51,15 +51,17 @@ WRONG_FORWARD = [
     ("lstm", dict(x=[[[0.5] * 5] * 3]), TypeError, "x must be a NumPy array, got builtins.list"),
     ("lstm", dict(W_hh=None), TypeError, "W_hh must be a NumPy array, got builtins.NoneType"),
     ("lstm", dict(W_ih=zeros(8, 5, dtype="float64")), TypeError,
-     "W_ih must be float32 like x, got float64"),
-    ("lstm", dict(b=zeros(8, dtype="int32")), TypeError, "b must be float32 like x, got int32"),
-    ("lstm", dict(h0=zeros(3, 2, dtype="float64")), TypeError, "h0 must be float32 like x"),
+     "W_ih must be float32 like the other arrays, got float64"),
+    ("lstm", dict(b=zeros(8, dtype="int32")), TypeError, "b must be float32 like the other arrays, got int32"),
+    ("lstm", dict(h0=zeros(3, 2, dtype="float64")), TypeError, "h0 must be float32 like the other arrays"),
     ("lstm", dict(lengths=[1, 2]), ValueError, "lengths must be (B,) = (3,), got (2,)"),
     ("lstm", dict(lengths=[1, 2, 5]), ValueError, "lengths must be in 0..T = 0..4, got 1..5"),
     ("lstm", dict(lengths=[1, -2, 4]), ValueError, "lengths must be in 0..T = 0..4, got -2..4"),
     ("lstm", dict(lengths=[1.0, 2.0, 3.0]), TypeError, "lengths must be integers, got float64"),
     ("lstm", dict(lengths=[True, True, False]), TypeError, "lengths must be integers, got bool"),
-    ("lstm", dict(n_threads=0), ValueError, "n_threads must be >= 1, got 0"),
+    ("lstm", dict(n_threads=10**12), ValueError, "n_threads must be in 1..1024, got 1000000000000"),
+    ("lstm", dict(x=np.ma.masked_invalid(zeros(4, 3, 2))), TypeError, "x must be an array without a mask"),
+    ("lstm", dict(n_threads=0), ValueError, "n_threads must be in 1..1024, got 0"),
     ("lstm", dict(n_threads=1.5), TypeError, "n_threads must be an int >= 1, got 1.5"),
     ("lstm", dict(n_threads=True), TypeError, "n_threads must be an int >= 1, got True"),
     ("rnn", dict(W_hh=zeros(2, 3)), ValueError, "W_hh must be (H, H) = (2, 2), got (2, 3)"),
@@ -72,13 +74,13 @@ WRONG_FORWARD = [
 ]
 WRONG_BACKWARD = [
     ("lstm", dict(dy=zeros(4, 2, 3)), ValueError, "dy must be (T, B, H) = (4, 3, 2), got (4, 2, 3)"),
-    ("lstm", dict(dy=zeros(4, 3, 2, dtype="float64")), TypeError, "dy must be float32 like x"),
+    ("lstm", dict(dy=zeros(4, 3, 2, dtype="float64")), TypeError, "dy must be float32 like the other arrays"),
     ("lstm", dict(dy=None), TypeError, "dy must be a NumPy array, got builtins.NoneType"),
     ("lstm", dict(dh_n=zeros(2, 3)), ValueError, "dh_n must be (B, H) = (3, 2), got (2, 3)"),
     ("lstm", dict(dc_n=zeros(3, 1)), ValueError, "dc_n must be (B, H) = (3, 2), got (3, 1)"),
-    ("lstm", dict(n_threads=-1), ValueError, "n_threads must be >= 1, got -1"),
+    ("lstm", dict(n_threads=-1), ValueError, "n_threads must be in 1..1024, got -1"),
     ("rnn", dict(dy=zeros(3, 4, 2)), ValueError, "dy must be (T, B, H) = (4, 3, 2), got (3, 4, 2)"),
-    ("rnn", dict(dh_n=zeros(3, 2, dtype="float64")), TypeError, "dh_n must be float32 like x"),
+    ("rnn", dict(dh_n=zeros(3, 2, dtype="float64")), TypeError, "dh_n must be float32 like the other arrays"),
 ]
 
 

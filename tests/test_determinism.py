@@ -96,6 +96,14 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(case, parts, plan, isa):
             assert np.array_equal(got, want[rows])
 
 
+def test_bits_of_a_row_are_those_of_the_row_alone_in_a_large_batch(isa):
+    """With the plan that is chosen for 40 rows and that for one."""
+    problem = lstm_problem(6, 40, 9, 20, dtype="float32", seed=14)
+    (y, dx), _ = by_row(problem)
+    (y_alone, dx_alone), _ = by_row(rows_of(problem, np.array([11])))
+    assert np.array_equal(y_alone, y[:, 11:12]) and np.array_equal(dx_alone, dx[:, 11:12])
+
+
 @pytest.mark.parametrize("case", ["ragged", "ragged reverse", "everything", "rnn ragged relu"])
 def test_bits_of_a_ragged_row_are_those_of_the_row_alone(case, plan, isa):
     """Cut to its length, without lengths: the ragged batch is only a way to run many at once."""

@@ -9,7 +9,7 @@ import pytest
 from slopes import assert_copied, assert_gradients, by_name, normal
 
 import lstmcore
-from lstmcore import LSTM, RNN, Embedding, LastStep, sequence_mask
+from lstmcore import LSTM, RNN, Embedding, LastStep, _kernels, sequence_mask
 
 RAGGED = [4, 0, 6, 1, 3]        # of T = 6: unsorted, with an empty and a full sequence
 
@@ -416,13 +416,71 @@ def test_streams_are_apart_and_keep_the_weights_they_were_made_with():
     assert (layer.stream(2).step(x) != first).any()
 
 
+@pytest.mark.parametrize("H", [5, 300])
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_a_stream_may_write_over_its_input(H, n_threads):
+    layer = LSTM(H, H, seed=0)
+    layer.n_threads = n_threads
+    plain, in_place = layer.stream(2), layer.stream(2)
+    x = normal(2, H, dtype="float32")
+    own = x.copy()
+    for _ in range(3):
+        x = plain.step(x)
+        assert in_place.step(own, out=own) is own and (own == x).all()
+
+
+def test_a_refused_step_changes_no_state():
+    s = LSTM(3, 4, 2, seed=0).stream(2)
+    with pytest.raises(ValueError, match="out must be"):
+        s.step(np.ones((2, 3), "float32"), out=np.zeros((1, 4), "float32"))
+    assert not s.state[0].any()
+
+
+def test_a_stream_has_as_many_threads_as_its_layer(monkeypatch):
+    layer, x = LSTM(300, 300, seed=0), np.ones((1, 300), "float32")
+    s = layer.stream()
+    with lstmcore.threads(2):
+        before = _kernels.regions()
+        s.step(x)
+        assert _kernels.regions() == before + lstmcore.info()["openmp"]
+    layer.n_threads = 1
+    layer.stream().step(x)
+    with lstmcore.threads(1):
+        s.step(x)
+    assert _kernels.regions() == before + lstmcore.info()["openmp"]
+
+
+def test_ids_changed_before_the_backward_pass_change_nothing(close):
+    layer, other = LSTM(5, 4, seed=0), LSTM(5, 4, seed=0)
+    ids = np.random.default_rng(0).integers(0, 5, (6, 3))
+    y, _ = layer(ids)
+    other(ids.copy())
+    ids[...] = -10**7
+    layer.backward(y)
+    other.backward(y)
+    close(tuple(layer.gradients().values()), tuple(other.gradients().values()), "identity")
+
+
+@pytest.mark.parametrize("make", [LSTM, RNN])
+def test_few_of_many_tokens_are_the_same_as_one_hot_rows(make, close):
+    layer, ids = make(50, 4, dtype="float64", seed=0), np.array([[3, 49], [0, 3], [17, 3]])
+    dy = normal(3, 2, 4)
+    y, _ = layer(ids)
+    layer.backward(dy)
+    got = {name: g.copy() for name, g in layer.gradients().items()}
+    layer.zero_grad()
+    close(y, layer(np.eye(50)[ids])[0], "kernel")
+    layer.backward(dy)
+    close(tuple(got.values()), tuple(layer.gradients().values()), "kernel")
+
+
 def test_stream_says_what_it_wants():
     with pytest.raises(ValueError, match="bidirectional"):
         LSTM(3, 4, bidirectional=True).stream()
     s = LSTM(3, 4).stream(2)
     with pytest.raises(ValueError, match=r"x_t must be \(B, I\) = \(2, 3\), got \(3,\)"):
         s.step(np.zeros(3, "float32"))
-    with pytest.raises(TypeError, match="x_t must be float32 like x, got float64"):
+    with pytest.raises(TypeError, match="x_t must be float32 like the other arrays, got float64"):
         s.step(np.zeros((2, 3)))
     with pytest.raises(ValueError, match=r"out must be .* \(2, 4\), got \(1, 4\)"):
         s.step(np.zeros((2, 3), "float32"), out=np.zeros((1, 4), "float32"))

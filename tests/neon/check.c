@@ -97,7 +97,7 @@ static void check_forward(const lstm_kernels *k, ptrdiff_t n, ptrdiff_t H) {
     void *W = weights(4 * H * H, d, &W_), *peepholes = weights(3 * H, d, &p), *block;
     lstm_row rows[ROWS];
     for (ptrdiff_t r = 0; r < n; r++) {
-        rows[r] = (lstm_row){h_prev.row[r], c_prev.row[r], gates.row[r], c.row[r], h.row[r]};
+        rows[r] = (lstm_row){NULL, h_prev.row[r], c_prev.row[r], gates.row[r], c.row[r], h.row[r]};
         for (ptrdiff_t j = 0; j < H; j++) {
             double a[4];
             for (int v = 0; v < 4; v++) {
@@ -113,7 +113,8 @@ static void check_forward(const lstm_kernels *k, ptrdiff_t n, ptrdiff_t H) {
         }
     }
     void *packed = pack(k, PANEL_GATES, H, H, W, 1, H, &block);
-    k->lstm_step(n, H, H, 0, H, rows, packed, peepholes);
+    lstm_weights w = {0, H, H, NULL, packed, NULL, peepholes};
+    k->lstm_step(&w, n % 2, n, 0, H, rows);
     check(&gates, want, k->isa, "gates");
     check(&c, want_c, k->isa, "c");
     check(&h, want_h, k->isa, "h");
@@ -163,7 +164,8 @@ static void check_backward(const lstm_kernels *k, ptrdiff_t n, ptrdiff_t H) {
         }
     }
     void *packed = pack(k, PANEL_PLAIN, 4 * H, H, W, H, 1, &block);
-    k->lstm_back_step(n, 4 * H, H, 0, H, rows, packed, NULL);
+    lstm_weights w = {0, 4 * H, H, NULL, packed, NULL, NULL};
+    k->lstm_back_step(&w, n % 2, n, 0, H, rows);
     check(&gates, want, k->isa, "da");
     check(&dc, want_dc, k->isa, "dc");
     free(da.data), free(c.data), free(c_prev.data), free(dy.data), free(W), free(W_), free(want);
