@@ -18,8 +18,6 @@ from lstmcore.module import (Module, check_dtype, check_probability, check_size,
 LSTMTrace = namedtuple("LSTMTrace", "i f g o c h")
 RNNTrace = namedtuple("RNNTrace", "h")
 
-TABLE_ROWS = 16     # per step of a sequence: a larger table is looked up before the product
-
 NAMES = dict(W_ih="weight_ih", W_hh="weight_hh", b="bias", peepholes="weight_peephole",
              W_hr="weight_hr")
 
@@ -156,9 +154,9 @@ class _Recurrent(Module):
     def _look_up(self, x, embedding):
         """What the layers read for x, and their weights.
 
-        With a table of no more than TABLE_ROWS rows per step, x stays as it is, and W_ih of the
-        first layer becomes what each row of the table is projected to. Whether it does must not
-        depend on B: the bits of a row would then depend on the rest of its batch.
+        With a table that has fewer rows than x has tokens, x stays as it is, and W_ih of the first
+        layer becomes what each row of the table is projected to, bias included: the same sums in
+        the same order as for the rows themselves, so the choice changes no bit.
         """
         if embedding is None:
             return x, self._weights
@@ -166,14 +164,13 @@ class _Recurrent(Module):
         check_dtype("embedding", embedding, self.dtype)
         if E != self.input_size:
             raise ValueError(f"embedding must have rows of I = {self.input_size} numbers, got {E}")
-        steps = x.shape[self.batch_first] if x.ndim == 2 and x.dtype.kind in "iu" else 0
-        if embedding.num_embeddings > TABLE_ROWS * steps:
+        if x.ndim != 2 or x.dtype.kind not in "iu" or embedding.num_embeddings >= x.size:
             return embedding(x), self._weights
         table, D = embedding.parameters()["weight"], self.directions
-        # W_ih Eᵀ        (4H,E) (E,V) -> (4H,V)
-        first = [{**weights, "W_ih": functional.linear_forward(weights["W_ih"], table,
-                                                               n_threads=self.n_threads)}
-                 for weights in self._weights[:D]]
+        first = []
+        for w in self._weights[:D]:     # E W_ihᵀ + b        (V,E) (E,4H) -> (V,4H)
+            rows = functional.linear_forward(table, w["W_ih"], w.get("b"), n_threads=self.n_threads)
+            first.append({**w, "W_ih": rows.T, "b": None})
         return x, first + self._weights[D:]
 
     def _through_table(self, n, g, embedding):

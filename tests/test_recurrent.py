@@ -289,13 +289,14 @@ def test_embedding_is_looked_up_on_the_way_in(make, lengths, V, close):
         close(tuple(one.gradients().values()), tuple(two.gradients().values()), "identity")
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("V", [7, 200], ids=["small table", "large table"])
-def test_an_embedded_row_does_not_depend_on_its_batch(V):
-    layer, table = LSTM(3, 5, seed=0).eval(), Embedding(V, 3, seed=1)
+def test_the_bits_of_an_embedded_row_are_those_of_its_vectors(V, bias):
+    layer, table = LSTM(3, 5, bias=bias, seed=0).eval(), Embedding(V, 3, seed=1)
     tokens = np.random.default_rng(2).integers(0, V, (6, 40))
     whole, _ = layer(tokens, embedding=table)
     alone, _ = layer(tokens[:, 11:12], embedding=table)
-    assert (whole[:, 11:12] == alone).all()
+    assert (whole[:, 11:12] == alone).all() and (whole == layer(table(tokens))[0]).all()
 
 
 @pytest.mark.parametrize("tokens, table, error, words", [
