@@ -336,7 +336,8 @@ cdef void lay_out_linear(Pass *f, Arena *arena) noexcept nogil:
     f.x_rows = <const void **>take(arena, pointers)
     f.da = <const void **>take(arena, pointers)
     f.C = <void **>take(arena, pointers)
-    f.ih.packed = take(arena, packed_bytes(f, &f.ih) if f.ih.W != NULL else 0)
+    if f.ih.W != NULL and not f.prepacked:
+        f.ih.packed = take(arena, packed_bytes(f, &f.ih))
     f.thread_bytes = max(weight_gradient_bytes(f), multiply_bytes(f))
     f.thread_bytes = (f.thread_bytes + 63) & ~<size_t>63
     f.thread = take(arena, f.n_threads * f.thread_bytes)
@@ -345,7 +346,8 @@ cdef void lay_out_linear(Pass *f, Arena *arena) noexcept nogil:
 cdef void linear_forward(void *arg, int me, int team) noexcept nogil:
     cdef Pass *f = <Pass *>arg
     cdef Py_ssize_t k, k0 = f.tokens * me // team, k1 = f.tokens * (me + 1) // team
-    pack(f, &f.ih, 0, 1, me, team)
+    if not f.prepacked:
+        pack(f, &f.ih, 0, 1, me, team)
     for k in range(k0, k1):
         f.x_rows[k] = f.x + k * f.I * f.item
         f.C[k] = f.y + k * f.G * f.item
@@ -467,24 +469,26 @@ cdef void forward_operands(Pass *f, W_ih, W_hh, W_hr):
 
 
 cdef class Packed:
-    """The weights of one layer and direction as they were when this was made, packed for `run_step`.
-
-    Packing costs more than a single step, so a stream of steps does it once.
-    """
+    """The weights of one layer and direction, or of a dense layer (W_ih alone), as they were when this
+    was made, packed for many calls: packing costs more than one step, and 2 % of a batch."""
     cdef Workspace work
     cdef Operand ih, hh, hr
     cdef const lstm_kernels *k
-    cdef bint descending           # which way the next step goes through them
-    cdef object weights            # the operands point into them
+    cdef bint descending           # which way the next single step goes through them
+    cdef readonly tuple weights    # the operands point into them
 
-    def __init__(self, cell, W_ih, W_hh, W_hr):
+    def __init__(self, cell, W_ih, W_hh=None, W_hr=None):
         cdef Pass f
         cdef Arena arena
         cdef Grid one
-        x = np.empty((1, 1, W_ih.shape[1]), W_ih.dtype)
-        fill(&f, cell, x, W_ih, W_hh, W_hr, None, None, None, None, None, False, None, None, None, 1)
+        if W_hh is None:
+            fill_linear(&f, W_ih[:1], W_ih.shape[0], 1)
+            linear_operand(&f, W_ih)
+        else:
+            fill(&f, cell, W_ih[None, :1], W_ih, W_hh, W_hr, None, None, None, None, None, False, None,
+                 None, None, 1)
+            forward_operands(&f, W_ih, W_hh, W_hr)
         f.blas = False
-        forward_operands(&f, W_ih, W_hh, W_hr)
         arena.base, arena.used = NULL, 0
         lay_out_weights(&f, &arena)
         self.work = Workspace(arena.used)
@@ -493,6 +497,10 @@ cdef class Packed:
         one.rows = one.units = 1
         pack_weights(&f, &one, 0, 0)
         self.k, self.ih, self.hh, self.hr, self.weights = f.k, f.ih, f.hh, f.hr, (W_ih, W_hh, W_hr)
+
+
+    def __reduce__(self):
+        return type(None), ()      # a copy or pickle of a frozen layer is one that is not
 
 
 cdef void use_packed(Pass *f, Packed packed):
@@ -569,12 +577,19 @@ cdef void fill_linear(Pass *f, x, Py_ssize_t outputs, int n_threads):
     f.blas = choose_blas(f)
 
 
-def run_linear_forward(x, W, b, y, n_threads):
+cdef void linear_operand(Pass *f, W):
+    f.ih = operand(PANEL_PLAIN, f.I, f.G, 0, W, 1, f.I)  # W[k, column] = W[column, k]
+
+
+def run_linear_forward(x, W, b, y, n_threads, Packed packed=None):
     """y (n,O) = x (n,I) Wᵀ + b, with W (O,I); n >= 1."""
     cdef Pass f
     fill_linear(&f, x, W.shape[0], n_threads)
     f.b, f.y = address(b), address(y)
-    f.ih = operand(PANEL_PLAIN, f.I, f.G, 0, W, 1, f.I)
+    if packed is None or f.blas:
+        linear_operand(&f, W)
+    else:
+        use_packed(&f, packed)
     run(&f, lay_out_linear, linear_forward)
 
 

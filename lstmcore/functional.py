@@ -88,6 +88,13 @@ def _table(x, W_ih, b):
     return x, np.ascontiguousarray(rows if b is None else rows + b)
 
 
+def _packed(packed, W_hh):
+    """packed, found made of this very W_hh."""
+    if packed is not None and packed.weights[1] is not W_hh:
+        raise ValueError("packed must be of functional.pack with the weights of this call")
+    return packed
+
+
 def _lengths(lengths, T, B):
     """None, or lengths (B,) in 0..T with the order of the rows, longest first."""
     if lengths is None:
@@ -185,7 +192,7 @@ def tape_from(*, x, W_ih, W_hh, peepholes=None, W_hr=None, h0=None, c0=None, len
 # ---- LSTM --------------------------------------------------------------------------------------------
 
 def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_hr=None,
-                 lengths=None, reverse=False, keep_tape=True, n_threads=None):
+                 lengths=None, reverse=False, keep_tape=True, n_threads=None, packed=None):
     """Run one LSTM layer over a batch of sequences.
 
     Parameters
@@ -202,6 +209,7 @@ def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_h
     reverse : read each sequence from its own end to its start
     keep_tape : False for inference: nothing is saved, and the tape is None
     n_threads : int, default `get_num_threads()`; changes no bit of the result
+    packed : of `functional.pack`, from the same weights, for many calls with weights that stay
 
     Returns
     -------
@@ -250,7 +258,8 @@ def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_h
     if tokens:
         rows, b = _table(x, W_ih, b)
         _kernels.run_forward("lstm", rows, W_ih, W_hh, b, W_hr, h0, c0, peepholes, order,
-                             sorted_lengths, bool(reverse), y, h_n, c_n, gates, c, n_threads)
+                             sorted_lengths, bool(reverse), y, h_n, c_n, gates, c, n_threads,
+                             _packed(packed, W_hh))
     else:
         h_n[...] = 0 if h0 is None else h0
         c_n[...] = 0 if c0 is None else c0
@@ -487,13 +496,29 @@ class Step:
         return np.ascontiguousarray(x_t, np.int64), self._table
 
 
+def pack(cell, W_ih, W_hh=None, W_hr=None):
+    """Weights arranged for many calls with packed=; they must not change as long as it is used.
+
+    cell: "lstm", or "linear" for a dense layer's W_ih alone. `Module.freeze` does this for a model.
+
+    >>> import numpy as np
+    >>> from lstmcore import lstm_forward
+    >>> from lstmcore.functional import pack
+    >>> W_ih, W_hh = np.ones((8, 3)), np.ones((8, 2))
+    >>> packed = pack("lstm", W_ih, W_hh)
+    >>> lstm_forward(np.zeros((5, 1, 3)), W_ih, W_hh, packed=packed)[0].shape
+    (5, 1, 2)
+    """
+    return _kernels.Packed(cell, W_ih, W_hh, W_hr)
+
+
 # ---- dense layer -------------------------------------------------------------------------------------
 
-def linear_forward(x, W, b=None, *, n_threads=None):
+def linear_forward(x, W, b=None, *, n_threads=None, packed=None):
     """y = x Wᵀ + b on the project's own threads: x (n, I), W (O, I), b (O,) -> y (n, O).
 
     A matrix product of NumPy would use a second pool of threads, which slows the kernels down, and
-    the bits of a row could depend on the other rows.
+    the bits of a row could depend on the other rows. packed: of pack("linear", W), for many calls.
 
     >>> import numpy as np
     >>> from lstmcore.functional import linear_forward
@@ -505,7 +530,7 @@ def linear_forward(x, W, b=None, *, n_threads=None):
     b = _optional(b, "b", "(O,)", (len(W),), dtype)
     y = np.empty((len(x), len(W)), dtype)
     if y.size:
-        _kernels.run_linear_forward(x, W, b, y, _threads(n_threads, len(x), *W.shape))
+        _kernels.run_linear_forward(x, W, b, y, _threads(n_threads, len(x), *W.shape), packed)
     return y
 
 

@@ -71,6 +71,8 @@ class Linear(Module):
     (5, 2, 3)
     """
 
+    _packed = None
+
     def __init__(self, in_features, out_features, *, bias=True, dtype="float32", seed=None):
         self.in_features = check_size("in_features", in_features)
         self.out_features = check_size("out_features", out_features)
@@ -81,6 +83,10 @@ class Linear(Module):
         for name in ("weight", "bias")[:1 + self.bias]:
             self._declare(name, rng.uniform(-bound, bound, shapes[name]).astype(self.dtype))
 
+    def _fix(self, fixed):
+        super()._fix(fixed)
+        self._packed = functional.pack("linear", self._own["weight"][0]) if fixed else None
+
     def __call__(self, x):
         """x (..., I) of the layer's dtype -> y (..., O)."""
         x = np.asarray(x)
@@ -90,7 +96,7 @@ class Linear(Module):
         rows = x.reshape(-1, self.in_features)
         y = functional.linear_forward(rows, self._own["weight"][0],
                                       self._own["bias"][0] if self.bias else None,
-                                      n_threads=self.n_threads)
+                                      n_threads=self.n_threads, packed=self._packed)
         y = y.reshape(*x.shape[:-1], self.out_features)
         self._keep(y, rows)
         return y

@@ -7,6 +7,8 @@ its weights themselves, not copies: leave them as they are until then.
 """
 
 import inspect
+import math
+import numbers
 import re
 
 import numpy as np
@@ -50,6 +52,8 @@ class Module:
 
     def train(self, mode=True):
         """Training mode: calls keep what backward needs, and dropout drops. Returns self."""
+        if mode:
+            self._check_not_frozen("be trained")
         for _, module in self.modules():
             module.training = bool(mode)
             if not mode:
@@ -59,6 +63,28 @@ class Module:
     def eval(self):
         """Inference mode: nothing is kept, nothing dropped. Returns self."""
         return self.train(False)
+
+    def freeze(self):
+        """Fix the parameters for inference, in inference mode, until `unfreeze`. Returns self.
+
+        Calls give the same bits, but no longer pack the weights for the kernels each time. The
+        parameters cannot be written to meanwhile; a copy, a pickle or a file of the model can.
+
+        >>> from lstmcore import LSTM
+        >>> m = LSTM(3, 5, seed=0).freeze()
+        >>> m.parameters()["bias_l0"][0] = 1
+        Traceback (most recent call last):
+        ValueError: assignment destination is read-only
+        """
+        for _, module in self.eval().modules():
+            module._fix(True)
+        return self
+
+    def unfreeze(self):
+        """Let the parameters change again; the mode stays inference. Returns self."""
+        for _, module in self.modules():
+            module._fix(False)
+        return self
 
     def modules(self):
         """(prefix, module) of this module and of every module below it, each module once."""
@@ -75,6 +101,7 @@ class Module:
         module's. PyTorch's two biases count as the one they act as:
         bias_l0 = bias_ih_l0 + bias_hh_l0.
         """
+        self._check_not_frozen("load a state")
         state = _fold_bias_pairs({name: np.asarray(value) for name, value in state.items()})
         parameters = self.parameters()
         missing, unknown = parameters.keys() - state.keys(), state.keys() - parameters.keys()
@@ -114,6 +141,15 @@ class Module:
             elif value != parameter.default:
                 said.append(f"{name}={value!r}")
         return f"{type(self).__name__}({', '.join(said)})"
+
+    def _fix(self, fixed):
+        """Make this layer's own parameters read-only, or not; layers with kernels pack them."""
+        for p, _ in self._own.values():
+            p.flags.writeable = not fixed
+
+    def _check_not_frozen(self, what):
+        if not all(p.flags.writeable for p in self.parameters().values()):
+            raise ValueError(f"a frozen {type(self).__name__} cannot {what}: unfreeze() it first")
 
     def _walk(self, prefix, seen):
         if id(self) in seen:
@@ -179,9 +215,18 @@ def check_size(name, value, at_least=1):
     return int(value)
 
 
+def check_number(name, value, at_least=0):
+    """The value as a float; TypeError or ValueError unless it is a finite number, large enough."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not at_least <= value < math.inf:
+        raise ValueError(f"{name} must be at least {at_least} and finite, got {value}")
+    return float(value)
+
+
 def check_probability(name, value):
-    """The value as a float; ValueError unless it is in 0..1."""
-    if not 0 <= value <= 1:
+    """The value as a float; TypeError or ValueError unless it is a number in 0..1."""
+    if not 0 <= check_number(name, value, -math.inf) <= 1:
         raise ValueError(f"{name} must be in 0..1, got {value}")
     return float(value)
 

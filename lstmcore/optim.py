@@ -38,6 +38,9 @@ class Optimizer:
 
     def step(self):
         """Update every parameter by its gradient, once."""
+        for name, p in self._parameters.items():
+            if not p.flags.writeable:
+                raise ValueError(f"parameter {name} is frozen: unfreeze() the model first")
         self._blocks = self._blocks or list(self._cut())
         self.steps += 1
         self._prepare()

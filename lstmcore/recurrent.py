@@ -50,6 +50,14 @@ class _Recurrent(Module):
                 self._weights.append({letter: p for letter, (p, _) in pairs.items()})
                 self._dweights.append({letter: g for letter, (_, g) in pairs.items()})
 
+    def _fix(self, fixed):
+        super()._fix(fixed)
+        for w in self._weights:
+            w.pop("packed", None)
+            # A vanilla layer or a projection, packed ahead, could not be shared out by units.
+            if fixed and self._cell == "lstm" and "W_hr" not in w:
+                w["packed"] = functional.pack("lstm", w["W_ih"], w["W_hh"])
+
     def _shapes(self, layer):
         """Letter -> shape of the weights of one layer in one direction, the gates on top."""
         H, P = self.hidden_size, self._widths[0]
@@ -359,9 +367,9 @@ class Stream:
             raise ValueError("a bidirectional layer cannot stream: its second half starts at the "
                              "end of the sequence")
         self.layer, self.batch_size = layer, check_size("batch_size", batch_size)
-        self._steps = [functional.Step(layer._cell, self.batch_size, **weights,
-                                       n_threads=layer.n_threads)
-                       for weights in layer._weights]
+        self._steps = [functional.Step(layer._cell, self.batch_size, n_threads=layer.n_threads,
+                                       **{letter: a for letter, a in w.items() if letter != "packed"})
+                       for w in layer._weights]
         # What goes from layer to layer within a step.
         self._between = [np.empty_like(step.h) for step in self._steps[:-1]]
 

@@ -101,6 +101,18 @@ def test_any_layout_will_do(make, close):
         close(other, results[0], "identity")
 
 
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_a_frozen_net_gives_the_same_bits(rows, isa):
+    net, x = Sequential(Linear(5, 70, seed=1), Tanh(), Linear(70, 130, seed=3)), normal(rows, 5)
+    x = x.astype("float32")
+    want = net.eval()(x)
+    assert (net.freeze()(x) == want).all() and (copy.deepcopy(net)(x) == want).all()
+    with pytest.raises(ValueError, match="a frozen Sequential cannot be trained: unfreeze"):
+        net.train()
+    net.unfreeze().layers[0].parameters()["weight"][...] = 0
+    assert (net(x) != want).any()
+
+
 def test_gradients_add_up_and_go_to_zero():
     layer, x = LSTM(3, 4, seed=0), normal(5, 2, 3, dtype="float32")
     once = []

@@ -475,6 +475,51 @@ def test_few_of_many_tokens_are_the_same_as_one_hot_rows(make, close):
     close(tuple(got.values()), tuple(layer.gradients().values()), "kernel")
 
 
+@by_name(RECURRENT)
+def test_a_frozen_layer_gives_the_same_bits(make, isa):
+    layer = make().eval()
+    x, state, _, _ = recurrent_case(layer)
+    want, final = layer(x, state, RAGGED)
+    want_dense, _ = layer(x)
+    assert layer.freeze() is layer
+    for n in 1, 2, 3:
+        layer.n_threads = n
+        y, frozen_final = layer(x, state, RAGGED)
+        assert (y == want).all() and (layer(x)[0] == want_dense).all()
+        assert all((a == b).all() for a, b in zip(as_tuple(frozen_final), as_tuple(final)))
+
+
+def test_a_frozen_layer_reads_tokens_and_streams(close):
+    layer, table = LSTM(3, 5, 2, seed=0).eval(), Embedding(7, 3, seed=1)
+    ids, hot = np.array([[1, 2], [0, 2], [4, 6], [4, 1]]), np.array([[1, 2], [0, 2]])
+    want, want_hot, x = layer(table(ids)), layer(hot), normal(1, 3, dtype="float32")
+    step = layer.stream().step(x)
+    layer.freeze()
+    assert (layer(ids, embedding=table)[0] == want[0]).all() and (layer(hot)[0] == want_hot[0]).all()
+    assert (layer.stream().step(x) == step).all()
+    assert layer.trace(normal(4, 2, 3, dtype="float32"))[1].h.shape == (4, 2, 5)
+
+
+def test_a_frozen_layer_stays_as_it_is_until_it_is_not_frozen(tmp_path):
+    layer = LSTM(3, 5, seed=0)
+    optimizer = lstmcore.optim.Adam(layer)
+    optimizer.step()
+    x, kept = normal(4, 2, 3, dtype="float32"), layer.state_dict()
+    layer.freeze()
+    with pytest.raises(ValueError, match="read-only"):
+        layer.parameters()["weight_hh_l0"][0] = 1
+    for change in (layer.train, lambda: layer.load_state_dict(kept), optimizer.step):
+        with pytest.raises(ValueError, match=r"unfreeze\(\)"):
+            change()
+    assert all((p == kept[name]).all() for name, p in layer.parameters().items())
+    want = layer(x)[0]
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        copied.train().parameters()["weight_hh_l0"][...] = 0
+        assert (copied(x)[0] != want).any() and (layer(x)[0] == want).all()
+    layer.unfreeze().parameters()["weight_hh_l0"][...] = 0
+    assert (layer(x)[0] == copied(x)[0]).all() and layer.train().training
+
+
 def test_stream_says_what_it_wants():
     with pytest.raises(ValueError, match="bidirectional"):
         LSTM(3, 4, bidirectional=True).stream()
