@@ -188,9 +188,12 @@ def test_pipeline_and_grid_search():
     (dict(validation_fraction=1.0), "validation_fraction must be"),
     (dict(cell="rnn", peepholes=True), "peepholes are an LSTM's"),
     (dict(dtype="float16"), "dtype must be"), (dict(n_channels=4), "n_channels = 4"),
-    (dict(schedule="step"), "schedule must be one of")])
+    (dict(schedule="step"), "schedule must be one of"), (dict(hidden_size=0), "hidden_size must"),
+    (dict(learning_rate=-1), "learning_rate must be at least 0"),
+    (dict(learning_rate="slow"), "learning_rate must be a number, got 'slow'"),
+    (dict(dropout=1.5), "dropout must be in 0..1"), (dict(clip_norm=-1), "clip_norm must be at")])
 def test_bad_parameters_are_named(options, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         small(**options).fit(np.ones((4, 6)), np.arange(4.0))
 
 
@@ -203,7 +206,10 @@ def test_bad_input_is_named():
             ([np.full((2, 2), np.nan)], ValueError, "NaN"),
             ([np.ones((2, 2)), np.ones((2, 3))], ValueError, "same number of channels"),
             ([np.ones((2, 2)), "b"], TypeError, "got both"),
-            ([np.ones((2, 2)), np.ones((2, 2)) * 1j], TypeError, "real numbers")):
+            ([np.ones((2, 2)), np.ones((2, 2)) * 1j], TypeError, "real numbers"),
+            ([], ValueError, "at least one sequence"), ({"a"}, TypeError, "got set"),
+            ((x for x in X), TypeError, "got generator"), ([b"a"], TypeError, "got bytes"),
+            ([[[1, 2], [3]]], ValueError, r"X\[0\] must be an array")):
         with pytest.raises(error, match=said):
             model.predict(given)
     with pytest.raises(NotFittedError):
@@ -379,5 +385,7 @@ def test_forecaster_names_what_is_wrong():
                          (np.ones(24), "more than window")):
         with pytest.raises(ValueError, match=said):
             Forecaster(window=24).fit(series)
+    with pytest.raises(TypeError, match="regressor must be an LSTMRegressor"):
+        Forecaster(window=4, regressor=small(LSTMClassifier)).fit(np.arange(30.0))
     with pytest.raises(ValueError, match="a row per value"):
         Forecaster(window=4).fit(np.arange(30.0), np.ones((29, 1)))

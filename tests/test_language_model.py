@@ -426,6 +426,31 @@ def test_mistaken_types_are_named(counting):
         fit(small(), 5)
     with pytest.raises(TypeError, match="prime must be a str"):
         counting.sample(5)
+    with pytest.raises(TypeError, match="temperature must be a number, got 'hot'"):
+        counting.sample(temperature="hot")
+    for settings_ in (dict(epochs="3"), dict(validation=True), dict(lr="fast")):
+        with pytest.raises(TypeError, match="must be a number"):
+            fit(small(), story(50), **settings_)
+
+
+def test_a_name_of_a_file_that_is_not_there_is_no_text():
+    for given in (dict(source="book.txt"), dict(source=story(50), validation="a/b.txt.gz")):
+        with pytest.raises(FileNotFoundError, match="book.txt|b.txt.gz"):
+            small().fit(**given, steps=1, progress=False)
+    assert text.load("end.") == "end." and text.load("no such.txt") == "no such.txt"
+
+
+def test_one_callback_needs_no_list():
+    seen = []
+    fit(small(), story(50), steps=2, callbacks=lambda model, record: seen.append(record["step"]))
+    assert seen[-1] == 2
+
+
+@pytest.mark.parametrize("path", ["m.onnx", "m.weights.h5", "m.pt"])
+def test_a_model_is_not_saved_under_the_name_of_another_kind(counting, path, tmp_path):
+    with pytest.raises(ValueError, match="saved as .safetensors"):
+        counting.save(tmp_path / path)
+    assert os.listdir(tmp_path) == []
 
 
 def test_unwritable_checkpoints_are_found_before_training(tmp_path):

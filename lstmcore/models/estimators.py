@@ -11,7 +11,7 @@ from lstmcore.layers import (LSTM, RNN, Dropout, Embedding, LastStep, Linear, Ma
                              MeanOverTime, Sequential)
 from lstmcore.losses import mse_loss, softmax_cross_entropy
 from lstmcore.models import sequences
-from lstmcore.module import Module, check_size
+from lstmcore.module import Module, check_number, check_probability, check_size
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
@@ -156,8 +156,15 @@ class _SequenceEstimator(BaseEstimator):
                                   schedule=("constant", "cosine")).items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("epochs", "batch_size", "n_channels", "min_count", "patience"):
+        for name in ("hidden_size", "num_layers", "embedding_size", "epochs", "batch_size",
+                     "n_channels", "min_count", "patience"):
             check_size(name, getattr(self, name))
+        for name in ("learning_rate", "weight_decay"):
+            check_number(name, getattr(self, name))
+        if self.clip_norm is not None:
+            check_number("clip_norm", self.clip_norm)
+        check_probability("dropout", self.dropout)
+        check_number("validation_fraction", self.validation_fraction)
         if not 0 <= self.validation_fraction < 1:
             raise ValueError("validation_fraction must be at least 0 and below 1, "
                              f"got {self.validation_fraction}")

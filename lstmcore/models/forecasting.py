@@ -72,7 +72,10 @@ class Forecaster:
         y = np.stack([series[t + 1:t + 1 + self.horizon] for t in origins])
         if self.anchored:
             y = y - self._naive(series, origins)
-        from sklearn.base import clone
+        from sklearn.base import clone, is_regressor
+        if self.regressor is not None and not is_regressor(self.regressor):
+            raise TypeError("regressor must be an LSTMRegressor, "
+                            f"got {type(self.regressor).__name__}")
         self.regressor_ = clone(self.regressor or LSTMRegressor(random_state=0))
         self.regressor_.fit(x, y)
         self._past, self._past_exog = series, exog

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from lstmcore.module import check_size
+from lstmcore.module import check_number, check_size
 
 
 def drawing(temperature=1.0, top_k=None, top_p=None, seed=None):
@@ -16,11 +16,10 @@ def drawing(temperature=1.0, top_k=None, top_p=None, seed=None):
     >>> drawing(temperature=0)(np.array([0.1, 3.0, 2.0]))
     1
     """
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
-    if top_k is not None and (top_k != int(top_k) or top_k < 1):
-        raise ValueError(f"top_k must be an int of at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
+    check_number("temperature", temperature)
+    if top_k is not None:
+        check_size("top_k", top_k)
+    if top_p is not None and not 0 < check_number("top_p", top_p) <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     rng = np.random.default_rng(None if seed is None else check_size("seed", seed, at_least=0))
 

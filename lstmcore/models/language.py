@@ -16,7 +16,7 @@ from lstmcore.formats import safetensors
 from lstmcore.layers import LSTM, RNN, Dropout, Embedding, Linear
 from lstmcore.models import generation, text
 from lstmcore.models.training import Budget, Settings, Trainer, total_nats
-from lstmcore.module import Module, check_probability, check_size, float_dtype
+from lstmcore.module import Module, check_number, check_probability, check_size, float_dtype
 
 Evaluation = namedtuple("Evaluation", "nats bits_per_char perplexity tokens unknown")
 KEY, RUN = "lstmcore.language_model", "lstmcore.training"
@@ -72,7 +72,7 @@ class LanguageModel:
 
     Parameters
     ----------
-    level : "char", "byte" or "word"
+    level : "char", "byte", or "word" for languages that put spaces between words
     cell : "lstm" or "rnn"
     hidden_size, num_layers : of the recurrent layers
     embed_size : width of the table of tokens, by default 64, and 128 for words; 0 for one-hot rows,
@@ -137,7 +137,7 @@ class LanguageModel:
             with what `resume` needs
         resume : a checkpoint whose run is to be continued, on the same text. It goes on with the
             settings and, bit for bit, with the numbers that it would have had without the break
-        callbacks : functions of the model and a dict: step, epoch, loss, validation, lr, seconds,
+        callbacks : a function, or several, of the model and a dict: step, epoch, loss, validation, lr, seconds,
             tokens_per_second, best. Called after every evaluation; a true result ends the training
         progress : show a bar on standard error
         encoding : of files; found out by default
@@ -155,8 +155,9 @@ class LanguageModel:
         if checkpoint is not None:
             check_writable(checkpoint)
         run = None if resume is None else self._load_run(resume)
-        if isinstance(validation, (int, float)) and not isinstance(validation, bool):
-            settings["validation"] = float(validation)
+        callbacks = (callbacks,) if callable(callbacks) else tuple(callbacks)
+        if isinstance(validation, (int, float)):
+            settings["validation"] = check_number("validation", validation)
         settings = _settings({**(run[2]["settings"] if run else {}), **settings})
         if run and epochs is minutes is steps is None:
             budget = Budget(**run[2]["budget"])
@@ -266,6 +267,7 @@ class LanguageModel:
             raise ValueError("a LanguageModel is saved as .safetensors; of that file, "
                              "lstmcore.load(file, 'recurrent').save(...) writes the recurrent "
                              f"layers to other kinds; got {os.fspath(path)!r}")
+        check_writable(path)
         self._write(path, self.network.state_dict(), {})
 
     @classmethod

@@ -53,14 +53,21 @@ def recognize(X):
     """
     if isinstance(X, (str, bytes)):
         raise TypeError("X must hold many sequences, got a single string: pass [X]")
+    if not (isinstance(X, (list, tuple)) or hasattr(X, "__array__") or hasattr(X, "shape")):
+        raise TypeError("X must be an array, a table or a list of arrays or strings, "
+                        f"got {type(X).__name__}")
     X = _text_column(X)
     if isinstance(X, np.ndarray) and not (X.ndim == 1 and X.dtype.kind in "OUT"):
         return ("array" if X.ndim == 3 else "table"), X
-    if not isinstance(X, (list, tuple, np.ndarray)) or not len(X):
+    if not isinstance(X, (list, tuple, np.ndarray)):
         return "table", X
+    if not len(X):
+        raise ValueError("X must hold at least one sequence, got none")
     strings = sum(isinstance(x, str) for x in X)
     if strings == len(X):
         return "text", list(X)
+    if any(isinstance(x, bytes) for x in X):
+        raise TypeError("X must hold strings or arrays, got bytes: decode them")
     if strings:
         n, odd = next((n, x) for n, x in enumerate(X) if not isinstance(x, str))
         raise TypeError("X must hold strings only or arrays only, got both: "
@@ -77,7 +84,7 @@ def _text_column(X):
     dimensions = getattr(X, "ndim", None)
     if dimensions == 1 and hasattr(X, "to_numpy"):
         return X.to_numpy()
-    if dimensions == 2 and len(X):
+    if dimensions == 2 and X.shape[0] and (hasattr(X, "iloc") or isinstance(X, np.ndarray)):
         first = X.iloc[0] if hasattr(X, "iloc") else X[0]
         texts = sum(isinstance(value, str) for value in first)
         if texts and len(first) > 1:
@@ -90,7 +97,7 @@ def _text_column(X):
 
 def from_list(X, n_channels, dtype):
     """Arrays (T_i, C), or (T_i·C,) when n_channels says what C is -> Sequences of C channels."""
-    rows = [np.asarray(x) for x in X]
+    rows = [_as_array(n, x) for n, x in enumerate(X)]
     widths = {row.shape[1] for row in rows if row.ndim == 2}
     if any(row.ndim not in (1, 2) for row in rows) or len(widths) > 1:
         raise ValueError("each sequence in X must be (steps, channels), with the same number of "
@@ -108,6 +115,14 @@ def from_list(X, n_channels, dtype):
     dtype = float_type(rows, dtype)
     values = np.concatenate(rows).astype(dtype, order="C", copy=False)
     return Sequences(values, [len(row) for row in rows])
+
+
+def _as_array(n, x):
+    try:
+        return np.asarray(x)
+    except ValueError:
+        raise ValueError(f"X[{n}] must be an array (steps, channels), with as many channels in "
+                         f"every step; got {str(x):.60}") from None
 
 
 def from_array(X):

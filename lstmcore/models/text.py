@@ -4,6 +4,7 @@ Knows files, encodings and tokens; knows no model.
 """
 
 import codecs
+import errno
 import gzip
 import importlib
 import os
@@ -22,6 +23,8 @@ BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"),
 
 # A word with the space before it, so that joining the tokens gives the text back.
 WORD = re.compile(r" ?\w+(?:['’]\w+)*| ?<unk>| ?[^\w\s]+| +(?= )|\s")
+
+FILE = re.compile(r"\S+\.\w{1,4}")      # what cannot be a text to learn from
 
 
 def default_text():
@@ -83,7 +86,8 @@ def load(source, level="char", encoding=None):
     """What a model of this level reads of `source`: text, or bytes for level "byte".
 
     source : a path; "-" for standard input; text or bytes themselves; or a list of these, joined.
-        A str that names an existing file is a path.
+        A str that names an existing file is a path, and one that can only be a file's name, such as
+        "book.txt", must.
     """
     if isinstance(source, (list, tuple)):
         parts = [load(part, level, encoding) for part in source]
@@ -91,6 +95,8 @@ def load(source, level="char", encoding=None):
     if isinstance(source, os.PathLike) or isinstance(source, str) and _is_path(source):
         data, name = read_bytes(source), os.fspath(source)
         return data if level == "byte" else decode(data, encoding, name)
+    if isinstance(source, str) and len(source) < 1024 and FILE.fullmatch(source):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), source)
     if isinstance(source, str):
         return source.encode("utf-8", "surrogatepass") if level == "byte" else source
     if isinstance(source, (bytes, bytearray)):

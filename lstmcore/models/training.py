@@ -19,7 +19,7 @@ import numpy as np
 
 from lstmcore import optim
 from lstmcore.losses import softmax_cross_entropy
-from lstmcore.module import check_size
+from lstmcore.module import check_number, check_size
 from lstmcore.threads import one_blas_thread
 
 CONTEXT = 100           # tokens that a stream of `total_nats` reads before it is scored
@@ -75,11 +75,7 @@ class Settings:
         if self.schedule is not None:
             _check_choice("schedule", self.schedule, SCHEDULES)
         for name in ("lr", "clip", "weight_decay", "momentum", "decay"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+            check_number(name, getattr(self, name))
         if self.validation is not None and not 0 <= self.validation < 1:
             raise ValueError(f"validation must be at least 0 and below 1, got {self.validation}")
 
@@ -94,8 +90,8 @@ class Budget:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+            if value is not None:
+                check_number(name, value)
         if self.epochs is self.minutes is self.steps is None:
             self.epochs = 10
 
