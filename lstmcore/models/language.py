@@ -24,7 +24,7 @@ CELLS = ("lstm", "rnn")
 
 
 class Network(Module):
-    """Tokens (T, B) -> logits (T, B, V): a table (or one-hot rows), recurrent layers, a linear head.
+    """Tokens (T, B) -> logits (T, B, V): a table or one-hot rows, recurrent layers, linear head.
 
     Dropout acts between the recurrent layers and before the head.
     """
@@ -137,8 +137,9 @@ class LanguageModel:
             with what `resume` needs
         resume : a checkpoint whose run is to be continued, on the same text. It goes on with the
             settings and, bit for bit, with the numbers that it would have had without the break
-        callbacks : a function, or several, of the model and a dict: step, epoch, loss, validation, lr, seconds,
-            tokens_per_second, best. Called after every evaluation; a true result ends the training
+        callbacks : a function, or several, of the model and a dict: step, epoch, loss, validation,
+            lr, seconds, tokens_per_second, best. Called after every evaluation; a true result ends
+            the training
         progress : show a bar on standard error
         encoding : of files; found out by default
         **settings : seq_length=100, batch_size=64, optimizer="adam", lr=2e-3, clip=5.0,
