@@ -129,6 +129,10 @@ class LSTM(torch.nn.LSTM):
             extras += f", forget_bias={self.forget_bias}"
         return super().extra_repr() + extras
 
+    def __prepare_scriptable__(self):
+        raise TypeError("torch.jit.script cannot compile lstmcore.torch.LSTM: use torch.jit.trace, "
+                        "torch.export or torch.compile, or a torch.nn.LSTM with its state_dict")
+
     def forward(self, input, hx=None):
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
@@ -173,35 +177,30 @@ class LSTM(torch.nn.LSTM):
         weight = self.weight_hh_l0
         if not (input.is_cpu and weight.is_cpu and input.dtype == weight.dtype in _DTYPES):
             _check_kind(input, weight)
-        if input.size(-1) != self.input_size:
+        if not torch.jit.is_tracing() and input.size(-1) != self.input_size:
             raise RuntimeError(f"input.size(-1) must be equal to input_size = {self.input_size}, "
                                f"got {input.size(-1)}")
 
     def _stack(self, x, hx, lengths):
         """All layers: x (T,B,I) -> y (T,B,D·P), h_n (L·D,B,P), c_n (L·D,B,H)."""
-        D = 2 if self.bidirectional else 1
-        absent = [None] * (D * self.num_layers)
-        h0, c0 = (absent, absent) if hx is None else map(_rows, hx)
+        weights, D = self.all_weights, 2 if self.bidirectional else 1
+        absent = [None] * len(weights)
+        h0, c0 = (absent, absent) if hx is None else (states.split(1) for states in hx)
         peepholes = [getattr(self, name) for name in self._peephole_names()] or absent
-        ys, h_n, c_n = [], [], []
-        for n, (W_ih, W_hh, *others) in enumerate(self.all_weights):
-            d = n % D
-            if d == 0 and n > 0:
-                x = _joined(ys, dim=2)
-                if self.dropout > 0:
-                    x = torch.nn.functional.dropout(x, self.dropout, self.training)
-                ys = []
-            b_ih, b_hh = others[:2] if self.bias else (None, None)
-            W_hr = others[-1] if self.proj_size > 0 else None
-            y, h, c = layer(x, W_ih, W_hh, b_ih, b_hh, h0[n], c0[n], peepholes[n], W_hr, lengths,
-                            reverse=d == 1)
-            ys.append(y), h_n.append(h), c_n.append(c)
-        return _joined(ys, dim=2), _joined(h_n, dim=0), _joined(c_n, dim=0)
-
-
-def _rows(states):
-    """States (N,B,·) as N of (1,B,·)."""
-    return (states,) if len(states) == 1 else states.split(1)
+        h_n, c_n = [], []
+        for k in range(self.num_layers):
+            if k > 0 and self.dropout > 0:
+                x = torch.nn.functional.dropout(x, self.dropout, self.training)
+            ys = []
+            for n in range(k * D, k * D + D):
+                W_ih, W_hh, *others = weights[n]
+                b_ih, b_hh = others[:2] if self.bias else (None, None)
+                W_hr = others[-1] if self.proj_size > 0 else None
+                y, h, c = layer(x, W_ih, W_hh, b_ih, b_hh, h0[n], c0[n], peepholes[n], W_hr,
+                                lengths, reverse=n % D == 1)
+                ys.append(y), h_n.append(h), c_n.append(c)
+            x = _joined(ys, dim=2)
+        return x, _joined(h_n, dim=0), _joined(c_n, dim=0)
 
 
 def _joined(tensors, dim):

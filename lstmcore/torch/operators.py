@@ -292,8 +292,9 @@ def layer(x, W_ih, W_hh, b_ih, b_hh, h0, c0, peepholes, W_hr, lengths, reverse):
     keep_tape = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if torch.is_autocast_enabled("cpu") or not (x.is_cpu and _is_plain(*tensors)):
         b = None if b_ih is None else b_ih + b_hh
-        y, h_n, c_n, _, _ = _lstm(x, W_ih, W_hh, b, _first(h0), _first(c0), peepholes, W_hr, lengths,
-                                  reverse, keep_tape)
+        keep_tape = keep_tape and not torch.jit.is_tracing()  # a trace has no grad mode
+        y, h_n, c_n, _, _ = _lstm(x, W_ih, W_hh, b, _first(h0), _first(c0), peepholes, W_hr,
+                                  lengths, reverse, keep_tape)
         return y, h_n[None], c_n[None]
     if keep_tape:
         return _Eager.apply(*tensors, reverse)
