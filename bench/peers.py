@@ -63,7 +63,7 @@ class Lstmcore:
         m = self.lib.LSTM(case.I, case.H, case.L, bidirectional=case.D == 2, dtype=case.dtype)
         m.load_state_dict({name: data[name] for name in m.parameters()})
         m.n_threads = self.threads
-        return m.train() if job == "train" else m.eval()
+        return m.train() if job == "train" else m.freeze()
 
     def _functions(self, job, data):
         forward, backward = self.lib.lstm_forward, self.lib.lstm_backward
@@ -71,6 +71,8 @@ class Lstmcore:
         weights = data["weight_ih_l0"], data["weight_hh_l0"], data["bias_l0"]
         options = dict(lengths=data.get("lengths"), peepholes=data.get("weight_peephole_l0"),
                        keep_tape=job == "train", n_threads=self.threads)
+        if job == "infer":
+            options["packed"] = self.lib.functional.pack("lstm", *weights[:2])
 
         def run():
             y, state, tape = forward(x, *weights, **options)

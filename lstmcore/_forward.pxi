@@ -54,7 +54,7 @@ cdef void forward_rows(Pass *f, int group, int groups, int slab, int slabs, char
 
     The threads of a group fill the same rows with the same values: each writes its own copy.
     """
-    cdef Py_ssize_t s0, s, q, r, at, token, n, count, j0, j1
+    cdef Py_ssize_t s0, s, q, r, at, token, j0, j1
     cdef Rows mine = rows_of(f, group, groups)
     cdef Py_ssize_t running = mine.n
     cdef Py_ssize_t row_x = f.I * f.item, row_h = f.K * f.item, row_c = f.H * f.item
@@ -69,32 +69,17 @@ cdef void forward_rows(Pass *f, int group, int groups, int slab, int slabs, char
     s0 = -f.chunk
     while s0 + f.chunk < f.steps:
         s0 += f.chunk
-        # a = x W_ihᵀ + b        (n,I) (I,G) for all steps of the chunk
-        count, n = 0, running
-        for s in range(s0, min(f.steps, s0 + f.chunk)):
-            n = active(f, s, &mine, n)
-            for q in range(n):
-                r = mine.first + q * mine.stride
-                at = place(f, s, r)
-                a[count] = f.x + at * row_x if f.ids == NULL else f.table + f.ids[at] * row_g
-                rows[q].x = a[count]
-                if f.rnn:
-                    C[count] = f.y + at * row_h
-                else:
-                    C[count] = f.gates + (f.start[s] + r if f.keep else (s - s0) * f.B + r) * row_g
-                count += 1
-        if f.ids != NULL:
-            for q in range(count):
-                copy_units(f, C[q], <const char *>a[q], j0, j1)
-        elif not fused(f):
-            multiply(f, &f.ih, slab, slabs, START_BIAS if f.b != NULL else START_ZERO, count, a, f.b,
-                     C, scratch)
+        if not f.fused:
+            project(f, s0, &mine, running, slab, slabs, a, C, scratch)
         for s in range(s0, min(f.steps, s0 + f.chunk)):
             running = active(f, s, &mine, running)
             for q in range(running):
                 r = mine.first + q * mine.stride
                 token = f.start[s] + r
-                rows[q].h = f.y + place(f, s, r) * row_h
+                at = place(f, s, r)
+                rows[q].h = f.y + at * row_h
+                if f.ids == NULL:
+                    rows[q].x = f.x + at * row_x
                 if not f.rnn:
                     rows[q].gates = f.gates + (token if f.keep else (s - s0) * f.B + r) * row_g
                     rows[q].c = f.c + token * row_c if f.keep else f.c_n + f.order[r] * row_c
@@ -119,6 +104,47 @@ cdef void forward_rows(Pass *f, int group, int groups, int slab, int slabs, char
                 memcpy(f.c_n + r * row_c, rows[q].c_prev, row_c)
 
 
+cdef inline bint choose_fused(const Pass *f):
+    """Whether a step itself multiplies x, instead of one product for a chunk of steps.
+
+    For a single step: it reads all weights once, in one order, and the next one can start with those
+    that are still in the cache. And where all weights stay there, because the pre-activations need
+    not be stored and loaded in between: +3 to 8 % at (50,256,64,64), (50,50,128,128), (20,8,16,32).
+    """
+    if f.ids != NULL or f.rnn or f.blas:
+        return False
+    if plan is not None:
+        return plan == "fused"
+    return f.T == 1 or f.G * (f.I + f.K) * f.item <= L2_BYTES * 3 // 4
+
+
+cdef void project(const Pass *f, Py_ssize_t s0, const Rows *mine, Py_ssize_t n, int slab, int slabs,
+                  const void **a, void **C, char *scratch) noexcept nogil:
+    """a = x W_ihᵀ + b        (n,I) (I,G) for all steps of the chunk that starts at s0, n rows there."""
+    cdef Py_ssize_t s, q, r, at, j0, j1, count = 0
+    unit_range(f.H, f.k.VL, slab, slabs, &j0, &j1)
+    for s in range(s0, min(f.steps, s0 + f.chunk)):
+        n = active(f, s, mine, n)
+        for q in range(n):
+            r = mine.first + q * mine.stride
+            at = place(f, s, r)
+            if f.ids == NULL:
+                a[count] = f.x + at * f.I * f.item
+            else:
+                a[count] = f.table + f.ids[at] * f.G * f.item
+            if f.rnn:
+                C[count] = f.y + at * f.K * f.item
+            else:
+                C[count] = f.gates + (f.start[s] + r if f.keep else (s - s0) * f.B + r) * f.G * f.item
+            count += 1
+    if f.ids == NULL:
+        multiply(f, &f.ih, slab, slabs, START_BIAS if f.b != NULL else START_ZERO, count, a, f.b, C,
+                 scratch)
+    else:
+        for q in range(count):
+            copy_units(f, C[q], <const char *>a[q], j0, j1)
+
+
 cdef inline void copy_units(const Pass *f, void *out, const char *row, Py_ssize_t j0,
                             Py_ssize_t j1) noexcept nogil:
     """The pre-activations of the units [j0, j1), all gates."""
@@ -128,12 +154,6 @@ cdef inline void copy_units(const Pass *f, void *out, const char *row, Py_ssize_
                (j1 - j0) * f.item)
 
 
-cdef inline bint fused(const Pass *f) noexcept nogil:
-    """Whether the step itself multiplies x: for a single step, which reads all weights once, in one
-    order; then the next one can start with those that are still in the cache."""
-    return f.steps == 1 and f.ids == NULL and not f.rnn and not f.blas
-
-
 cdef inline void step(const Pass *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t j0, Py_ssize_t j1,
                       int slab, int slabs, lstm_row *rows, const void **a, void **C,
                       char *scratch) noexcept nogil:
@@ -141,7 +161,7 @@ cdef inline void step(const Pass *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t j0, 
     cdef bint from_zero = s == 0 and f.h0 == NULL
     cdef Py_ssize_t q
     cdef lstm_weights w
-    w.I, w.K, w.H = f.I if fused(f) else 0, 0 if from_zero or f.blas else f.K, f.H
+    w.I, w.K, w.H = f.I if f.fused else 0, 0 if from_zero or f.blas else f.K, f.H
     w.ih, w.hh, w.bias = packed_at(f, &f.ih, j0), packed_at(f, &f.hh, j0), f.b
     w.peepholes = f.peepholes
     if f.rnn or f.blas:

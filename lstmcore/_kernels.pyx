@@ -133,7 +133,7 @@ cdef enum: MAX_TEAM = 1024
 
 cdef gemm_fn *blas_gemm = NULL
 
-plan = None                    # tests: force "tiles" or "blas"
+plan = None                    # tests: force "tiles", "fused" (where it can be) or "blas"
 last_plan = ("", 0, 0)         # tests: plan, row groups and unit slabs of the last call
 
 
@@ -458,7 +458,7 @@ cdef run(Pass *f, void (*lay_out)(Pass *, Arena *) noexcept nogil, team_fn *fn):
             team_run(f.n_threads, fn, f)
     give_back(work)
     if f.grid.rows:
-        last_plan = ("blas" if f.blas else "tiles", f.grid.rows, f.grid.units)
+        last_plan = ("blas" if f.blas else "fused" if f.fused else "tiles", f.grid.rows, f.grid.units)
 
 
 cdef void forward_operands(Pass *f, W_ih, W_hh, W_hr):
@@ -522,7 +522,8 @@ def run_forward(cell, x, W_ih, W_hh, b, W_hr, h0, c0, peepholes, order, lengths,
     if f.ids != NULL:
         f.table = address(b)
     f.b, f.h_n, f.c_n, f.keep = address(b), address(h_n), address(c_n), gates is not None
-    f.chunk = min(max(1, f.steps), (CHUNK_ROWS + f.B - 1) // f.B)
+    f.fused = choose_fused(&f)
+    f.chunk = 1 if f.fused else min(max(1, f.steps), (CHUNK_ROWS + f.B - 1) // f.B)
     if packed is None or f.blas:
         forward_operands(&f, W_ih, W_hh, W_hr)
     else:
@@ -542,6 +543,7 @@ def run_step(cell, x, W_ih, W_hh, b, W_hr, peepholes, h, c, y, n_threads, Packed
     f.h0, f.h_n, f.c0, f.c_n = address(h), address(h), address(c), address(c)
     f.peepholes, f.y, f.b, f.table = address(peepholes), address(y), address(b), address(b)
     use_packed(&f, packed)
+    f.fused = choose_fused(&f)
     packed.descending = not packed.descending
     run(&f, lay_out_forward, forward)
 

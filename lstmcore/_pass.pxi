@@ -17,7 +17,7 @@ cdef struct Grid:
 
 cdef struct Pass:
     const lstm_kernels *k
-    bint rnn, relu, ragged, reverse, keep, blas, prepacked
+    bint rnn, relu, ragged, reverse, keep, blas, fused, prepacked
     bint descending                # whether step 0 goes through the panels last first
     Py_ssize_t T, B, I, H, K, G, item, steps, tokens
     int n_threads

@@ -86,9 +86,9 @@ def isa(request):
     _kernels.use_isa(before)
 
 
-@pytest.fixture(params=["tiles", "blas"])
+@pytest.fixture(params=["tiles", "fused", "blas"])
 def plan(request, monkeypatch):
-    """The test runs once with the register tiles and once over BLAS."""
+    """The test runs with the register tiles, inputs multiplied ahead or in the step, and over BLAS."""
     from lstmcore import _kernels
 
     monkeypatch.setattr(_kernels, "plan", request.param)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from problems import backward, forward, lstm_problem, rnn_problem
 
-from lstmcore import functional
+from lstmcore import _kernels, functional
 
 MAKE = {"lstm": lstm_problem, "rnn": rnn_problem}
 BY_ROW = {"x": 1, "dy": 1, "h0": 0, "c0": 0, "dh_n": 0, "dc_n": 0}  # name: the axis of the batch
@@ -94,6 +94,17 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(case, parts, plan, isa):
             assert np.array_equal(got, want[:, rows])
         for want, got in zip(states, got_states):
             assert np.array_equal(got, want[rows])
+
+
+@pytest.mark.parametrize("case", ["ragged", "ragged reverse", "everything"])
+def test_inputs_multiplied_ahead_or_in_the_step_give_the_same_bits(case, isa, monkeypatch):
+    found = []
+    for plan in "tiles", "fused":
+        monkeypatch.setattr(_kernels, "plan", plan)
+        y, state, tape = forward(functional, problem_of(case))
+        assert _kernels.last_plan[0] == plan
+        found.append([y, *state, tape.gates, tape.c])
+    assert all(np.array_equal(one, two) for one, two in zip(*found))
 
 
 def test_bits_of_a_row_are_those_of_the_row_alone_in_a_large_batch(isa):

@@ -75,6 +75,7 @@ def check(make, close, n_threads=1, **case):
 def test_lstm_shapes(shape, dtype, plan, isa, close):
     T, B, I, H = shape
     check(lstm_problem, close, T=T, B=B, I=I, H=H, dtype=dtype, peepholes=H % 2 == 1, seed=H)
+    forward(functional, lstm_problem(T, B, I, H, dtype=dtype, seed=H), n_threads=1)
     assert _kernels.last_plan == (plan, 1, 1)
 
 
