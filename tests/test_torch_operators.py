@@ -325,6 +325,23 @@ def test_compile_leaves_torch_lstm_alone(fresh_dynamo):
         torch.compile(theirs, fullgraph=True, backend="eager")(x)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's
+def test_compiled_autograd(fresh_dynamo):
+    from torch._dynamo import compiled_autograd
+    theirs, ours = pair(num_layers=2)
+    compiler = torch.compile(backend="eager", fullgraph=True)
+    for _ in range(2):  # one graph, two inputs
+        x, hx = inputs(ours, "batched")
+        expected = flat(theirs, x, hx)
+        with compiled_autograd._enable(compiler):
+            y, (h_n, c_n) = ours(x, hx)
+            torch.manual_seed(99)
+            loss = sum((out * torch.randn_like(out)).sum() for out in (y, h_n, c_n))
+            loss.backward()
+        assert_close([p.grad for p in ours.parameters()], list(expected[1][1:-2]))
+        ours.zero_grad()
+
+
 def test_vmap_over_inputs():
     theirs, ours = pair(num_layers=2, bidirectional=True)
     N = 4

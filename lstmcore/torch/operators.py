@@ -5,8 +5,8 @@ autograd, vmap, autocast and torch.compile. Their tensors are the kernels' array
 What the forward pass saves for the backward pass, the gates and the cell state of every step, are
 tensors too: autograd owns and frees them.
 
-A call through these operators costs 0.3 ms of Python, more than a small layer computes. So where
-nothing but autograd wants to see a call, the same parts run without them.
+A step through these operators costs 0.3 ms of Python, more than a small layer computes. So where
+nothing but autograd wants to see a call, `layer` goes without them.
 """
 
 import copy
@@ -217,9 +217,10 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstream):
-        saved, run = ctx.saved_tensors, _eager_gradients
-        if torch.is_grad_enabled() or any(map(_is_batched, upstream)) or not _is_plain(*upstream):
-            run = _operator_gradients
+        saved = ctx.saved_tensors
+        alone = (_is_plain(*upstream) and not torch.is_grad_enabled()
+                 and not any(map(_is_batched, upstream)))
+        run = _eager_gradients if alone else _operator_gradients
         dx, dW_ih, dW_hh, db, dh0, dc0, dpeepholes, dW_hr = run(ctx, saved, *upstream)
         gradients = dx, dW_ih, dW_hh, db, db, dh0, dc0, dpeepholes, dW_hr
         return (*(g if want else None for g, want in zip(gradients, ctx.needs_input_grad)),
