@@ -314,8 +314,9 @@ def look_inside(args):
     model = LanguageModel.load(args.model)
     path, = _existing([args.file])
     shown = text.decode(text.read_bytes(path), args.encoding, args.file)
+    name = "standard input" if args.file == "-" else os.path.basename(args.file)
     inspect.page(model, shown[:32 * args.limit], args.out, limit=args.limit,
-                 title=f"{os.path.basename(args.model)} reads {os.path.basename(args.file)}")
+                 title=f"{os.path.basename(args.model)} reads {name}")
     _say(f"saved {args.out}")
 
 

@@ -481,3 +481,10 @@ def test_training_curve_shows_what_there_is(tmp_path):
     alone = plot_history([{**record, "validation": None}]).axes[0]
     assert [text.get_text() for text in alone.get_legend().get_texts()] == ["training"]
     assert plot_history([]).axes[0].get_legend() is None
+
+
+def test_progress_ends_at_the_end_with_the_last_losses(capsys):
+    model = small().fit(story(80), steps=4, batch_size=3, seq_length=8, evaluate_every=2)
+    last = capsys.readouterr().err.split("\r")[-1]
+    want = f"loss {model.history[-1]['loss']:.3f}, validation {model.history[-1]['validation']:.3f}"
+    assert last.startswith("100%") and want in last

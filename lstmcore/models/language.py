@@ -166,7 +166,7 @@ class LanguageModel:
             budget = Budget(epochs, minutes, steps)
         train, held_out = self._tokens(source, validation, settings, encoding)
 
-        bar = _Bar(budget) if progress else None
+        bar = _Bar() if progress else None
         trainer = Trainer(self.network, train, held_out, settings, budget,
                           tick=bar and bar.tick, report=lambda record: report(record))
 
@@ -190,7 +190,7 @@ class LanguageModel:
             raise FloatingPointError(f"{error}{kept}") from None
         finally:
             if bar:
-                bar.close()
+                bar.close(trainer)
         self.outcome = trainer.outcome
         if checkpoint is not None:
             self._save_run(checkpoint, trainer)
@@ -382,26 +382,32 @@ class LanguageModel:
 class _Bar:
     """The progress of a run on standard error."""
 
-    def __init__(self, budget):
+    def __init__(self):
         from tqdm.auto import tqdm
         self.bar = tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
-        self.budget, self.validation = budget, ""
-        self.shown = -1.0
+        self.loss, self.validation, self.shown = None, "", -1.0
 
     def tick(self, trainer):
-        if trainer.seconds - self.shown < 0.2:
-            return
+        if trainer.seconds - self.shown >= 0.2:
+            self.show(trainer)
+
+    def show(self, trainer):
         self.shown = trainer.seconds
-        loss = trainer.loss_sum / trainer.loss_tokens if trainer.loss_tokens else math.nan
-        rate = trainer.tokens_seen / trainer.seconds
-        self.bar.set_postfix_str(f"loss {loss:.3f}{self.validation}, {rate:,.0f} tokens/s", False)
+        if trainer.loss_tokens:
+            self.loss = trainer.loss_sum / trainer.loss_tokens
+        if self.loss is not None:
+            rate = trainer.tokens_seen / trainer.seconds
+            self.bar.set_postfix_str(f"loss {self.loss:.3f}{self.validation}, "
+                                     f"{rate:,.0f} tokens/s", refresh=False)
         self.bar.update(100 * trainer._share() - self.bar.n)
 
     def report(self, record):
+        self.loss = record["loss"]
         if record["validation"] is not None:
             self.validation = f", validation {record['validation']:.3f}"
 
-    def close(self):
+    def close(self, trainer):
+        self.show(trainer)
         self.bar.close()
 
 
