@@ -1,7 +1,7 @@
 """LSTMClassifier and LSTMRegressor: one vector, class or number per sequence, as scikit-learn does.
 
 X may be a table (n, T), an array (n, T, C), a list of arrays (T_i, C) of different lengths, or a
-list of strings. A `Network` reads them; training is the loop in `_SequenceEstimator._train`.
+list of strings; pandas objects too. A `Network` reads them; training is the loop in `_SequenceEstimator._train`.
 """
 
 import numpy as np
@@ -349,7 +349,8 @@ class LSTMClassifier(ClassifierMixin, _SequenceEstimator):
     """Sequences -> classes: an LSTM, its read-out, and softmax cross-entropy.
 
     X is a table (n, T), an array (n, T, C), a list of arrays (T_i, C) of different lengths, or a
-    list of strings; y holds n labels.
+    list of strings; y holds n labels. A DataFrame is a table (of one column of strings: a list of
+    them), a Series is a list.
 
     >>> words = ["aab", "aba", "baa", "a", "xxy", "yx", "yxxy", "xy"]
     >>> model = LSTMClassifier(hidden_size=8, random_state=0).fit(words, list("llllrrrr"))
@@ -417,7 +418,8 @@ class LSTMRegressor(RegressorMixin, _SequenceEstimator):
 
     X is a table (n, T), an array (n, T, C), a list of arrays (T_i, C) of different lengths, or a
     list of strings; y is (n,), or (n, K) for K numbers per sequence. Targets are standardized
-    for training. For time series, see `lstmcore.Forecaster`.
+    for training. A DataFrame is a table (of one column of strings: a list of them), a Series is a
+    list. For time series, see `lstmcore.Forecaster`.
 
     >>> rng = np.random.default_rng(0)
     >>> X = [rng.standard_normal(n) for n in rng.integers(2, 9, size=60)]
