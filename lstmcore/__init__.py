@@ -1,6 +1,7 @@
 """lstmcore: the LSTM on CPU. Every public name is loaded when it is first used."""
 
 import importlib
+import importlib.util
 
 # Not lazy: importing the module `threads` later would put it in place of the context manager.
 from lstmcore.threads import get_num_threads, set_num_threads, threads
@@ -17,20 +18,28 @@ _HOME = {  # module: the public names that live there
     "formats": "load convert",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
-_MODULES = ("reference", "functional", "layers", "losses", "optim", "models", "formats")
-__all__ = ["__version__", "get_num_threads", "set_num_threads", "threads", *_MODULE_OF, "optim",
-           "reference"]
+_MODULES = ("reference", "functional", "layers", "losses", "optim", "models", "formats", "gradflow",
+            "inspect")
+_EXTRAS = {"LSTMClassifier": "sklearn", "LSTMRegressor": "sklearn", "Forecaster": "sklearn",
+           "torch": "torch"}     # public names that only exist beside another library
 
 
 def __getattr__(name):
+    if name == "__all__":
+        return ["__version__", "get_num_threads", "set_num_threads", "threads", "optim", "reference",
+                *filter(_is_there, _MODULE_OF)]
     if name in _MODULE_OF:
         module = importlib.import_module("lstmcore." + _MODULE_OF[name])
         value = globals()[name] = getattr(module, name)
         return value
-    if name in _MODULES:
+    if name in _MODULES or name in _EXTRAS:
         return importlib.import_module("lstmcore." + name)
     raise AttributeError(f"module 'lstmcore' has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted({*globals(), *__all__, *_MODULES})
+    return sorted({*globals(), *filter(_is_there, (*_MODULE_OF, *_MODULES, *_EXTRAS))})
+
+
+def _is_there(name):
+    return name not in _EXTRAS or importlib.util.find_spec(_EXTRAS[name]) is not None

@@ -257,5 +257,8 @@ def _fold_bias_pairs(state):
     for name in state:
         match = re.fullmatch(r"(.*)bias_ih_(l\d+(?:_reverse)?)", name)
         if match and (other := f"{match[1]}bias_hh_{match[2]}") in state:
+            if state[name].shape != state[other].shape:
+                raise ValueError(f"{other} must be {state[name].shape} as {name}, "
+                                 f"got {state[other].shape}")
             folded[f"{match[1]}bias_{match[2]}"] = folded.pop(name) + folded.pop(other)
     return folded

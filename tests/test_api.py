@@ -254,6 +254,18 @@ def test_public_names_are_the_functions():
         assert name in dir(lstmcore)
 
 
+def test_the_package_can_be_looked_at_without_its_extras():
+    python("""
+import sys
+sys.modules |= dict.fromkeys(("sklearn", "torch"))
+import inspect
+import lstmcore
+from lstmcore import *
+assert "LSTM" in dir() and "LSTMClassifier" not in dir() and "torch" not in dir(lstmcore)
+assert dict(inspect.getmembers(lstmcore))["gradflow"].compare
+""")
+
+
 def test_tape_views_are_the_reference_tape(close):
     """gates and c as (T, B, .) arrays: dense they are views, ragged they are zero past the end."""
     for lengths in (None, "ragged"):

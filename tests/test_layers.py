@@ -237,6 +237,11 @@ def test_state_dict_that_does_not_fit_changes_nothing():
         with pytest.raises(error, match=words):
             layer.load_state_dict(state)
     assert all((p == before[name]).all() for name, p in layer.parameters().items())
+    lstm = LSTM(3, 2)
+    state = lstm.state_dict() | {"bias_ih_l0": np.zeros(8), "bias_hh_l0": np.float32(1000)}
+    del state["bias_l0"]
+    with pytest.raises(ValueError, match=r"bias_hh_l0 must be \(8,\) as bias_ih_l0, got \(\)"):
+        lstm.load_state_dict(state)
 
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
