@@ -1,7 +1,8 @@
 """LSTMClassifier and LSTMRegressor: one vector, class or number per sequence, as scikit-learn does.
 
 X may be a table (n, T), an array (n, T, C), a list of arrays (T_i, C) of different lengths, or a
-list of strings; pandas objects too. A `Network` reads them; training is the loop in `_SequenceEstimator._train`.
+list of strings; pandas objects too. A `Network` reads them; training is the loop in
+`_SequenceEstimator._train`.
 """
 
 import numpy as np
