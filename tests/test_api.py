@@ -255,7 +255,7 @@ def test_public_names_are_the_functions():
 
 
 def test_the_package_can_be_looked_at_without_its_extras():
-    python("""
+    code, said = python("""
 import sys
 sys.modules |= dict.fromkeys(("sklearn", "torch"))
 import inspect
@@ -264,6 +264,7 @@ from lstmcore import *
 assert "LSTM" in dir() and "LSTMClassifier" not in dir() and "torch" not in dir(lstmcore)
 assert dict(inspect.getmembers(lstmcore))["gradflow"].compare
 """)
+    assert code == 0, said
 
 
 def test_tape_views_are_the_reference_tape(close):
