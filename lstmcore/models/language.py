@@ -5,6 +5,7 @@ nats per token, it writes by drawing from its own predictions (Graves 2013). It 
 safetensors file that holds weights, configuration, vocabulary and, if wanted, the training run.
 """
 
+import copy
 import json
 import math
 import os
@@ -55,11 +56,11 @@ class Network(Module):
 
     def reader(self, state):
         """A function that reads one token after another, from a state on: id -> logits (V,)."""
-        stream = self.recurrent.stream(1)
+        stream, head = self.recurrent.stream(1), copy.deepcopy(self.head).freeze()
         stream.state = state
 
         def read(token):
-            return self.head(stream.step(self.inputs(np.array([token]))))[0]
+            return head(stream.step(self.inputs(np.array([token]))))[0]
         return read
 
     def inputs(self, tokens):
