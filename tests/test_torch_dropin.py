@@ -11,6 +11,7 @@ import pytest
 from torch_pairs import B, H, I, P, T, TOLERANCE, assert_close, flat, inputs, pair, states, torch
 
 import lstmcore.torch
+from lstmcore import functional
 
 pytestmark = [  # what torch warns of inside itself
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
@@ -105,6 +106,57 @@ def test_peepholes_match_the_reference_and_load_plain_checkpoints():
     assert_close(flat(m, x, hx)[0], flat(plain, x, hx)[0])
     with pytest.raises(RuntimeError, match="weight_peephole_l0"):
         m.load_state_dict({})
+
+
+def test_frozen_weights_give_the_same_bits_and_follow_changes():
+    torch.manual_seed(1)
+    frozen = lstmcore.torch.LSTM(I, H, num_layers=2, bidirectional=True).freeze()
+    plain = lstmcore.torch.LSTM(I, H, num_layers=2, bidirectional=True)
+
+    def agree():
+        x, hx = inputs(plain, "batched")
+        plain.load_state_dict(frozen.state_dict())
+        with torch.no_grad():
+            for m in (frozen, copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+                for _ in range(2):
+                    torch.testing.assert_close(m(x, hx), plain(x, hx), rtol=0, atol=0)
+
+    assert not frozen.training
+    agree()
+    with torch.no_grad():
+        frozen.weight_hh_l1.mul_(2)
+    agree()
+    frozen.load_state_dict(lstmcore.torch.LSTM(I, H, num_layers=2, bidirectional=True).state_dict())
+    agree()
+    frozen.weight_ih_l0 = torch.nn.Parameter(torch.randn(4 * H, I))
+    agree()
+    frozen.double(), plain.double()
+    agree()
+    frozen.weight_hh_l0.data.mul_(2)  # unseen
+    frozen.freeze()
+    agree()
+
+
+def test_frozen_weights_have_gradients_and_train_ends_it():
+    theirs, ours = pair(num_layers=2)
+    x, hx = inputs(ours, "batched")
+    assert_close(flat(ours.freeze(), x, hx), flat(theirs, x, hx))
+    assert ours.train()._frozen is None and ours.training
+    projected = pair(proj_size=P)[1].freeze()
+    with torch.inference_mode():
+        assert_close(projected(x), pair(proj_size=P)[0](x))
+
+
+def test_frozen_call_packs_once(monkeypatch):
+    packed = []
+    original = functional.pack
+    monkeypatch.setattr(functional, "pack", lambda *args: packed.append(1) or original(*args))
+    m = pair(num_layers=3)[1].freeze()
+    x, _ = inputs(m, "batched")
+    with torch.inference_mode():
+        for _ in range(4):
+            m(x)
+    assert len(packed) == 3
 
 
 def test_forget_bias():

@@ -4,7 +4,7 @@ import torch
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore.torch.operators import layer
+from lstmcore.torch.operators import Frozen, layer
 
 _DTYPES = (torch.float32, torch.float64)
 
@@ -75,6 +75,7 @@ class LSTM(torch.nn.LSTM):
 
     peepholes = False  # as class attributes, so that a torch.nn.LSTM can become an LSTM
     forget_bias = None
+    _frozen = None
 
     def __init__(self, *args, peepholes=False, forget_bias=None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -128,6 +129,29 @@ class LSTM(torch.nn.LSTM):
         if self.forget_bias is not None:
             extras += f", forget_bias={self.forget_bias}"
         return super().extra_repr() + extras
+
+    def freeze(self):
+        """Pack the weights once instead of on every call without gradients, in eval mode.
+
+        That is what a call of one or a few steps spends its time on. Holds until `train()`. A new
+        value of a weight is noticed, unless it is written through `.data`: then freeze again.
+        Returns self. A layer with proj_size is not packed.
+
+        >>> import torch, lstmcore.torch
+        >>> m, state = lstmcore.torch.LSTM(input_size=3, hidden_size=5).freeze(), None
+        >>> with torch.inference_mode():
+        ...     for x_t in torch.zeros(7, 1, 1, 3):
+        ...         y_t, state = m(x_t, state)
+        """
+        self.eval()
+        if not self.proj_size:
+            self._frozen = [Frozen() for _ in self._all_weights]
+        return self
+
+    def train(self, mode=True):
+        if mode:
+            self._frozen = None
+        return super().train(mode)
 
     def __prepare_scriptable__(self):
         raise TypeError("torch.jit.script cannot compile lstmcore.torch.LSTM: use torch.jit.trace, "
@@ -187,6 +211,7 @@ class LSTM(torch.nn.LSTM):
         absent = [None] * len(weights)
         h0, c0 = (absent, absent) if hx is None else (states.split(1) for states in hx)
         peepholes = [getattr(self, name) for name in self._peephole_names()] or absent
+        frozen = self._frozen or absent
         h_n, c_n = [], []
         for k in range(self.num_layers):
             if k > 0 and self.dropout > 0:
@@ -197,7 +222,7 @@ class LSTM(torch.nn.LSTM):
                 b_ih, b_hh = others[:2] if self.bias else (None, None)
                 W_hr = others[-1] if self.proj_size > 0 else None
                 y, h, c = layer(x, W_ih, W_hh, b_ih, b_hh, h0[n], c0[n], peepholes[n], W_hr,
-                                lengths, reverse=n % D == 1)
+                                lengths, n % D == 1, frozen[n])
                 ys.append(y), h_n.append(h), c_n.append(c)
             x = _joined(ys, dim=2)
         return x, _joined(h_n, dim=0), _joined(c_n, dim=0)

@@ -40,12 +40,14 @@ def _array(tensor):
     return None if tensor is None else tensor.contiguous().numpy(force=True)
 
 
-def _run(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, keep_tape):
+def _run(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, keep_tape, frozen=None):
     """functional.lstm_forward on tensors; the results are arrays."""
+    weights = (_array(W_ih), _array(W_hh), None) if frozen is None else frozen.pack(W_ih, W_hh)
+    W_ih, W_hh, packed = weights
     return functional.lstm_forward(
-        _array(x), _array(W_ih), _array(W_hh), _array(b), _array(h0), _array(c0),
-        peepholes=_array(peepholes), W_hr=_array(W_hr), lengths=_array(lengths), reverse=reverse,
-        keep_tape=keep_tape, n_threads=torch.get_num_threads())
+        _array(x), W_ih, W_hh, _array(b), _array(h0), _array(c0), peepholes=_array(peepholes),
+        W_hr=_array(W_hr), lengths=_array(lengths), reverse=reverse, keep_tape=keep_tape,
+        n_threads=torch.get_num_threads(), packed=packed)
 
 
 def _run_backward(tape, dy, dh_n, dc_n):
@@ -54,6 +56,26 @@ def _run_backward(tape, dy, dh_n, dc_n):
     g = functional.lstm_backward(tape, dy, _array(dh_n), _array(dc_n),
                                  n_threads=torch.get_num_threads())
     return g.dx, g.dW_ih, g.dW_hh, g.db, g.dh0, g.dc0, g.dpeepholes, g.dW_hr
+
+
+class Frozen:
+    """The weights of one layer in one direction, packed for many calls. A copy or pickle is empty."""
+
+    __slots__ = ("seen", "packed")
+
+    def __init__(self):
+        self.seen = None
+
+    def __reduce__(self):
+        return Frozen, ()
+
+    def pack(self, *weights):
+        """W_ih and W_hh as arrays, and packed: again, if autograd has seen them change."""
+        seen = [(W.data_ptr(), 0 if W.is_inference() else W._version) for W in weights]
+        if seen != self.seen:
+            arrays = tuple(map(_array, weights))
+            self.packed, self.seen = (*arrays, functional.pack("lstm", *arrays)), seen
+        return self.packed
 
 
 # The operators ------------------------------------------------------------------------------------
@@ -227,10 +249,11 @@ class _Eager(torch.autograd.Function):
                 None, None)
 
 
-def _run_eager(x, W_ih, W_hh, b_ih, b_hh, h0, c0, peepholes, W_hr, lengths, reverse, keep_tape):
+def _run_eager(x, W_ih, W_hh, b_ih, b_hh, h0, c0, peepholes, W_hr, lengths, reverse, keep_tape,
+               frozen=None):
     b = None if b_ih is None else b_ih + b_hh
     y, (h_n, c_n), tape = _run(x, W_ih, W_hh, b, _first(h0), _first(c0), peepholes, W_hr, lengths,
-                               reverse, keep_tape)
+                               reverse, keep_tape, frozen)
     return torch.from_numpy(y), torch.from_numpy(h_n[None]), torch.from_numpy(c_n[None]), tape
 
 
@@ -283,11 +306,11 @@ def _is_batched(tensor):
     return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
-def layer(x, W_ih, W_hh, b_ih, b_hh, h0, c0, peepholes, W_hr, lengths, reverse):
+def layer(x, W_ih, W_hh, b_ih, b_hh, h0, c0, peepholes, W_hr, lengths, reverse, frozen=None):
     """One layer in one direction: x (T,B,I) -> y (T,B,P), h_n (1,B,P), c_n (1,B,H).
 
     The arguments are those of functional.lstm_forward, as tensors, but for PyTorch's two biases and
-    its states (1,B,·).
+    its states (1,B,·). frozen, a Frozen of its own, serves calls without gradients.
     """
     tensors = x, W_ih, W_hh, b_ih, b_hh, h0, c0, peepholes, W_hr, lengths
     keep_tape = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -299,4 +322,4 @@ def layer(x, W_ih, W_hh, b_ih, b_hh, h0, c0, peepholes, W_hr, lengths, reverse):
         return y, h_n[None], c_n[None]
     if keep_tape:
         return _Eager.apply(*tensors, reverse)
-    return _run_eager(*tensors, reverse, False)[:3]
+    return _run_eager(*tensors, reverse, False, frozen)[:3]
