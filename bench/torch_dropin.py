@@ -2,7 +2,7 @@
 
 The processes, turns, data and proofs are those of bench.compare. Five questions:
     train   a training step of the layer, all gradients, dx included; lstmcore's own is beside it
-    infer   the forward pass in inference_mode; `call` is one step of one sequence
+    infer   the forward pass in inference_mode, our weights frozen; `call` is one step
     packed  a training step from PackedSequence to PackedSequence
     padded  the same from padded batch to padded batch, with PyTorch's packing and padding around it
     model   tokens per second of embedding, LSTM, linear, cross-entropy and Adam, before and after
@@ -84,12 +84,16 @@ class DropIn(Torch):
 
     name, jobs, packages = "lstmcore.torch", ("train", "infer"), ("lstmcore", "torch")
 
+    def prepare(self, case, job, data):
+        self.job = job
+        return super().prepare(case, job, data)
+
     def _layer(self, case, data):
         import lstmcore.torch
 
         m = super()._layer(case, data)
         assert lstmcore.torch.accelerate(m).replaced
-        return m
+        return m.freeze() if self.job == "infer" else m
 
 
 class DropInPacked(DropIn, TorchPacked):

@@ -59,7 +59,7 @@ def _run_backward(tape, dy, dh_n, dc_n):
 
 
 class Frozen:
-    """The weights of one layer in one direction, packed for many calls. A copy or pickle is empty."""
+    """Weights of one layer in one direction, packed for many calls. A copy or pickle is empty."""
 
     __slots__ = ("seen", "packed")
 
