@@ -17,6 +17,9 @@ def _recurrence(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse):
     c = x.new_zeros(B, H) if c0 is None else c0
     p_i, p_f, p_o = (0, 0, 0) if peepholes is None else peepholes
     y = [None] * T
+    if lengths is not None:
+        alive = (torch.arange(T)[:, None] < lengths)[:, :, None]
+        x = torch.where(alive, x, 0)  # whatever stands there: 0 times nan is nan
     for t in reversed(range(T)) if reverse else range(T):
         a_i, a_f, a_g, a_o = torch.nn.functional.linear(x[t], W_ih, b).addmm(h, W_hh.T).chunk(4, 1)
         c_t = (torch.sigmoid(a_f + p_f * c) * c
@@ -26,9 +29,8 @@ def _recurrence(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse):
         if lengths is None:
             y[t], h, c = h_t, h_t, c_t
         else:
-            alive = (t < lengths)[:, None]
-            y[t] = torch.where(alive, h_t, 0)
-            h, c = torch.where(alive, h_t, h), torch.where(alive, c_t, c)
+            y[t] = torch.where(alive[t], h_t, 0)
+            h, c = torch.where(alive[t], h_t, h), torch.where(alive[t], c_t, c)
     return torch.stack(y) if T else x.new_zeros(0, B, P), h, c
 
 

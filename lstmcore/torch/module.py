@@ -10,11 +10,14 @@ _DTYPES = (torch.float32, torch.float64)
 
 
 class _Pad(torch.autograd.Function):
-    """Spread packed rows (N, ·) over a padded batch (n, ·); with _Unpad, each other's gradient."""
+    """Spread packed rows (N, ·) over a padded batch (n, ·); with _Unpad, each other's gradient.
+
+    The other rows are not written: nothing reads them.
+    """
 
     @staticmethod
     def forward(packed, rows, n):
-        return packed.new_zeros(n, packed.shape[1]).index_copy_(0, rows, packed)
+        return packed.new_empty(n, packed.shape[1]).index_copy_(0, rows, packed)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
