@@ -7,7 +7,11 @@ run longer than the limit, memory beyond it. Checksums are repaired before the r
 or the zip layer would turn all of them away.
 """
 
+import argparse
+import collections
 import os
+import pathlib
+import pickle
 import sys
 import tempfile
 import warnings
@@ -45,6 +49,13 @@ def pt_program(tensors):
                     + number(a.size) + b"tQK\0" + sizes(a.shape) + sizes(strides)
                     + b"\x89ccollections\nOrderedDict\n)RtR")
     return program + b"u.", members
+
+
+def beside_objects(program):
+    """A pickle of {"model": what that pickle makes, "objects": some that no reader should make}."""
+    objects = pickle.dumps([argparse.Namespace(a={1}, b=b"2"), pathlib.PurePath("c"), 4j,
+                            collections.defaultdict(int, d=frozenset([5]))], protocol=4)
+    return (b"\x80\x04}(" + text("model") + program[:-1] + text("objects") + objects[:-1] + b"u.")
 
 
 def text(value):
@@ -116,7 +127,7 @@ class PyTorch(Target):
 
     def seeds(self):
         program, self.members = pt_program(layer().parameters())
-        return [program]
+        return [program, beside_objects(program)]
 
     def place(self, data):
         pack(self.path(self.name), {"archive/data.pkl": data, "archive/byteorder": b"little",

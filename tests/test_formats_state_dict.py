@@ -1,5 +1,7 @@
 """safetensors and PyTorch archives: what comes in is what the other side wrote, and back."""
 
+import argparse
+import collections
 import itertools
 import json
 import os
@@ -222,6 +224,49 @@ def test_torch_models_compute_the_same(tmp_path, dtype, options):
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         np.testing.assert_allclose(model(x)[0], want, rtol=0, atol=ABSOLUTE[dtype])
+
+
+def test_checkpoints_hold_more_than_tensors(tmp_path):
+    torch = pytest.importorskip("torch")
+    path, model = tmp_path / "m.pt", torch.nn.LSTM(4, 6)
+    adam = torch.optim.Adam(model.parameters())
+    for protocol in (2, 4, 5):
+        torch.save({"model": collections.defaultdict(int, model.state_dict()),
+                    "args": argparse.Namespace(lr=0.1, best=torch.ones(2)), "adam": adam,
+                    "size": torch.Size([1]), "device": torch.device("cpu"), "loss": np.float64(3),
+                    "out": Path("out"), "tags": {1}, "fixed": frozenset([2]), "dtype": torch.half,
+                    "table": np.ones(2), "raw": b"3", "both": bytearray(b"4"), "complex": 5j,
+                    None: 6}, path, pickle_protocol=protocol)
+        got = lstmcore.load(path, "model")
+        want = {f"model.{name}": t.numpy() for name, t in model.state_dict().items()}
+        np.testing.assert_array_equal(got.parameters()["weight_hh_l0"],
+                                      want["model.weight_hh_l0"])
+        assert {n: a.tolist() for n, a in formats.read_arrays(path).items()} == {
+            n: a.tolist() for n, a in want.items()}
+
+
+def test_what_is_no_state_dict_is_named_with_the_way_out(tmp_path):
+    torch = pytest.importorskip("torch")
+    path, model = tmp_path / "m.pt", torch.nn.LSTM(4, 6)
+    adam = torch.optim.Adam(model.parameters()).state_dict()
+    args = argparse.Namespace(lr=0.1)
+    for message, saved in {
+            r"torch.nn.modules.rnn.LSTM; save .*torch.save\(model.state_dict\(\)": model,
+            r"argparse.Namespace; save a state_dict": args,
+            r"only 'state', 'param_groups': save the state_dict\(\)": adam,
+            r"only 'w', 'args \(argparse.Namespace\)': save the state": {"w": torch.ones(2),
+                                                                         "args": args},
+            "only an empty dict: save the state": {}}.items():
+        torch.save(saved, path)
+        with pytest.raises(ValueError, match=message):
+            lstmcore.load(path)
+    odd = {"c": torch.ones(2, dtype=torch.complex64), "s": torch.eye(2).to_sparse()}
+    torch.save({**odd, **model.state_dict()}, path)
+    with pytest.warns(UserWarning, match=r"'c' \(.*ComplexFloatStorage\), 's' \(.*sparse"):
+        assert formats.read_arrays(path).keys() == model.state_dict().keys()
+    torch.save({**model.state_dict(), "bias_ih_l0": odd["s"]}, path)
+    with pytest.raises(ValueError, match="bias_ih of l0 is no tensor .*rebuild_sparse_tensor"):
+        lstmcore.load(path)
 
 
 def test_torch_views_and_types(tmp_path):

@@ -111,16 +111,21 @@ def _found(path, name, options):
     if kind in ("keras", "onnx"):
         return module.read_chains(path, options)
     if kind == "safetensors":
-        arrays, metadata = module.read(path)
+        (arrays, metadata), objects = module.read(path), {}
         if name is None and (own := metadata.keys() & _OWN.keys()):
             return None, _OWN[own.pop()](path, arrays, metadata, options), options
     else:
-        arrays = module.read_arrays(path)
-    groups = assemble.group(arrays)
+        arrays, objects, keys = module.read(path)
+    groups = assemble.group({**arrays, **objects})
     chains = [[(prefix, functools.partial(assemble.from_torch_names, prefix, cells))]
               for prefix, cells in groups.items()]
     used = {id(a) for cells in groups.values() for cell in cells.values() for a in cell.values()}
-    return chains, [n for n, a in arrays.items() if id(a) not in used], options
+    others = [n for n, a in arrays.items() if id(a) not in used]
+    if kind == "pytorch" and not chains:
+        found = others + [f"{n} ({made_by})" for n, made_by in objects.items()] or keys
+        raise ValueError(f"{path} holds no LSTM or RNN, only {_some(found) or 'an empty dict'}: "
+                         "save the state_dict() of the model that has one")
+    return chains, others, options
 
 
 def _chosen(path, chains, others, name):

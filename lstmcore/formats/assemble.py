@@ -67,7 +67,10 @@ def assemble(layers, batch_first=False, dropout=0.0, nonlinearity=None):
 
 
 def group(arrays):
-    """Arrays by PyTorch's names -> {prefix: {(layer, suffix): {weight name: array}}}."""
+    """Arrays by PyTorch's names -> {prefix: {(layer, suffix): {weight name: array}}}.
+
+    An array may be replaced by a str that says why it cannot be read.
+    """
     found = {}
     for name, a in arrays.items():
         if match := _TORCH_NAME.fullmatch(name):
@@ -89,7 +92,7 @@ def from_torch_names(prefix, cells):
     layers = []
     for n in range(count):
         name = f"{prefix}.l{n}".lstrip(".")
-        directions = [_one_bias(name, cells[n, suffix]) for suffix in suffixes]
+        directions = [_weights(name, cells[n, suffix]) for suffix in suffixes]
         layers.append(Layer(name, _kind(name, directions[0]), directions))
     return layers
 
@@ -170,9 +173,12 @@ def _kind(name, arrays):
                      f"got {w.shape}")
 
 
-def _one_bias(name, cell):
-    """PyTorch's two biases as the one that they add up to."""
+def _weights(name, cell):
+    """One cell's arrays, PyTorch's two biases as the one that they add up to."""
     cell = dict(cell)
+    for weight, a in cell.items():
+        if isinstance(a, str):
+            raise ValueError(f"{weight} of {name} is no tensor that is read here, but {a}")
     if ("bias_ih" in cell) != ("bias_hh" in cell) or ("bias" in cell and "bias_ih" in cell):
         raise ValueError(f"{name} must have bias_ih and bias_hh, or bias alone, or none; "
                          f"got {sorted(cell)}")

@@ -5,13 +5,15 @@
     <root>/byteorder     "little" or "big"
 
 A pickle is a program for a small stack machine, and Python's own machine lets it call any function.
-The one here knows containers, numbers and strings, and the three calls that rebuild a tensor; it
-has no way to import, call or build anything else, and no way to ask for memory: every count it
-believes is bounded by the bytes that are there.
+The one here knows containers, numbers and strings, and the calls that rebuild a tensor; it has no
+way to import, call or build anything else, and no way to ask for memory: every count it believes is
+bounded by the bytes that are there. Where a pickle asks for any other object, its place is taken by
+an `Opaque`, which is nothing but the name of what was asked for.
 """
 
 import math
 import pickletools
+import warnings
 
 import numpy as np
 
@@ -29,7 +31,18 @@ def read_arrays(path):
     """Every tensor in a .pt archive, under the keys that lead to it joined by dots.
 
     A state_dict gives its own names, {"model": state_dict} those with "model." before them.
+    Tensors of a kind that is not read (sparse, quantized, ...) are named in a warning.
     """
+    arrays, objects, _ = read(path)
+    if left := [name for name, kind in objects.items() if kind.startswith("torch._")]:
+        said = ", ".join(f"{name!r:.80} ({objects[name]})" for name in left[:8])
+        more = f" and {len(left) - 8} more" * (len(left) > 8)
+        warnings.warn(f"{path}: tensors that are not read: {said}{more}", stacklevel=3)
+    return arrays
+
+
+def read(path):
+    """The arrays of a .pt archive by name, its `Opaque` objects by name, and its outermost keys."""
     with Archive(path) as archive:
         root = _root(archive)
         order = "little"
@@ -39,7 +52,15 @@ def read_arrays(path):
                 raise ValueError(f"{path}: byteorder must say little or big, got {order!r:.20}")
         program = archive.read(root + "data.pkl")
         result = _Machine(archive, root, "<" if order == "little" else ">").run(program)
-    return _tensors(result, len(program))
+    found = _leaves(result, len(program))
+    arrays = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+    objects = {name: value for name, value in found.items() if name not in arrays}
+    if objects and not arrays:
+        kinds = sorted(set(objects.values()))[:8]
+        raise ValueError(f"{path} holds no tensors but in objects, which are not built here: "
+                         f"{', '.join(kinds)}; save a state_dict instead: "
+                         "torch.save(model.state_dict(), path)")
+    return arrays, objects, list(result) if isinstance(result, dict) else [type(result).__name__]
 
 
 def _root(archive):
@@ -54,8 +75,8 @@ def _root(archive):
     return roots[0]
 
 
-def _tensors(root, limit):
-    """{name: array} of every tensor below root.
+def _leaves(root, limit):
+    """{name: array or Opaque} of everything below root that is neither container nor plain value.
 
     Containers may be shared, so a small pickle can describe an endless tree: the visits are bounded
     by the pickle's size, `limit`, and so is the length of all names together.
@@ -66,7 +87,7 @@ def _tensors(root, limit):
         limit -= 1
         if limit < 0 or len(path) > MAX_DEPTH or letters > 32 * limit + 65536:
             raise ValueError("the .pt file nests its containers without end")
-        if isinstance(value, np.ndarray):
+        if isinstance(value, (np.ndarray, Opaque)):
             name = ".".join(path) or "tensor"
             letters += len(name)
             found[name] = value
@@ -81,20 +102,28 @@ class _Mark:
     """Where the arguments of a container begin on the stack."""
 
 
-class _Global(str):
-    """The name of a function or class that the pickle mentions: a name, never the thing."""
+class Opaque(str):
+    """The name of a class or function that the pickle mentions, or of what an object is made by.
+
+    It stands for the thing, which is never imported, called or built; what a pickle puts into it is
+    dropped.
+    """
 
 
 class _Machine:
     """Runs the pickle programs that torch.save writes for tensors in plain containers."""
 
     CALLS = {"collections.OrderedDict": "_ordered_dict",
+             "collections.defaultdict": "_default_dict",
              "torch._utils._rebuild_tensor_v2": "_rebuild_tensor",
-             "torch._utils._rebuild_parameter": "_rebuild_parameter"}
+             "torch._utils._rebuild_parameter": "_rebuild_parameter",
+             "torch._utils._rebuild_parameter_with_state": "_rebuild_parameter"}
     VALUES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
     LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE",
-                "SHORT_BINUNICODE", "BINUNICODE8"}
-    EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+                "SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8",
+                "BYTEARRAY8"}
+    EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple,
+             "EMPTY_SET": lambda: Opaque("set")}
 
     def __init__(self, archive, root, order):
         self.archive, self.root, self.order = archive, root, order
@@ -142,30 +171,41 @@ class _Machine:
             stack.append(self._pairs(self._from_mark()))
         elif name in ("APPEND", "APPENDS"):
             items = self._from_mark() if name == "APPENDS" else [stack.pop()]
-            self._top(list).extend(items)
+            self._fill(list, items)
         elif name in ("SETITEM", "SETITEMS"):
             items = self._from_mark() if name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
-            self._top(dict).update(self._pairs(items))
+            self._fill(dict, items)
+        elif name == "ADDITEMS":
+            self._fill(Opaque, self._from_mark())
+        elif name == "FROZENSET":
+            self._from_mark()
+            stack.append(Opaque("frozenset"))
         elif name == "GLOBAL":
-            stack.append(_Global(argument.replace(" ", ".", 1)))
+            stack.append(Opaque(argument.replace(" ", ".", 1)[:200]))
         elif name == "STACK_GLOBAL":
             attribute, module = stack.pop(), stack.pop()
-            stack.append(_Global(f"{module:.200}.{attribute:.200}"))
+            stack.append(Opaque(f"{module:.100}.{attribute:.100}"))
         elif name == "REDUCE":
             arguments, function = stack.pop(), stack.pop()
             stack.append(self._call(function, arguments))
+        elif name in ("NEWOBJ", "NEWOBJ_EX"):
+            del stack[-1 - (name == "NEWOBJ_EX"):]      # the arguments; their class stays
+            self._fill(Opaque, ())
         elif name == "BUILD":
-            stack.pop()                     # attributes of an OrderedDict: torch's _metadata
-            self._top(dict)
+            stack.pop()                     # attributes, of an OrderedDict torch's _metadata
+            self._fill(dict, ())
         elif name == "BINPERSID":
             stack.append(self._storage(stack.pop()))
         elif name not in ("PROTO", "FRAME"):
-            raise ValueError(f"the pickle in the .pt file uses {name}, which no state_dict needs")
+            raise ValueError(f"the pickle in the .pt file uses {name}, which no state_dict "
+                             "needs: save one, torch.save(model.state_dict(), path)")
 
     def _call(self, function, arguments):
-        if not isinstance(function, _Global) or function not in self.CALLS:
-            raise ValueError(f"the .pt file asks to call {function!r:.200}, which is refused: only "
-                             "tensors in dicts, lists and tuples are read; save a state_dict()")
+        """What a function gives: a tensor or dict from those that are known, an Opaque else."""
+        if not isinstance(function, Opaque):
+            raise ValueError(f"the pickle in the .pt file is damaged: it calls {function!r:.100}")
+        if function not in self.CALLS:
+            return function
         return getattr(self, self.CALLS[function])(*arguments)
 
     def _from_mark(self):
@@ -182,25 +222,35 @@ class _Machine:
             raise ValueError("the pickle in the .pt file is damaged: its stack is too short")
         return items
 
-    def _top(self, kind):
-        if not isinstance(self.stack[-1], kind):
-            raise ValueError(f"the pickle in the .pt file treats a {type(self.stack[-1]).__name__} "
-                             f"as a {kind.__name__}")
-        return self.stack[-1]
+    def _fill(self, kind, items):
+        """Put items into the container on top of the stack; an Opaque there swallows them."""
+        top = self.stack[-1]
+        if not isinstance(top, (kind, Opaque)):
+            wanted = "class" if kind is Opaque else kind.__name__
+            raise ValueError(f"the pickle in the .pt file treats a {type(top).__name__} as a "
+                             f"{wanted}")
+        if isinstance(top, list):
+            top.extend(items)
+        elif isinstance(top, dict):
+            top.update(self._pairs(items))
 
     def _pairs(self, items):
         keys, values = items[::2], items[1::2]
-        if len(keys) != len(values) or not all(isinstance(k, (str, int, float)) for k in keys):
+        known = str, int, float, type(None)
+        if len(keys) != len(values) or not all(isinstance(key, known) for key in keys):
             raise ValueError("the dicts of a .pt file must have strings or numbers as keys")
         return dict(zip(keys, values))
+
+    def _default_dict(self, factory=None, pairs=()):
+        return self._ordered_dict(pairs)
 
     def _ordered_dict(self, pairs=()):
         if any(len(pair) != 2 for pair in pairs):
             raise ValueError("the .pt file makes an OrderedDict of something that is no pairs")
         return self._pairs([value for pair in pairs for value in pair])
 
-    def _rebuild_parameter(self, tensor, requires_grad=True, hooks=None):
-        if not isinstance(tensor, np.ndarray):
+    def _rebuild_parameter(self, tensor, requires_grad=True, hooks=None, state=None):
+        if not isinstance(tensor, (np.ndarray, Opaque)):
             raise ValueError("the .pt file makes a parameter of something that is no tensor")
         return tensor
 
@@ -209,9 +259,10 @@ class _Machine:
         if not (isinstance(identity, tuple) and len(identity) == 5 and identity[0] == "storage"):
             raise ValueError(f"the .pt file refers to {identity!r:.100}, not to a storage")
         _, kind, key, _, numel = identity
-        if not isinstance(kind, _Global) or kind not in STORAGES:
-            raise ValueError(f"the .pt file has a storage of type {kind!r:.100}: known are "
-                             f"{', '.join(STORAGES)}")
+        if not isinstance(kind, Opaque):
+            raise ValueError(f"the .pt file has a storage of the type {kind!r:.100}, no class")
+        if kind not in STORAGES:
+            return kind
         if not isinstance(key, str):
             raise ValueError(f"the key of a storage must be a string, got {key!r:.100}")
         if key not in self.storages:
@@ -231,6 +282,8 @@ class _Machine:
     def _rebuild_tensor(self, storage, offset, shape, strides, requires_grad=False, hooks=None,
                         metadata=None):
         """A view into a storage; it may not repeat elements, nor reach out of the storage."""
+        if isinstance(storage, Opaque):
+            return Opaque(f"torch._utils._rebuild_tensor_v2 of {storage}"[:200])
         if not isinstance(storage, np.ndarray) or storage.ndim != 1:
             raise ValueError("the .pt file makes a tensor of something that is no storage")
         sizes = (offset, *shape, *strides)
