@@ -169,8 +169,9 @@ def train(args):
     Settings(**settings)
     Budget(**budget)
     if not args.json:
+        replaced = f"; {out} will be replaced" if os.path.exists(out) and not args.resume else ""
         _say(f"training {model} on "
-             + (", ".join(args.files) or "Python's documentation of its own language"))
+             + (", ".join(args.files) or "Python's documentation of its own language") + replaced)
     done = model.history[-1]["step"] if model.history else None
     model.fit(files or None, checkpoint=out, resume=args.resume,
               callbacks=callbacks, progress=bar, encoding=args.encoding, **budget, **settings)

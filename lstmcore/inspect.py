@@ -306,7 +306,7 @@ PAGE = """<!doctype html>
   <pre id="text"></pre>
   <aside>
     <h2>Most selective neurons</h2>
-    <p>What each follows best in this text, and the correlation.</p>
+    <p id="told"></p>
     <ol id="ranked"></ol>
   </aside>
 </main>
@@ -383,6 +383,9 @@ PAGE = """<!doctype html>
   }
 
   function list() {
+    find("told").textContent = current().ranked.length
+      ? "What each follows best in this text, and the correlation."
+      : "None yet: in a text this short nothing is seen often enough.";
     find("ranked").replaceChildren(...current().ranked.map(([n, feature, r]) => {
       const item = document.createElement("li"), button = document.createElement("button");
       const parts = [["b", n], ["span", feature], ["em", r.toFixed(2)]].map(([tag, text]) => {

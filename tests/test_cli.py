@@ -52,6 +52,13 @@ def test_train_reports_saves_and_samples(run, tmp_path):
                            "peepholes=True)")
 
 
+def test_train_says_that_it_replaces_a_model(run, trained):
+    told = [run("train", "story.txt", "--out", out, "--steps", 1, *SMALL)[2].splitlines()[0]
+            for out in ("new", "m")]
+    assert not told[0].endswith("replaced") and told[1].endswith("story.txt; m will be replaced")
+    assert "replaced" not in run("train", "story.txt", "--resume", "m", "--steps", 2)[2]
+
+
 def test_train_without_file_reads_the_documentation(run):
     code, _, err = run("train", "--steps", 1, "--out", "m", "--no-sample", *SMALL)
     assert code == 0 and "Python's documentation" in err
