@@ -593,9 +593,11 @@ def cross_entropy(logits, targets, weights, dlogits, *, n_threads=None):
 def info():
     """What runs here: version, instruction sets, BLAS, threads and OpenMP, as a dict.
 
+    forked: whether this is a child of fork(), where every call runs on one thread.
+
     >>> import lstmcore
     >>> sorted(lstmcore.info())
-    ['available_isas', 'blas', 'compiler', 'isa', 'n_threads', 'openmp', 'version']
+    ['available_isas', 'blas', 'compiler', 'forked', 'isa', 'n_threads', 'openmp', 'version']
     """
     import scipy.linalg  # noqa: F401  (loads the BLAS that is reported)
     from threadpoolctl import threadpool_info
@@ -607,4 +609,4 @@ def info():
     return {"version": __version__, "isa": _kernels.isa(),
             "available_isas": _kernels.available_isas(), "blas": ", ".join(blas) or "unknown",
             "n_threads": get_num_threads(), "compiler": _kernels.compiler(),
-            "openmp": _kernels.has_openmp()}
+            "openmp": _kernels.has_openmp(), "forked": _kernels.is_forked()}
