@@ -264,6 +264,28 @@ def test_dataframes_and_series_go_in():
     assert not hasattr(model.fit(X, y), "feature_names_in_")       # they were the table's
 
 
+def test_the_least_that_can_be_learned_from():
+    X, _ = words(6)
+    one = small(LSTMClassifier).fit(X, ["only"] * 6)
+    np.testing.assert_array_equal(one.predict_proba(X), np.ones((6, 1)))
+    apart = small(LSTMClassifier, epochs=60).fit(["a", "bb", "ccc", ""], list("wxyz"))
+    assert list(apart.predict(["ccc", "", "a", "bb"])) == list("yzwx")
+    series = [[1.0], [2.0], [4.0]]
+    constant = small(epochs=100).fit(series, [7.0, 7.0, 7.0])
+    np.testing.assert_allclose(constant.predict(series), 7, rtol=0, atol=0.05)
+    assert small().fit([[[1.0, 2.0]]], [3.0]).predict([[[1.0, 2.0]]]).shape == (1,)
+
+
+@pytest.mark.parametrize("labels", [[True, False], np.array(["b", "a"], object), [2, -1],
+                                    np.array(["x", "longer"])])
+def test_labels_come_back_as_they_were(labels):
+    X, _ = ragged(8, 2)
+    y = np.asarray(labels)[[0, 1] * 4]
+    model = small(LSTMClassifier, hidden_size=16, epochs=150, learning_rate=0.02).fit(X, y)
+    assert list(model.classes_) == sorted(labels) and model.predict(X).dtype == y.dtype
+    np.testing.assert_array_equal(model.predict(X), y)
+
+
 def test_sequences_of_no_steps_are_legal():
     X, y = ragged(10, 2)
     X[3] = np.zeros((0, 2))
