@@ -57,17 +57,17 @@ MUTANTS = [
     ("the product replaces what is there", BODY,
      "start == START_ADD ? F(v_load_n)((R *)C[r0 + r] + j, w) : from",
      "from"),
-    ("c is not stored", BODY, "F(v_store_n)((R *)row[r].c + j, c, w);", ";"),
+    ("c is not stored", BODY, "F(v_store_n)((R *)row[r].c + j, c, lanes);", ";"),
     ("o is stored as g", BODY,
-     "F(v_store_n)(gates + 2 * H, s.g, w);\n"
-     "                F(v_store_n)(gates + 3 * H, s.o, w);\n"
+     "F(v_store_n)(gates + 2 * H, s.g, lanes);\n"
+     "                F(v_store_n)(gates + 3 * H, s.o, lanes);\n"
      "                F(v_store_n)((R *)row[r].c",
-     "F(v_store_n)(gates + 3 * H, s.g, w);\n"
-     "                F(v_store_n)(gates + 2 * H, s.o, w);\n"
+     "F(v_store_n)(gates + 3 * H, s.g, lanes);\n"
+     "                F(v_store_n)(gates + 2 * H, s.o, lanes);\n"
      "                F(v_store_n)((R *)row[r].c"),
     ("dy of the first vector for all", BODY, "F(v_load_n)(dy + v * VL, F(lanes)(&g, v));",
      "F(v_load_n)(dy, F(lanes)(&g, v));"),
-    ("dc is not handed on", BODY, "F(v_store_n)(dc_row, dc, w);", ";"),
+    ("dc is not handed on", BODY, "F(v_store_n)(dc_row, dc, lanes);", ";"),
     ("dW keeps its last block only", BODY, "if (k0) acc[r][v] += F(v_load_n)(out, w);", ";"),
     ("db counts one row less", BODY, "for (m = 0; db && m < M; m++) db[m0 + m] += row[m];",
      "for (m = 1; db && m < M; m++) db[m0 + m] += row[m];"),
@@ -125,9 +125,13 @@ MUTANTS = [
      "row.c_prev = f.c + (f.start[s] + r) * row_c"),
     ("step 0 skipped, backward", BACKWARD, "for s in range(f.steps - 1, -1, -1):",
      "for s in range(f.steps - 1, 0, -1):"),
-    ("the last step has a later one", BACKWARD,
-     "f.k.lstm_back_step(going_on, f.G, f.H, j0, j1, rows, packed_at(f, &f.hh, j0),",
-     "f.k.lstm_back_step(0, f.G, f.H, j0, j1, rows, packed_at(f, &f.hh, j0),"),
+    ("the last step has a later one", BACKWARD, "w.K = f.G\n", "w.K = 0\n"),
+    ("a single step reads no x", FORWARD, "rows[q].x = f.x + at * row_x", "rows[q].x = f.zeros"),
+    ("a fused step forgets the bias", BODY, "const R *start = I ? bias : row[r].gates;",
+     "const R *start = I ? NULL : row[r].gates;"),
+    ("a descending step begins a unit late", BODY,
+     "ptrdiff_t p = descending ? panels - 1 - q : q, next = descending ? MAX(p - 1, 0) : p + 1;\n"
+     "        ptrdiff_t j = j0", "ptrdiff_t p = q, next = p + 1;\n        ptrdiff_t j = j0 + descending"),
     ("dh0 is not computed", BACKWARD,
      "multiply(f, &f.hh, slab, slabs, START_ZERO, going_on, a, NULL, C, scratch)",
      "pass"),
