@@ -46,11 +46,16 @@ def stacks(keras):
          L.LSTM(6, return_sequences=True, use_bias=False)],
         [L.SimpleRNN(4, activation="relu", return_sequences=True),
          L.Bidirectional(L.SimpleRNN(3, return_sequences=True))],
+        [L.LSTM(4)],
+        [L.LSTM(4, return_sequences=True), L.LSTM(4)],
+        [L.LSTM(4, return_sequences=True), L.Bidirectional(L.LSTM(3))],
+        [L.SimpleRNN(4, activation="relu")],
     ]
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("n, functional", [(0, False), (1, True), (2, False), (3, True)])
+@pytest.mark.parametrize("n, functional", [(0, False), (1, True), (2, False), (3, True), (4, False),
+                                           (5, True), (6, False), (7, True)])
 def test_keras_models_compute_the_same(tmp_path, keras, n, functional):
     model = build(keras, *stacks(keras)[n], functional=functional)
     x = np.random.default_rng(9).normal(size=(3, 7, 5)).astype("float32")
@@ -58,8 +63,10 @@ def test_keras_models_compute_the_same(tmp_path, keras, n, functional):
     for ending in (".keras", ".h5"):
         model.save(tmp_path / f"m{ending}")
         m = lstmcore.load(tmp_path / f"m{ending}")
+        assert m(x)[0].shape == want.shape
         np.testing.assert_allclose(m(x)[0], want, rtol=0, atol=1e-6)
     m.save(tmp_path / "back.weights.h5")
+    assert repr(lstmcore.load(tmp_path / "back.weights.h5")) == repr(m)
     model.set_weights([np.zeros_like(w) for w in model.get_weights()])
     model.load_weights(tmp_path / "back.weights.h5")
     np.testing.assert_array_equal(model.predict(x, verbose=0), want)
@@ -103,7 +110,51 @@ def test_other_layers_are_named_and_bfloat16_is_widened(tmp_path, keras):
     with pytest.warns(UserWarning, match=r"left in the file: 'head \(Dense\)'"):
         m = lstmcore.load(tmp_path / "m.keras")
     want = np.asarray(model.get_weights()[0], "float32")
-    np.testing.assert_array_equal(m.parameters()["weight_ih_l0"], want.T)
+    np.testing.assert_array_equal(m.layers[0].parameters()["weight_ih_l0"], want.T)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_last_step_feeds_no_layer(tmp_path, keras):
+    L = keras.layers
+    build(keras, L.LSTM(3, name="a"), L.RepeatVector(2), L.LSTM(3, name="b")).save(
+        tmp_path / "m.keras")
+    with pytest.raises(ValueError, match="'a', 'b'"):
+        lstmcore.load(tmp_path / "m.keras")
+    with pytest.raises(ValueError, match="a returns its last step only .*return_sequences"):
+        lstmcore.load(tmp_path / "m.keras", ["a", "b"])
+    assert lstmcore.load(tmp_path / "m.keras", "a").last_step
+
+
+L, R = lstmcore.LSTM, lstmcore.RNN
+
+
+@pytest.mark.parametrize("make", [
+    lambda: L(3, 4, 12, seed=1), lambda: L(3, 4, 2, bidirectional=True, batch_first=True, seed=1),
+    lambda: L(3, 4, bias=False, dtype="float64", seed=1),
+    lambda: R(3, 4, 2, nonlinearity="relu", seed=1), lambda: R(3, 4, bidirectional=True, seed=1),
+    lambda: formats.Stack([R(3, 4, seed=1), L(4, 6, 2, seed=2), L(6, 2, bidirectional=True, seed=3),
+                           R(4, 5, nonlinearity="relu", seed=4)]),
+    lambda: formats.Stack([L(3, 4, seed=1)], batch_first=True, last_step=True)])
+def test_weights_that_we_write_come_back(tmp_path, make):
+    m = make().eval()
+    m.save(tmp_path / "m.weights.h5")
+    got = lstmcore.load(tmp_path / "m.weights.h5")
+    x = np.random.default_rng(0).normal(size=(5, 4, 3)).astype(m.parameters().popitem()[1].dtype)
+    assert got.batch_first == m.batch_first
+    np.testing.assert_array_equal(got(x)[0], m(x)[0])
+
+
+def test_a_configuration_of_ours_is_not_believed(tmp_path):
+    path = tmp_path / "m.weights.h5"
+    L(3, 4, seed=1).save(path)
+    with h5py.File(path) as file:
+        said = json.loads(file.attrs["lstmcore.config"])
+    for message, change in {"batch_first='yes'": {"batch_first": "yes"},
+                            "unlike Keras's": {"config": 3}}.items():
+        with h5py.File(path, "r+") as file:
+            file.attrs["lstmcore.config"] = json.dumps({**said, **change})
+        with pytest.raises(ValueError, match=message):
+            lstmcore.load(path)
 
 
 def legacy_file(path, kind, arrays, config=True):
@@ -198,6 +249,8 @@ def test_hdf5_that_keras_does_not_write_is_refused(tmp_path):
 def test_layers_that_keras_does_not_have_are_not_written(tmp_path):
     for message, m in {"weight_peephole": lstmcore.LSTM(2, 3, peepholes=True),
                        "weight_hr": lstmcore.LSTM(2, 3, proj_size=2),
+                       "fixed initial": formats.Stack([lstmcore.RNN(2, 3)], initial=[
+                           np.ones((1, 4, 3), "float32")]),
                        "go_backwards": formats.Stack([lstmcore.LSTM(2, 3)], [True])}.items():
         with pytest.raises(ValueError, match=message):
             m.save(tmp_path / "m.weights.h5")

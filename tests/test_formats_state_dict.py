@@ -53,9 +53,10 @@ def test_saved_layer_comes_back(tmp_path, options):
 
 def test_saved_rnn_and_stack_come_back(tmp_path):
     rnn = lstmcore.RNN(4, 3, nonlinearity="relu", bidirectional=True, seed=1)
-    stack = formats.Stack([lstmcore.LSTM(4, 6, 2, seed=1), lstmcore.LSTM(6, 5, seed=2)],
-                          reverse=[False, True], batch_first=True)
-    for m in (rnn, stack):
+    layers = [lstmcore.LSTM(4, 6, 2, seed=1), lstmcore.LSTM(6, 5, seed=2)]
+    stack = formats.Stack(layers, reverse=[False, True], batch_first=True)
+    last = formats.Stack(layers, last_step=True)
+    for m in (rnn, stack, last):
         m.save(tmp_path / "m.safetensors")
         got = lstmcore.load(tmp_path / "m.safetensors")
         assert repr(got) == repr(m)
@@ -97,6 +98,55 @@ def test_stack_gradients_are_those_of_finite_differences():
         down[place] -= step
         want = (loss(up) - loss(down)) / (2 * step)
         assert abs(dx[place] - want) < 1e-8     # the truncation and rounding of the difference
+
+
+@pytest.mark.parametrize("layer", [
+    lambda **o: lstmcore.LSTM(4, 3, 2, bidirectional=True, proj_size=2, **o),
+    lambda **o: lstmcore.RNN(4, 3, **o)])
+def test_last_step_of_a_stack_and_its_gradients(layer):
+    rng = np.random.default_rng(0)
+    layers = [lstmcore.LSTM(3, 4, dtype="float64", seed=1), layer(dtype="float64", seed=2)]
+    whole, stack = formats.Stack(layers), formats.Stack(layers, last_step=True)
+    x, lengths = rng.normal(size=(6, 3, 3)), np.array([6, 2, 4])
+    (want, _), (y, final) = whole(x, lengths=lengths), stack(x, lengths=lengths)
+    P = layers[1].parameters()["weight_hh_l0"].shape[1]
+    np.testing.assert_array_equal(y[:, :P], want[lengths - 1, range(3), :P])
+    np.testing.assert_array_equal(y[:, P:], want[0, :, P:])     # the last output of what reads back
+    with pytest.raises(ValueError, match="dy must have the shape"):
+        stack.backward(np.zeros_like(want))
+
+    is_lstm = isinstance(final[1], tuple)
+    dy, dlast = rng.normal(size=y.shape), [rng.normal(size=s.shape) for s in (
+        final[1] if is_lstm else [final[1]])]
+
+    def loss(x, of_state):
+        y, final = stack(x, lengths=lengths)
+        last = final[1] if is_lstm else [final[1]]
+        return (y * dy).sum() + of_state * sum((s * d).sum() for s, d in zip(last, dlast))
+
+    for of_state in (0, 1):
+        loss(x, of_state)
+        given = [None, (tuple(dlast) if is_lstm else dlast[0])] if of_state else None
+        dx, _ = stack.backward(dy, given)
+        step = 1e-6
+        for place in [(0, 0, 1), (1, 1, 0), (3, 2, 2), (4, 2, 0)]:
+            up, down = x.copy(), x.copy()
+            up[place] += step
+            down[place] -= step
+            slope = (loss(up, of_state) - loss(down, of_state)) / (2 * step)
+            assert abs(dx[place] - slope) < 1e-8    # the truncation and rounding of the difference
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".onnx", ".weights.h5"])
+def test_frozen_modules_are_saved(tmp_path, ending):
+    pytest.importorskip({".onnx": "onnx", ".weights.h5": "h5py"}.get(ending, "numpy"))
+    for m in (lstmcore.LSTM(3, 4, 2, bidirectional=True, seed=1), lstmcore.RNN(3, 4, seed=1),
+              formats.Stack([lstmcore.LSTM(3, 4, seed=1), lstmcore.LSTM(4, 2, seed=2)])):
+        m.freeze().save(tmp_path / f"m{ending}")
+        got = lstmcore.load(tmp_path / f"m{ending}")
+        assert repr(got) == repr(m)
+        same_parameters(got, m)
+        assert all(p.flags.writeable for p in got.parameters().values())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

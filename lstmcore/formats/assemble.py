@@ -33,6 +33,7 @@ class Layer(NamedTuple):
     nonlinearity: "str | None" = None   # of an RNN
     reverse: bool = False               # its only direction reads from the end
     initial: "tuple | None" = None      # the initial state, where the file fixes one
+    last_step: bool = False             # y is the last output only
 
     @property
     def hidden_size(self):
@@ -48,6 +49,9 @@ def assemble(layers, batch_first=False, dropout=0.0, nonlinearity=None):
     layers = [_checked(layer, nonlinearity) for layer in layers]
     width = layers[0].directions[0]["weight_ih"].shape[1]
     for layer in layers:
+        if layer.last_step and layer is not layers[-1]:
+            raise ValueError(f"{layer.name} returns its last step only (return_sequences=False), "
+                             "so it cannot feed another layer: load one of them by name=")
         for arrays in layer.directions:
             if (got := arrays["weight_ih"].shape[1]) != width:
                 raise ValueError(f"{layer.name} must take the {width} outputs of the layer before "
@@ -55,15 +59,17 @@ def assemble(layers, batch_first=False, dropout=0.0, nonlinearity=None):
         width = len(layer.directions) * layer.output_size
     dtype = np.result_type(np.float32, *(a for layer in layers for d in layer.directions
                                          for a in d.values()))
-    if len({_signature(layer) for layer in layers}) == 1 and not _is_special(layers[0]):
-        module = _build(layers, dtype, batch_first=batch_first, dropout=dropout)
-    else:
-        if dropout:
-            raise ValueError("dropout cannot be given to layers that do not form one LSTM")
-        module = Stack([_build([layer], dtype) for layer in layers],
-                       [layer.reverse for layer in layers], batch_first,
-                       [_cast(layer.initial, dtype) for layer in layers])
-    return module.eval()
+    are_one = len({_signature(layer) for layer in layers}) == 1 and \
+        not any(layer.reverse or layer.initial is not None for layer in layers)
+    if dropout and not are_one:
+        raise ValueError("dropout cannot be given to layers that do not form one LSTM")
+    if are_one and not layers[-1].last_step:
+        return _build(layers, dtype, batch_first=batch_first, dropout=dropout).eval()
+    groups = [layers] if are_one else [[layer] for layer in layers]
+    return Stack([_build(group, dtype, dropout=dropout) for group in groups],
+                 [group[0].reverse for group in groups], batch_first,
+                 [_cast(group[0].initial, dtype) for group in groups],
+                 layers[-1].last_step).eval()
 
 
 def group(arrays):
@@ -79,6 +85,11 @@ def group(arrays):
     # A name like an LSTM's does not make one: weight_hh does.
     return {prefix: cells for prefix, cells in found.items()
             if any("weight_hh" in cell for cell in cells.values())}
+
+
+def is_weight(name):
+    """Whether a parameter of an LSTM, RNN or Stack could be named so."""
+    return _TORCH_NAME.fullmatch(name) is not None
 
 
 def from_torch_names(prefix, cells):
@@ -121,8 +132,11 @@ def cells(module):
 
 
 def parts(module):
-    """An LSTM, RNN or Stack as its (LSTM or RNN, reverse) pairs."""
+    """An LSTM, RNN or Stack as its (LSTM or RNN, reverse) pairs, for writing it."""
     if isinstance(module, Stack):
+        if any(state is not None for state in module.initial):
+            raise ValueError("a Stack with fixed initial states cannot be saved: set its initial "
+                             "to [None, ...] and give the states to every call")
         return list(zip(module.layers, module.reverse))
     if isinstance(module, (LSTM, RNN)):
         return [(module, False)]
@@ -131,13 +145,10 @@ def parts(module):
 
 def describe(module):
     """What the arrays of an LSTM, RNN or Stack do not say about it; JSON can hold it."""
+    layers = [layer for layer, _ in parts(module)]
     if isinstance(module, Stack):
-        if any(state is not None for state in module.initial):
-            raise ValueError("a Stack with fixed initial states cannot be saved: set its initial "
-                             "to [None, ...] and give the states to every call")
         return {"class": "Stack", "batch_first": module.batch_first, "reverse": module.reverse,
-                "layers": [describe(layer) for layer in module.layers]}
-    parts(module)
+                "last_step": module.last_step, "layers": [describe(layer) for layer in layers]}
     kind, names = type(module).__name__, ("batch_first", "dropout")
     names += ("nonlinearity",) * (kind == "RNN")
     return {"class": kind, **{name: getattr(module, name) for name in names}}
@@ -229,10 +240,6 @@ def _checked(layer, nonlinearity):
 def _signature(layer):
     return (layer.kind, layer.hidden_size, layer.output_size, layer.nonlinearity,
             len(layer.directions), tuple(sorted(layer.directions[0])))
-
-
-def _is_special(layer):
-    return layer.reverse or layer.initial is not None
 
 
 def _build(layers, dtype, **options):

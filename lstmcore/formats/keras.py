@@ -6,6 +6,9 @@ i, f, g, o: our matrices, transposed. Its sequences are (B, T, ·), so layers co
     .keras         a zip of config.json, which names the layers, and model.weights.h5
     .weights.h5    layers/lstm/cell/vars/0..2, layers/bidirectional/{forward,backward}_layer/...
     .h5            the configuration as an attribute, and model_weights/<layer>/<weight name>
+
+A .weights.h5 says neither the order of its layers nor what they are made of. Those written here
+have an attribute OWN with a configuration of the form that Keras gives to a Sequential model.
 """
 
 import functools
@@ -21,6 +24,7 @@ KINDS = {"LSTM": "LSTM", "CuDNNLSTM": "LSTM", "SimpleRNN": "RNN"}
 PASSING = ("InputLayer", "Dropout", "SpatialDropout1D", "GaussianNoise", "GaussianDropout",
            "ActivityRegularization")
 WEIGHTS = ("kernel", "recurrent_kernel", "bias")
+OWN = "lstmcore.config"
 
 
 def read_arrays(path):
@@ -40,7 +44,7 @@ def read_arrays(path):
 def read_chains(path, options):
     """The chains of recurrent layers in the file, see `lstmcore.formats`."""
     config, root = _open(path)
-    options = {"batch_first": True, **options}
+    options = {"batch_first": _is_batch_first(path, config), **options}
     weights = _weights_by_layer(path, root)
     if config is None:
         chains = [[(name, functools.partial(_layer, name, found, None))]
@@ -52,7 +56,7 @@ def read_chains(path, options):
     links, used = {}, {}
     for name in recurrent:
         source = _source(layers, name)
-        if source in recurrent and layers[source][1]["config"].get("return_sequences"):
+        if source in recurrent and _returns_sequences(layers[source]):
             links[name] = source
             used[source] = used.get(source, 0) + 1
     chains = []
@@ -91,12 +95,16 @@ def arrays(module):
 
 
 def write_weights(module, path):
-    """A .weights.h5 for `load_weights` of a keras.Sequential of the same layers in a row."""
+    """A .weights.h5 for `load_weights` of a keras.Sequential of the same layers in a row.
+
+    Whether the module is time-major stands in it for `lstmcore.load`; Keras's layers never are.
+    """
     try:
         import h5py
     except ImportError:
-        raise ImportError("writing Keras files needs h5py: pip install lstmcore[keras]") from None
-    layers, counts = arrays(module), {}
+        raise ImportError("writing Keras files needs h5py: pip install 'lstmcore[keras]'") \
+            from None
+    layers, counts, entries = arrays(module), {}, []
     parts = [part for part, _ in assemble.parts(module) for _ in range(part.num_layers)]
     with h5py.File(path, "w") as file:
         for part, values in zip(parts, layers):
@@ -106,12 +114,38 @@ def write_weights(module, path):
                 name, places = "bidirectional", ["/forward_layer", "/backward_layer"]
             n = counts[name] = counts.get(name, -1) + 1
             group = file.create_group(f"layers/{name}" + (f"_{n}" if n else ""))
-            group.create_group("vars").attrs["name"] = group.name.rpartition("/")[2]
+            name = group.name.rpartition("/")[2]
+            group.create_group("vars").attrs["name"] = name
+            entries.append(_entry(name, part))
             each = len(values) // len(places)
             for d, place in enumerate(places):
                 for k, value in enumerate(values[d * each:(d + 1) * each]):
                     group.create_dataset(f"{group.name}{place}/cell/vars/{k}",
                                          data=np.ascontiguousarray(value))
+        own = entries[-1]["config"].get("layer", entries[-1])["config"]
+        own["return_sequences"] = not getattr(module, "last_step", False)
+        file.attrs[OWN] = json.dumps({"class_name": "Sequential", "config": {"layers": entries},
+                                      "batch_first": module.batch_first})
+
+
+def _entry(name, part):
+    """One layer of an LSTM or RNN in the configuration of a Sequential model."""
+    config = {"name": name, "return_sequences": True}
+    if isinstance(part, assemble.RNN):
+        config["activation"] = part.nonlinearity
+    entry = {"class_name": "LSTM" if isinstance(part, assemble.LSTM) else "SimpleRNN",
+             "config": config}
+    if part.bidirectional:
+        return {"class_name": "Bidirectional", "config": {"name": name, "layer": entry}}
+    return entry
+
+
+def _is_batch_first(path, config):
+    """As the configuration says, if it is ours; Keras's layers always are."""
+    said = config.get("batch_first", True) if isinstance(config, dict) else True
+    if not isinstance(said, bool):
+        raise ValueError(f"{path} says batch_first={said!r:.40}: it must be true or false")
+    return said
 
 
 def _open(path):
@@ -120,7 +154,7 @@ def _open(path):
         data = file.read()
     if data[:8] == hdf5.SIGNATURE:
         root = hdf5.read(data)
-        text = root.attributes.get("model_config")
+        text = root.attributes.get("model_config", root.attributes.get(OWN))
         return None if text is None else _json(path, text), root
     del data
     with Archive(path) as archive:
@@ -254,7 +288,13 @@ def _from_config(path, name, layer, weights):
     if len(weights[name]) != (1 if wrapper is None else 2):
         raise ValueError(f"{name} must have weights of {1 if wrapper is None else 2} directions, "
                          f"got {len(weights[name])}")
-    return _layer(name, weights[name], inner)
+    (made,) = _layer(name, weights[name], inner)
+    return [made._replace(last_step=not _returns_sequences(layer))]
+
+
+def _returns_sequences(layer):
+    """Whether an entry of the configuration gives its y at every step, not at the last one only."""
+    return bool(layer[1]["config"].get("return_sequences", False))
 
 
 def _expect(name, config, wanted):

@@ -15,6 +15,8 @@ class Stack(Module):
         y is in the order of x all the same; none by default
     batch_first : x and y are (B, T, ·); states never are
     initial : one initial state per layer (None: zeros), used when a call gives no state
+    last_step : y is not (T, B, W) but (B, W), the last output of each sequence; of a bidirectional
+        layer the last output of each direction, which the second one gives at step 0
 
     Parameters by name: `layers.0.weight_ih_l0` and so on.
 
@@ -25,8 +27,9 @@ class Stack(Module):
     ((7, 4, 5), (1, 4, 5))
     """
 
-    def __init__(self, layers, reverse=None, batch_first=False, initial=None):
+    def __init__(self, layers, reverse=None, batch_first=False, initial=None, last_step=False):
         self.layers, self.batch_first = list(layers), bool(batch_first)
+        self.last_step = bool(last_step)
         if not self.layers:
             raise ValueError("a Stack needs at least one layer")
         self.reverse = [bool(r) for r in _one_each("reverse", reverse, False, self.layers)]
@@ -41,7 +44,11 @@ class Stack(Module):
                                  f"layer before it, it takes {layer.input_size} {layer.dtype}")
 
     def __call__(self, x, state=None, lengths=None):
-        """x (T,B,I), or (B,T,I) with batch_first -> y, and the list of the layers' final states."""
+        """x (T,B,I), or (B,T,I) with batch_first -> y, and the list of the layers' final states.
+
+        lengths : (B,) ints in 0..T. With last_step, the y of a sequence of length 0 is its initial
+            state h.
+        """
         y, final = self._outside(np.asarray(x)), []
         states = _one_each("state", state, None, self.layers)
         for layer, reverse, given, initial in zip(self.layers, self.reverse, states, self.initial):
@@ -49,17 +56,21 @@ class Stack(Module):
             y, last = layer(_flip(y, lengths, reverse), given, lengths)
             y = _flip(y, lengths, reverse)
             final.append(last)
-        y = self._outside(y)
+        y = self._last_output(last) if self.last_step else self._outside(y)
         self._keep(y, lengths)
         return y, final
 
     def backward(self, dy=None, dstate=None):
         """Gradients by y and by the final states, None for zeros -> dx, and by initial states."""
         dy, lengths = self._take(dy)
-        dy, dinitial = self._outside(dy), []
-        dstates = _one_each("dstate", dstate, None, self.layers)
+        dstates, dinitial = _one_each("dstate", dstate, None, self.layers), []
+        if self.last_step:
+            dstates[-1], dy = self._with_last_output(dstates[-1], dy), None
+        else:
+            dy = self._outside(dy)
         for layer, reverse, dlast in reversed(list(zip(self.layers, self.reverse, dstates))):
-            dy, dfirst = layer.backward(_flip(dy, lengths, reverse), dlast)
+            dy = None if dy is None else _flip(dy, lengths, reverse)
+            dy, dfirst = layer.backward(dy, dlast)
             dy = None if dy is None else _flip(dy, lengths, reverse)
             dinitial.append(dfirst)
         return None if dy is None else self._outside(dy), dinitial[::-1]
@@ -68,6 +79,23 @@ class Stack(Module):
         """Write the stack to a file: its ending says which kind, see `lstmcore.formats.save`."""
         from lstmcore import formats
         formats.save(self, path)
+
+    def _last_output(self, state):
+        """The last output (B, D·P) of the last layer: its h in the final state, (L·D, B, P)."""
+        layer = self.layers[-1]
+        h = state[0] if isinstance(state, tuple) else state
+        return np.concatenate(h[-layer.directions:], axis=1)
+
+    def _with_last_output(self, dlast, dy):
+        """The gradient by the last layer's final state, that by its last output added to h's."""
+        layer = self.layers[-1]
+        parts = [[np.zeros((len(dy), width), dy.dtype) if part is None else part
+                  for part, width in zip(state, layer._widths)]
+                 for state in layer._split(dlast, len(dy), "dstate")]
+        halves = np.split(dy, layer.directions, axis=1)
+        for state, half in zip(parts[-layer.directions:], halves):
+            state[0] = state[0] + half
+        return layer._join(parts)
 
     def _outside(self, a):
         return a.swapaxes(0, 1) if self.batch_first else a
@@ -80,6 +108,8 @@ class Stack(Module):
             said.append("batch_first=True")
         if any(state is not None for state in self.initial):
             said.append("initial=...")
+        if self.last_step:
+            said.append("last_step=True")
         return f"Stack({', '.join(said)})"
 
 
