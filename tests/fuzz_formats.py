@@ -175,7 +175,8 @@ class ONNX(Target):
     name = "mutant.onnx"
 
     def seeds(self):
-        return [self.saved("seed.onnx", layer())]
+        both = lstmcore.formats.Stack([plain_layer(), lstmcore.LSTM(8, 3, proj_size=2, seed=1)])
+        return [self.saved("seed.onnx", layer()), self.saved("scan.onnx", both)]
 
 
 TARGETS = {"safetensors": Safetensors, "pytorch": PyTorch, "archive": Archive, "hdf5": HDF5,

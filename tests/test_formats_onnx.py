@@ -134,18 +134,18 @@ def test_relu_and_what_is_refused_by_name(tmp_path):
             Graph(made).run(feeds)
 
 
-def stacked(plumbing, first=DIRECTIONS[2], widths=(H, H), head=False):
+def stacked(plumbing, first=DIRECTIONS[2], widths=(H, H), second=DIRECTIONS[2]):
     """Two LSTM nodes, the plumbing between them given."""
     D = 1 + (first == "bidirectional")
     a = recurrent("LSTM", first, seed=1, hidden=widths[0])
-    b = recurrent("LSTM", "bidirectional", seed=2, inputs=D * widths[0], hidden=widths[1])
+    b = recurrent("LSTM", second, seed=2, inputs=D * widths[0], hidden=widths[1])
     constants = {**{f"{k}a": v for k, v in a.items()}, **{f"{k}b": v for k, v in b.items()},
                  "one": np.array([1]), "keep": np.array([0, 0, -1]),
                  "scale": np.float32([2.0])}
     nodes = [helper.make_node("LSTM", ["x", "Wa", "Ra", "Ba"], ["ya"], "a", hidden_size=widths[0],
                               direction=first), *plumbing,
              helper.make_node("LSTM", ["z", "Wb", "Rb", "Bb"], ["yb"], "b", hidden_size=widths[1],
-                              direction="bidirectional")]
+                              direction=second)]
     return model(nodes, {"x": [None, None, I]}, ["yb"], constants)
 
 
@@ -160,7 +160,8 @@ def test_stacked_nodes_become_one_layer(tmp_path):
     for made, kind in ((stacked(TRANSPOSED), lstmcore.LSTM),
                        (stacked(TRANSPOSED, widths=(6, H)), formats.Stack),
                        (stacked(squeezed, "forward"), formats.Stack),
-                       (stacked(squeezed, "reverse"), formats.Stack)):
+                       (stacked(squeezed, "reverse"), formats.Stack),
+                       (stacked(squeezed, "forward", second="reverse"), formats.Stack)):
         want = run_saved(made, path, {"x": x})["yb"]
         m = lstmcore.load(path)
         assert type(m) is kind
@@ -250,16 +251,70 @@ def test_exports_run_in_onnxruntime(tmp_path, make, dtype, bidirectional):
 def test_export_and_import_are_inverse(tmp_path):
     stack = formats.Stack([lstmcore.LSTM(I, 6, seed=0), lstmcore.LSTM(6, H, seed=1)], [False, True],
                           batch_first=True)
-    for m in (lstmcore.LSTM(I, H, 2, bidirectional=True, peepholes=True, seed=0), stack,
+    scans = [make(dtype, bidirectional=True) for make in EXPORTS for dtype in ABSOLUTE]
+    mixed = formats.Stack([lstmcore.LSTM(I, 6, 2, proj_size=3, peepholes=True, seed=0),
+                           lstmcore.LSTM(3, H, seed=1)], [True, False], last_step=True)
+    for m in (*scans, mixed, stack,
+              lstmcore.LSTM(I, H, 2, bidirectional=True, peepholes=True, dropout=0.3, seed=0),
               lstmcore.RNN(I, H, bidirectional=True, batch_first=True, seed=0)):
-        m.save(tmp_path / "m.onnx")
-        got = lstmcore.load(tmp_path / "m.onnx")
-        assert repr(got) == repr(m)
-        for name, p in m.parameters().items():
-            np.testing.assert_array_equal(got.parameters()[name], p)
+        for state, ragged in ((False, True), (True, False), (False, False)):
+            onnx_export.export(m, tmp_path / "m.onnx", state=state, lengths=ragged)
+            got = lstmcore.load(tmp_path / "m.onnx")
+            assert repr(got) == repr(m) and not got.training
+            for name, p in m.parameters().items():
+                np.testing.assert_array_equal(got.parameters()[name], p)
+        assert lstmcore.load(tmp_path / "m.onnx", batch_first=True).batch_first
     lstmcore.convert(tmp_path / "m.onnx", tmp_path / "m.safetensors")
     assert repr(lstmcore.load(tmp_path / "m.safetensors")) == repr(m)
     assert sorted(formats.read_arrays(tmp_path / "m.onnx"))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_last_steps_run_in_onnxruntime(tmp_path, dtype, bidirectional):
+    path, rng = str(tmp_path / "m.onnx"), np.random.default_rng(0)
+    layers = [lstmcore.LSTM(I, 6, dtype=dtype, seed=0),
+              lstmcore.LSTM(6, H, 2, dtype=dtype, bidirectional=bidirectional, seed=1)]
+    m = formats.Stack(layers, [True, False], batch_first=True, last_step=True).eval()
+    onnx_export.export(m, path, lengths=True)
+    x, lengths = rng.normal(size=(B, T, I)).astype(dtype), np.array([2, T, 5], "int32")
+    got, (want, _) = run(path, {"x": x, "lengths": lengths})["y"], m(x, lengths=lengths)
+    assert got.shape == (B, H * (1 + bidirectional))
+    np.testing.assert_allclose(got, want, rtol=0, atol=ABSOLUTE[dtype])
+
+
+def test_a_graph_that_was_changed_is_read_as_it_is(tmp_path):
+    """Or refused, if only its description could tell what it was."""
+    path = str(tmp_path / "m.onnx")
+    for m, change in itertools.product(
+            (lstmcore.LSTM(I, H, dtype="float64", seed=0), lstmcore.LSTM(I, H, seed=0)),
+            ("description", "node", "name")):
+        m.save(path)
+        made = onnx.load(path)
+        (said,) = made.metadata_props
+        if change == "description":
+            said.value = said.value.replace('"dropout": 0.0', '"dropout": [0]')
+        elif change == "name":
+            for node in made.graph.node:
+                node.name = "n"
+        elif m.dtype == np.float32:
+            for node in made.graph.node:
+                if node.op_type == "LSTM":
+                    node.attribute.append(helper.make_attribute("clip", 3.0))
+        else:
+            (scan,) = [node for node in made.graph.node if node.op_type == "Scan"]
+            (body,) = [a.g for a in scan.attribute if a.name == "body"]
+            [node for node in body.node if node.op_type == "Tanh"][0].op_type = "Relu"
+        onnx.save(made, path)
+        if m.dtype == np.float32 and change != "node":
+            assert repr(lstmcore.load(path)) == repr(m)
+        else:
+            message = "clip=3.0" if m.dtype == np.float32 else "only from a whole file as lstmcore"
+            with pytest.raises(ValueError, match=message):
+                lstmcore.load(path)
+    lstmcore.LSTM(I, H, dtype="float64", seed=0).save(path)
+    with pytest.raises(ValueError, match="without name="):
+        lstmcore.load(path, "l0")
 
 
 @pytest.mark.parametrize("location, message", [

@@ -108,6 +108,8 @@ def _found(path, name, options):
     wrote, (None, the module, options).
     """
     kind, module = _reader_of(path)
+    if kind == "onnx" and name is None and (own := module.read_own(path, options)):
+        return None, own, options
     if kind in ("keras", "onnx"):
         return module.read_chains(path, options)
     if kind == "safetensors":

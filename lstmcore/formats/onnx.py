@@ -11,13 +11,14 @@ silent: a sequence of length 0 ends in a state of zeros, and Y is 0 past a seque
 """
 
 import functools
+import json
 import math
 import os
 
 import numpy as np
 
 from lstmcore import functional
-from lstmcore.formats import assemble
+from lstmcore.formats import assemble, onnx_export
 from lstmcore.formats.safetensors import widened
 
 try:
@@ -26,7 +27,7 @@ try:
     from google.protobuf.message import DecodeError
     from onnx import TensorProto
 except ImportError:
-    raise ImportError("ONNX files need the package onnx: pip install lstmcore[onnx]") from None
+    raise ImportError("ONNX files need the package onnx: pip install 'lstmcore[onnx]'") from None
 
 GATES = {"LSTM": [0, 2, 3, 1], "RNN": [0]}              # ours, as places in ONNX's order
 DEFAULTS = {"LSTM": ["sigmoid", "tanh", "tanh"], "RNN": ["tanh"]}
@@ -46,6 +47,40 @@ def read_arrays(path):
     return Graph(path).constants
 
 
+def read_own(path, options):
+    """The module that a file of `onnx_export` holds; None where it is not that, node for node."""
+    model = _parsed(path)
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    if onnx_export.KEY not in said:
+        return None
+    try:
+        graph, description = Graph(path), json.loads(said[onnx_export.KEY])
+        arrays = _own_arrays(graph)
+        again = onnx_export.build(assemble.rebuild(description, arrays),
+                                  state=any(name.startswith("h0") for name in graph.inputs),
+                                  lengths="lengths" in graph.inputs)
+        if again.graph == model.graph:
+            return assemble.rebuild({**description, **options}, arrays)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+        pass                    # the description is not that of the graph, which is read as it is
+    return None
+
+
+def _own_arrays(graph):
+    """The parameters in a graph of `onnx_export`, as their names and those of the nodes say."""
+    arrays = {}
+    for node in graph.nodes:
+        if node.op in GATES:
+            weights = [graph.constants.get(name) for name in node.inputs[1:4] + node.inputs[7:]]
+            prefix, _, n = node.name.rpartition("l")
+            for suffix, cell in zip(("", "_reverse"), _layer(node, *weights).directions):
+                arrays.update({f"{prefix}{weight}_l{n}{suffix}": a for weight, a in cell.items()})
+    for name, a in graph.constants.items():
+        if assemble.is_weight(name):            # of a Scan, which has all matrices transposed
+            arrays[name] = a if "weight_peephole_l" in name else a.T
+    return arrays
+
+
 def read_chains(path, options):
     """The chains of recurrent nodes in the file, see `lstmcore.formats`."""
     graph = Graph(path, budget=(1 << 20) + 4 * os.path.getsize(path))
@@ -59,6 +94,9 @@ def read_chains(path, options):
             chains[last[0]].append(entry)
         else:
             chains.append([entry])
+    if not chains and "Scan" in probe.unknown_ops:
+        raise ValueError(f"{path} computes a recurrence in a Scan, which is read only from a whole "
+                         "file as lstmcore wrote it: without name=, and not changed since")
     if chains and "batch_first" not in options:
         options = {**options, "batch_first": probe.is_batch_first(probe.recurrent[0])}
     return chains, sorted(probe.unknown_ops), options
@@ -76,13 +114,8 @@ class Graph:
     def __init__(self, model, budget=1 << 31):
         folder = None
         if not isinstance(model, onnx.ModelProto):
-            path, model = model, onnx.ModelProto()
-            folder = os.path.dirname(os.path.abspath(path))
-            with open(path, "rb") as file:
-                try:
-                    model.ParseFromString(file.read())
-                except (DecodeError, RecursionError) as error:
-                    raise ValueError(f"{path} is not an ONNX model: {error}") from None
+            folder = os.path.dirname(os.path.abspath(model))
+            model = _parsed(model)
         if not model.graph.node:
             raise ValueError("the ONNX model has no nodes")
         if model.graph.sparse_initializer:
@@ -110,6 +143,16 @@ class Graph:
                 results = _plumb(node, arguments, budget)
             values.update(zip(node.outputs, results))
         return {name: _given(values, name) for name in self.outputs}
+
+
+def _parsed(path):
+    model = onnx.ModelProto()
+    with open(path, "rb") as file:
+        try:
+            model.ParseFromString(file.read())
+        except (DecodeError, RecursionError) as error:
+            raise ValueError(f"{path} is not an ONNX model: {error}") from None
+    return model
 
 
 class _Node:
