@@ -359,11 +359,18 @@ def _add_convert(commands):
 
 def convert(args):
     """Convert a file by `lstmcore.formats.convert`."""
+    import warnings
+
     import lstmcore
     from lstmcore.models.language import check_writable
 
     check_writable(args.target)
-    _say(f"saved {lstmcore.convert(args.source, args.target, args.name)} as {args.target}")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        module = lstmcore.convert(args.source, args.target, args.name)
+    for warning in said:
+        _say(str(warning.message))
+    _say(f"saved {module} as {args.target}")
 
 
 def _add_info(commands):

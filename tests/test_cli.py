@@ -151,6 +151,15 @@ def test_convert_and_info(run, tmp_path):
     assert json.loads(run("info", "--json")[1])["version"] in run("info")[1]
 
 
+def test_convert_says_what_it_leaves_out(run, trained):
+    pytest.importorskip("h5py")
+    code, _, err = run("convert", "m", "m.weights.h5")
+    lines = err.splitlines()
+    assert code == 0 and len(lines) == 2
+    assert "only the recurrent layers were converted; left out: 'embedding', 'head'" in lines[0]
+    assert lines[1].startswith("saved LSTM(") and lines[1].endswith(" as m.weights.h5")
+
+
 @pytest.mark.parametrize("args, message", [
     ("train none.txt", "none.txt: No such file or directory"),
     ("train empty.txt", "empty.txt is empty"),
@@ -182,7 +191,7 @@ def test_convert_and_info(run, tmp_path):
     ("train story.txt --vocab 1", "--vocab must be at least 2"),
     ("train story.txt --epochs few", "argument --epochs: invalid float value: 'few'"),
     ("train tiny.txt", "needs at least 2 tokens, got 1: validation is 0.05 of 20 tokens"),
-    ("convert m b.onnx", "lstmcore.load(file, 'recurrent')"),
+    ("convert m b.pt", "must end in .safetensors, .onnx, .weights.h5"),
     ("gradflow --out x.y", "x.y must end"),
     ("eval m none.txt", "none.txt: No such file or directory"),
     ("eval m empty.txt", "empty.txt is empty"),

@@ -224,6 +224,31 @@ def test_a_language_model_comes_back_as_one(tmp_path):
     assert lstmcore.load(tmp_path / "m.safetensors", "recurrent").hidden_size == 4
 
 
+@pytest.mark.parametrize("cell, embed_size, left", [("lstm", 3, "'embedding', 'head'"),
+                                                    ("rnn", 0, "'head'")])
+def test_converting_a_language_model_gives_its_recurrent_layers(tmp_path, cell, embed_size, left):
+    model = lstmcore.LanguageModel("char", cell=cell, hidden_size=4, embed_size=embed_size)
+    path = tmp_path / "m.safetensors"
+    model.fit("to be or not to be " * 20, steps=2, progress=False, checkpoint=path)
+    for ending, package in ((".onnx", "onnx"), (".weights.h5", "h5py")):
+        pytest.importorskip(package)
+        out = tmp_path / f"m{ending}"
+        with pytest.warns(UserWarning, match=f"only the recurrent .* left out: {left}"):
+            made = lstmcore.convert(path, out)
+        got = lstmcore.load(out)
+        assert repr(got) == repr(made) == repr(model.network.recurrent)
+        same_parameters(got, model.network.recurrent)
+        with pytest.raises(ValueError, match="saved as .safetensors.*'recurrent'"):
+            model.save(tmp_path / f"n{ending}")
+    assert isinstance(lstmcore.convert(path, tmp_path / "n.safetensors"), lstmcore.LanguageModel)
+    lstmcore.convert(path, tmp_path / "part.safetensors", "recurrent")
+    same_parameters(lstmcore.load(tmp_path / "part.safetensors"), model.network.recurrent)
+    for name in ("m.pt", "m.keras", "m"):
+        with pytest.raises(ValueError, match="must end in .safetensors, .onnx, .weights.h5"):
+            lstmcore.convert(path, tmp_path / name)
+        assert not (tmp_path / name).exists()
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "m.safetensors"
     safetensors.write(path, {"a": np.arange(3.0)})

@@ -6,8 +6,8 @@
     formats.read_arrays("model.pt")         every array of a file, by its name there
 
 Nothing in a file is ever executed, and nothing it claims is believed before it is compared with
-the file's real size: a damaged or hostile file is a ValueError. No framework is imported; Keras
-files need h5py and ONNX files need onnx.
+the file's real size: a damaged or hostile file is a ValueError. No framework is imported. ONNX
+files need the package onnx, and writing a .weights.h5 needs h5py; reading Keras's files does not.
 """
 
 import functools
@@ -33,15 +33,16 @@ def load(path, name=None, **options):
     path : a file of any of these kinds, told by its content
         - safetensors: what `save` wrote; or tensors under PyTorch's names
         - PyTorch's zip archives (.pt, .pth) of a state_dict, or of dicts that hold one
-        - Keras 3 (.keras, .weights.h5) and older Keras (.h5), CuDNNLSTM included; needs h5py
-        - ONNX (.onnx): LSTM and RNN nodes; needs onnx
+        - Keras 3 (.keras, .weights.h5) and older Keras (.h5), CuDNNLSTM included
+        - ONNX (.onnx): what `save` wrote; or LSTM and RNN nodes; needs onnx
     name : which recurrent layer, where a file holds several: the prefix of its tensors in a
         state_dict, the layer's name in Keras, the node's name in ONNX. A list of names is loaded as
         one stack, each fed by the one before it.
     batch_first, dropout, nonlinearity : what a file of weights does not say, as for `lstmcore.LSTM`
 
-    Returns an `lstmcore.LSTM` or `RNN`, a `lstmcore.formats.Stack` where layers differ in width or
-    one reads from the end only, or the model that lstmcore saved. What else a file holds (an
+    Returns an `lstmcore.LSTM` or `RNN`, a `lstmcore.formats.Stack` where layers differ in width,
+    one reads from the end only, or Keras's return_sequences=False asks for the last output alone,
+    or the model that lstmcore saved. What else a file holds (an
     embedding, a head) is named in a warning, unless `name` is given; `read_arrays` returns its
     arrays. What only acts in training (initializers, regularizers, dropout) is not carried over.
 
@@ -68,14 +69,15 @@ def load(path, name=None, **options):
 def save(module, path):
     """Write an LSTM, RNN or Stack to a file; the ending of `path` says which kind.
 
+    `load` makes of each kind the module that was written, except that a .weights.h5 says nothing of
+    dropout and of how a Stack groups its layers.
+
     .safetensors : PyTorch's names, so that `torch.nn.LSTM.load_state_dict` takes them, and what
         rebuilds the module
     .onnx : a graph for any runtime, see `lstmcore.formats.onnx.export`; needs onnx
     .weights.h5 : for `keras.Model.load_weights` of the same layers in a row; needs h5py
     """
-    kind = next((kind for end, kind in SAVED.items() if os.fspath(path).endswith(end)), None)
-    if kind is None:
-        raise ValueError(f"path must end in {', '.join(SAVED)} to say what to write, got {path!r}")
+    kind = _kind_to_write(path)
     if kind == "safetensors":
         safetensors.write(path, assemble.torch_names(module),
                           {"lstmcore.layer": json.dumps(assemble.describe(module))})
@@ -86,7 +88,13 @@ def save(module, path):
 
 
 def convert(source, target, name=None, **options):
-    """Load the recurrent layers of one file and save them as another: see `load` and `save`."""
+    """Load the recurrent layers of one file and save them as another: see `load` and `save`.
+
+    Of a language model, which is a .safetensors file, other kinds hold the recurrent layers alone;
+    a warning says so, and what was left out. Returns the module that was written.
+    """
+    if _kind_to_write(target) != "safetensors" and name is None:
+        name = _part_of_model(source)
     module = load(source, name, **options)
     module.save(target)
     return module
@@ -99,6 +107,27 @@ def read_arrays(path):
     """
     kind, module = _reader_of(path)
     return module.read(path)[0] if kind == "safetensors" else module.read_arrays(path)
+
+
+def _kind_to_write(path):
+    kind = next((kind for end, kind in SAVED.items() if os.fspath(path).endswith(end)), None)
+    if kind is None:
+        raise ValueError(f"path must end in {', '.join(SAVED)} to say what to write, got "
+                         f"{os.fspath(path)!r}")
+    return kind
+
+
+def _part_of_model(path):
+    """The name of the recurrent layers in a language model's file; None for any other file."""
+    kind, module = _reader_of(path)
+    arrays, metadata = module.read(path) if kind == "safetensors" else ({}, {})
+    if _MODEL not in metadata:
+        return None
+    left = {name.partition(".")[0] for name in arrays} - {"recurrent", "training"}
+    warnings.warn(f"{path} is a language model, of which only the recurrent layers were converted; "
+                  f"left out: {_some(sorted(left))} (lstmcore.formats.read_arrays returns them)",
+                  stacklevel=3)
+    return "recurrent"
 
 
 def _found(path, name, options):
@@ -116,6 +145,8 @@ def _found(path, name, options):
         (arrays, metadata), objects = module.read(path), {}
         if name is None and (own := metadata.keys() & _OWN.keys()):
             return None, _OWN[own.pop()](path, arrays, metadata, options), options
+        if _MODEL in metadata:                          # its RNNs are all of this kind
+            options = {"nonlinearity": "tanh", **options}
     else:
         arrays, objects, keys = module.read(path)
     groups = assemble.group({**arrays, **objects})
@@ -196,4 +227,5 @@ def _own_model(path, arrays, metadata, options):
     return LanguageModel.load(path)
 
 
-_OWN = {"lstmcore.layer": _own_layer, "lstmcore.language_model": _own_model}
+_MODEL = "lstmcore.language_model"
+_OWN = {"lstmcore.layer": _own_layer, _MODEL: _own_model}
