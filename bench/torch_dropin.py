@@ -141,7 +141,8 @@ def row(contest, result):
     """One line: milliseconds, how many times as fast as torch, and what the drop-in costs."""
     times = [result.get(name) for name in contest.libraries]
     if any(isinstance(time, str) for time in times):
-        return [contest.section, contest.case.name, *map(str, times), "–", "–"], None
+        times = [time if isinstance(time, str) else report.milliseconds(time) for time in times]
+        return [contest.section, contest.case.name, *times, "–", "–"], None
     *own, ours, torchs = (time.median for time in times)
     shown = ["–" if not own else report.digits(own[0] * 1e3), report.digits(ours * 1e3),
              report.digits(torchs * 1e3), f"{torchs / ours:.2f}×",
