@@ -155,7 +155,7 @@ class LanguageModel:
         has its best weights then, and the checkpoint stays as it was.
         """
         if checkpoint is not None:
-            check_writable(checkpoint)
+            _check_place(checkpoint)
         run = None if resume is None else self._load_run(resume)
         callbacks = (callbacks,) if callable(callbacks) else tuple(callbacks)
         if isinstance(validation, (int, float)):
@@ -265,11 +265,7 @@ class LanguageModel:
     def save(self, path):
         """Write the model to one safetensors file, at once or not at all."""
         self._check_fitted()
-        if os.fspath(path).endswith((".onnx", ".h5", ".keras", ".pt")):
-            raise ValueError("a LanguageModel is saved as .safetensors; of that file, "
-                             "lstmcore.load(file, 'recurrent').save(...) writes the recurrent "
-                             f"layers to other kinds; got {os.fspath(path)!r}")
-        check_writable(path)
+        _check_place(path)
         self._write(path, self.network.state_dict(), {})
 
     @classmethod
@@ -410,6 +406,15 @@ class _Bar:
     def close(self, trainer):
         self.show(trainer)
         self.bar.close()
+
+
+def _check_place(path):
+    """ValueError or OSError unless a model can be saved at this path."""
+    if os.fspath(path).endswith((".onnx", ".h5", ".keras", ".pt", ".pth")):
+        raise ValueError("a LanguageModel is saved as .safetensors; of that file, "
+                         "lstmcore.convert(file, 'x.onnx') or (file, 'x.weights.h5') writes the "
+                         f"recurrent layers; got {os.fspath(path)!r}")
+    check_writable(path)
 
 
 def check_writable(path):
