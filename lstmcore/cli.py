@@ -355,6 +355,10 @@ def _add_convert(commands):
     p.add_argument("source", metavar="IN", help=".safetensors, .pt, .keras, .h5 or .onnx")
     p.add_argument("target", metavar="OUT", help=".safetensors, .onnx or .weights.h5")
     p.add_argument("--name", help="which layer, where IN has several")
+    p.add_argument("--batch-first", action="store_true", default=None,
+                   help="x and y are (B, T, ...), where IN does not say it")
+    p.add_argument("--nonlinearity", choices=("tanh", "relu"),
+                   help="of an RNN, where IN does not say it")
 
 
 def convert(args):
@@ -367,7 +371,9 @@ def convert(args):
     check_writable(args.target)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
-        module = lstmcore.convert(args.source, args.target, args.name)
+        options = {name: value for name in ("batch_first", "nonlinearity")
+                   if (value := getattr(args, name)) is not None}
+        module = lstmcore.convert(args.source, args.target, args.name, **options)
     for warning in said:
         _say(str(warning.message))
     _say(f"saved {module} as {args.target}")

@@ -151,6 +151,19 @@ def test_convert_and_info(run, tmp_path):
     assert json.loads(run("info", "--json")[1])["version"] in run("info")[1]
 
 
+def test_convert_is_told_what_weights_do_not_say(run, tmp_path):
+    import numpy as np
+
+    from lstmcore.formats import safetensors
+    safetensors.write(tmp_path / "torch.safetensors", {
+        "weight_ih_l0": np.ones((4, 3), "f4"), "weight_hh_l0": np.ones((4, 4), "f4")})
+    assert run("convert", "torch.safetensors", "a.safetensors")[0] == 2
+    code, _, err = run("convert", "torch.safetensors", "a.safetensors", "--batch-first",
+                       "--nonlinearity", "relu")
+    assert code == 0
+    assert "RNN(3, 4, nonlinearity='relu', bias=False, batch_first=True)" in err
+
+
 def test_convert_says_what_it_leaves_out(run, trained):
     pytest.importorskip("h5py")
     code, _, err = run("convert", "m", "m.weights.h5")
