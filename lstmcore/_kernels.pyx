@@ -241,16 +241,16 @@ cdef class Workspace:
 
 
 cdef list spare = []               # blocks that wait for reuse: a few, and not too large
-cdef enum: SPARE_BLOCKS = 4
+cdef enum: SPARE_BLOCKS = 16
 cdef size_t SPARE_BYTES = 512 << 20
 cdef size_t SMALL = 1 << 20        # below it, malloc has its memory at hand
 
 
-cdef Workspace take_workspace(size_t size):
-    """The smallest spare block that is large enough, or a new one."""
+cdef Workspace take_workspace(size_t size, size_t most):
+    """The smallest spare block that is large enough, of at most `most` bytes, or a new one."""
     cdef Workspace w, best = None
     for w in spare:
-        if w.size >= size and (best is None or w.size < best.size):
+        if size <= w.size <= most and (best is None or w.size < best.size):
             best = w
     if best is None:
         return Workspace(size + size // 8)
@@ -277,32 +277,31 @@ cdef class Lent:
     cdef Workspace work
 
     def __init__(self, size_t size):
-        self.work = take_workspace(size)
+        self.work = take_workspace(size, 2 * size)  # it may be kept for long: not a much larger one
 
     def __del__(self):
         if self.work is not None:
             give_back(self.work)
 
 
-def tape_arrays(Py_ssize_t tokens, Py_ssize_t H, dtype):
-    """Arrays (tokens, 4H) and (tokens, H) for a tape, uninitialized.
+def empty(shape, dtype):
+    """np.empty, for large arrays in memory that earlier ones had.
 
     Fresh memory would have to be cleared by the system in every call: 6 % of a training pass at
-    (100,64,128,512).
+    (100,64,128,512) for the tape.
     """
-    cdef size_t c_bytes = tokens * H * dtype.itemsize
-    if 5 * c_bytes < SMALL:
-        return np.empty((tokens, 4 * H), dtype), np.empty((tokens, H), dtype)
-    cdef Lent block = Lent(5 * c_bytes + 128)
-    cdef char *data = <char *>((<size_t>block.work.data + 63) & ~<size_t>63)
-    return (lent_array(block, data, tokens, 4 * H, dtype),
-            lent_array(block, data + ((4 * c_bytes + 63) & ~<size_t>63), tokens, H, dtype))
-
-
-cdef lent_array(Lent block, void *data, Py_ssize_t rows, Py_ssize_t columns, dtype):
-    cdef cnp.npy_intp shape[2]
-    shape[0], shape[1] = rows, columns
-    a = cnp.PyArray_SimpleNewFromData(2, shape, dtype.num, data)
+    cdef cnp.npy_intp sizes[3]
+    cdef size_t size = dtype.itemsize
+    cdef int d, n = len(shape)
+    cdef Lent block
+    for d in range(n):
+        sizes[d] = shape[d]
+        size *= sizes[d]
+    if size < SMALL:
+        return np.empty(shape, dtype)
+    block = Lent(size)
+    a = cnp.PyArray_SimpleNewFromData(n, sizes, dtype.num,
+                                      <char *>((<size_t>block.work.data + 63) & ~<size_t>63))
     cnp.set_array_base(a, block)
     return a
 
@@ -441,7 +440,7 @@ cdef run(Pass *f, void (*lay_out)(Pass *, Arena *) noexcept nogil, team_fn *fn):
     cdef Workspace work
     arena.base, arena.used = NULL, 0
     lay_out(f, &arena)
-    work = take_workspace(arena.used)
+    work = take_workspace(arena.used, SPARE_BYTES)
     arena.base, arena.used = <char *>((<size_t>work.data + 63) & ~<size_t>63), 0
     lay_out(f, &arena)
     if f.blas:

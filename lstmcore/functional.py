@@ -248,11 +248,11 @@ def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_h
     tokens = T * B if order is None else int(sorted_lengths.sum())
     n_threads = _threads(n_threads, tokens, 4 * H, I + K)
 
-    y = np.empty((T, B, K), dtype) if order is None else np.zeros((T, B, K), dtype)
+    y = _kernels.empty((T, B, K), dtype) if order is None else np.zeros((T, B, K), dtype)
     h_n, c_n = np.empty((B, K), dtype), np.empty((B, H), dtype)
     gates = c = tape = None
     if keep_tape:
-        gates, c = _kernels.tape_arrays(tokens, H, dtype)
+        gates, c = (_kernels.empty((tokens, n), dtype) for n in (4 * H, H))
         tape = Tape(x, W_ih, W_hh, peepholes, W_hr, h0, c0, bool(reverse), y, gates, c, order,
                     sorted_lengths)
     if tokens:
@@ -308,7 +308,8 @@ def lstm_backward(tape, dy, dh_n=None, dc_n=None, *, n_threads=None):
     dx = _gradient_of_x(x, tape.order)
     dh0 = np.zeros((B, K), dtype) if dh_n is None else dh_n.copy()
     dc0 = np.zeros((B, H), dtype) if dc_n is None else dc_n.copy()
-    dW_ih, dW_hh, db = _gradient_of_W(x, W_ih), np.empty_like(W_hh), np.empty(4 * H, dtype)
+    dW_ih, dW_hh = _gradient_of_W(x, W_ih), _kernels.empty(W_hh.shape, dtype)
+    db = np.empty(4 * H, dtype)
     dpeepholes = None if tape.peepholes is None else np.empty((3, H), dtype)
     dW_hr = None if W_hr is None else np.empty_like(W_hr)
     g = Gradients(dx, dW_ih, dW_hh, db, dpeepholes, dh0, dc0, dW_hr)
@@ -327,12 +328,16 @@ def _gradient_of_x(x, order):
     """Room for dx: None for token ids, zeros where a ragged batch has no tokens."""
     if x.ndim == 2:
         return None
-    return np.empty(x.shape, x.dtype) if order is None else np.zeros(x.shape, x.dtype)
+    return _kernels.empty(x.shape, x.dtype) if order is None else np.zeros(x.shape, x.dtype)
 
 
 def _gradient_of_W(x, W_ih):
     """Room for dW_ih (4H, I): for token ids the view of a table (I, 4H) of zeros."""
-    return np.empty_like(W_ih) if x.ndim == 3 else np.zeros(W_ih.shape[::-1], W_ih.dtype).T
+    if x.ndim == 3:
+        return _kernels.empty(W_ih.shape, W_ih.dtype)
+    table = _kernels.empty(W_ih.shape[::-1], W_ih.dtype)
+    table.fill(0)
+    return table.T
 
 
 def _as_table(dW_ih, x):
@@ -386,7 +391,7 @@ def rnn_forward(x, W_ih, W_hh, b=None, h0=None, *, nonlinearity="tanh", lengths=
     order, sorted_lengths = _lengths(lengths, T, B)
     tokens = T * B if order is None else int(sorted_lengths.sum())
     n_threads = _threads(n_threads, tokens, H, I + H)
-    y = np.empty((T, B, H), dtype) if order is None else np.zeros((T, B, H), dtype)
+    y = _kernels.empty((T, B, H), dtype) if order is None else np.zeros((T, B, H), dtype)
     h_n = np.empty((B, H), dtype)
     if tokens:
         rows, b = _table(x, W_ih, b)
@@ -422,7 +427,8 @@ def rnn_backward(tape, dy, dh_n=None, *, n_threads=None):
     n_threads = _threads(n_threads, tokens, H, I + H)
     dx = _gradient_of_x(x, tape.order)
     dh0 = np.zeros((B, H), dtype) if dh_n is None else dh_n.copy()
-    dW_ih, dW_hh, db = _gradient_of_W(x, W_ih), np.empty_like(W_hh), np.empty(H, dtype)
+    dW_ih, dW_hh = _gradient_of_W(x, W_ih), _kernels.empty(W_hh.shape, dtype)
+    db = np.empty(H, dtype)
     if tokens:
         _kernels.run_backward(tape.nonlinearity, x, W_ih, W_hh, None, tape.h0, None, None, tape.order,
                               tape.sorted_lengths, tape.reverse, y, None, None, dy,
@@ -528,7 +534,7 @@ def linear_forward(x, W, b=None, *, n_threads=None, packed=None):
     """
     x, W, dtype = _dense(x, W)
     b = _optional(b, "b", "(O,)", (len(W),), dtype)
-    y = np.empty((len(x), len(W)), dtype)
+    y = _kernels.empty((len(x), len(W)), dtype)
     if y.size:
         _kernels.run_linear_forward(x, W, b, y, _threads(n_threads, len(x), *W.shape), packed)
     return y
@@ -544,9 +550,11 @@ def linear_backward(x, W, dy, *, need_dx=True, n_threads=None):
     """
     x, W, dtype = _dense(x, W)
     dy = _array(dy, "dy", "(n, O)", (len(x), len(W)), dtype)
-    dx = np.empty_like(x) if need_dx else None
-    dW, db = np.zeros_like(W), np.zeros(len(W), dtype)
-    if dy.size:
+    dx = _kernels.empty(x.shape, dtype) if need_dx else None
+    dW, db = _kernels.empty(W.shape, dtype), np.empty(len(W), dtype)
+    if not dy.size:
+        dW.fill(0), db.fill(0)
+    else:
         _kernels.run_linear_backward(x, W, dy, dx, dW, db, _threads(n_threads, len(x), *W.shape))
     return dx, dW, db
 

@@ -72,7 +72,7 @@ class Scratch:
 
     def python(self, *arguments, check=False, **environment):
         try:
-            done = subprocess.run([sys.executable, *arguments], cwd=self.tree, text=True, timeout=120,
+            done = subprocess.run([sys.executable, *arguments], cwd=self.tree, text=True, timeout=600,
                                   capture_output=True, env={**os.environ, **environment})
         except subprocess.TimeoutExpired as late:
             return subprocess.CompletedProcess(late.cmd, 1, "timeout", "")
