@@ -61,6 +61,9 @@ def test_saved_rnn_and_stack_come_back(tmp_path):
         got = lstmcore.load(tmp_path / "m.safetensors")
         assert repr(got) == repr(m)
         same_parameters(got, m)
+    assert lstmcore.load(tmp_path / "m.safetensors", batch_first=True).batch_first
+    with pytest.raises(ValueError, match=r"a Stack, which says \['dropout'\] itself"):
+        lstmcore.load(tmp_path / "m.safetensors", dropout=0.5)
 
 
 def test_stack_reads_from_the_end_of_each_sequence():

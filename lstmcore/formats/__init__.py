@@ -213,7 +213,7 @@ def _own_layer(path, arrays, metadata, options):
     """An LSTM, RNN or Stack from what `save` wrote."""
     try:
         description = json.loads(metadata["lstmcore.layer"])
-        return assemble.rebuild({**description, **options}, arrays)
+        return assemble.rebuild(description, arrays, **options)
     except (json.JSONDecodeError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} has a description of its layer that is not lstmcore's: "
                          f"{error!r:.200}") from None

@@ -154,9 +154,16 @@ def describe(module):
     return {"class": kind, **{name: getattr(module, name) for name in names}}
 
 
-def rebuild(description, arrays):
-    """The module that `describe` described, its sizes taken from its arrays alone."""
-    kind, options = description["class"], {**description}
+def rebuild(description, arrays, **options):
+    """The module that `describe` described, its sizes taken from its arrays alone.
+
+    options : those of `OPTIONS` that shall be other than described.
+    """
+    kind = description["class"]
+    if kind == "Stack" and (unknown := options.keys() - {"batch_first"}):
+        raise ValueError(f"the file holds a Stack, which says {sorted(unknown)} itself; only "
+                         "batch_first can be given")
+    options = {**description, **options}
     del options["class"]
     groups = group(arrays)
     if kind != "Stack":

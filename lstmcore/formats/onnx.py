@@ -59,11 +59,9 @@ def read_own(path, options):
         again = onnx_export.build(assemble.rebuild(description, arrays),
                                   state=any(name.startswith("h0") for name in graph.inputs),
                                   lengths="lengths" in graph.inputs)
-        if again.graph == model.graph:
-            return assemble.rebuild({**description, **options}, arrays)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
-        pass                    # the description is not that of the graph, which is read as it is
-    return None
+        return None             # the description is not that of the graph, which is read as it is
+    return assemble.rebuild(description, arrays, **options) if again.graph == model.graph else None
 
 
 def _own_arrays(graph):
