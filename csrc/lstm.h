@@ -52,6 +52,12 @@ typedef struct {
     void *dW;
 } lstm_product;
 
+/* A step of Adam; the corrections for the first steps are in rate and eps. */
+typedef struct {
+    double b1, b2, rate, eps;
+    double decay, keep;  /* g + decay·p takes the place of g, and keep·p that of p before the step */
+} lstm_adam;
+
 /* How the columns of a packed operand are grouped into panels of up to four vectors. */
 enum { PANEL_PLAIN = 0,  /* vectors 4p..4p+3: neighboring columns, counted from j0 */
        PANEL_GATES = 1 };/* vector p of each of the four gates: a row of the panel is i, f, g, o */
@@ -115,6 +121,9 @@ typedef struct {
        dz[r] = weight[r] (softmax(z) - [j = k]), of weight 0 whatever z is.  dz may be z. */
     void (*cross_entropy)(ptrdiff_t n, ptrdiff_t V, const void *z, const int64_t *target,
                           const void *weight, void *loss, void *dz);
+
+    /* m += (1 - b1)(g - m);  v += (1 - b2)(g² - v);  p -= rate m / (√v + eps), for n numbers each. */
+    void (*adam)(ptrdiff_t n, const lstm_adam *rule, void *p, const void *g, void *m, void *v);
 
     /* The activations on an array, for tests. */
     void (*sigmoid)(ptrdiff_t n, const void *x, void *out);

@@ -123,6 +123,27 @@ INLINE vec F(v_from_bits)(ivec a) { vec v; memcpy(&v, &a, sizeof v); return v; }
 INLINE ivec F(v_bits)(vec a) { ivec v; memcpy(&v, &a, sizeof v); return v; }
 #endif
 
+INLINE vec F(v_sqrt)(vec a) {
+#if defined(ISA_AVX512) && DOUBLE
+    return (vec)_mm512_sqrt_pd(a);
+#elif defined(ISA_AVX512)
+    return (vec)_mm512_sqrt_ps(a);
+#elif defined(ISA_AVX2) && DOUBLE
+    return (vec)_mm256_sqrt_pd(a);
+#elif defined(ISA_AVX2)
+    return (vec)_mm256_sqrt_ps(a);
+#elif defined(ISA_NEON) && DOUBLE
+    return (vec)vsqrtq_f64((float64x2_t)a);
+#elif defined(ISA_NEON)
+    return (vec)vsqrtq_f32((float32x4_t)a);
+#else
+    R lanes[VECTOR_BYTES / sizeof(R)];
+    F(v_store)(lanes, a);
+    for (ptrdiff_t l = 0; l < VL; l++) lanes[l] = DOUBLE ? (R)sqrt(lanes[l]) : (R)sqrtf((float)lanes[l]);
+    return F(v_load)(lanes);
+#endif
+}
+
 /* The first n <= VL lanes; the others read as zero and are not written. */
 INLINE vec F(v_load_n)(const R *p, ptrdiff_t n) {
     if (n == VL) return F(v_load)(p);

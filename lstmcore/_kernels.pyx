@@ -69,6 +69,13 @@ cdef extern from "lstm.h" nogil:
         const void *c_prev
         const void *dy
         void *dc
+    ctypedef struct lstm_adam:
+        double b1
+        double b2
+        double rate
+        double eps
+        double decay
+        double keep
     ctypedef struct lstm_product:
         const void **x
         Py_ssize_t N
@@ -104,6 +111,8 @@ cdef extern from "lstm.h" nogil:
                             const void **, void **) noexcept nogil
         void (*cross_entropy)(Py_ssize_t, Py_ssize_t, const void *, const int64_t *, const void *,
                               void *, void *) noexcept nogil
+        void (*adam)(Py_ssize_t, const lstm_adam *, void *, const void *, void *,
+                     void *) noexcept nogil
         void (*sigmoid)(Py_ssize_t, const void *, void *) noexcept nogil
         void (*tanh)(Py_ssize_t, const void *, void *) noexcept nogil
     const lstm_kernels *lstm_kernels_for(const char *isa, int is_double)
@@ -392,6 +401,26 @@ cdef void cross_entropy(void *arg, int me, int team) noexcept nogil:
                       f.losses + r * f.item, f.dz + r * f.V * f.item)
 
 
+# ---- an optimizer: a step of Adam --------------------------------------------------------------------
+
+cdef struct AdamStep:
+    const lstm_kernels *k
+    Py_ssize_t n, item
+    lstm_adam rule
+    char *p
+    const char *g
+    char *m
+    char *v
+
+
+cdef void adam(void *arg, int me, int team) noexcept nogil:
+    cdef AdamStep *f = <AdamStep *>arg
+    cdef Py_ssize_t start, end
+    unit_range(f.n, f.k.VL, me, team, &start, &end)
+    f.k.adam(end - start, &f.rule, f.p + start * f.item, f.g + start * f.item,
+             f.m + start * f.item, f.v + start * f.item)
+
+
 # ---- entry points ----------------------------------------------------------------------------------
 
 cdef Operand operand(int panels, Py_ssize_t K, Py_ssize_t N, Py_ssize_t H, W, Py_ssize_t k_stride,
@@ -613,6 +642,20 @@ def run_cross_entropy(z, targets, weights, losses, dz, n_threads):
     cdef int team = n_threads
     with nogil:
         team_run(team, cross_entropy, &f)
+
+
+def run_adam(p, g, m, v, double b1, double b2, double rate, double eps, double decay, double keep,
+             n_threads):
+    """A step of Adam on p, with its averages m and v; all contiguous and of one size."""
+    cdef AdamStep f
+    cdef int team = n_threads
+    f.n, f.item = cnp.PyArray_SIZE(p), cnp.PyArray_ITEMSIZE(p)
+    f.k = tables[f.item == 8]
+    f.rule.b1, f.rule.b2, f.rule.rate, f.rule.eps = b1, b2, rate, eps
+    f.rule.decay, f.rule.keep = decay, keep
+    f.p, f.g, f.m, f.v = address(p), address(g), address(m), address(v)
+    with nogil:
+        team_run(team, adam, &f)
 
 
 use_isa(os.environ.get("LSTMCORE_ISA") or None)

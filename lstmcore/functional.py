@@ -596,6 +596,25 @@ def cross_entropy(logits, targets, weights, dlogits, *, n_threads=None):
     return losses
 
 
+# ---- an optimizer ------------------------------------------------------------------------------------
+
+def adam_step(p, g, m, v, *, betas, rate, eps, decay=0.0, keep=1.0, n_threads=None):
+    """One step of Adam on the parameter p in place, by its gradient g; m and v are its averages.
+
+    m += (1 - b1)(g' - m);  v += (1 - b2)(g'² - v);  p = keep · p - rate · m / (√v + eps),  where
+    g' = g + decay · p. Arguments are trusted: see `optim.Adam`.
+
+    >>> import numpy as np
+    >>> from lstmcore.functional import adam_step
+    >>> p, m, v = np.ones(1), np.zeros(1), np.zeros(1)
+    >>> adam_step(p, np.ones(1), m, v, betas=(0.9, 0.75), rate=0.5, eps=0.0)
+    >>> p, m, v
+    (array([0.9]), array([0.1]), array([0.25]))
+    """
+    n = _threads(n_threads, p.size, 16, 1)  # root and quotient cost about 16 multiply-adds
+    _kernels.run_adam(p, g, m, v, *betas, rate, eps, decay, keep, n)
+
+
 # ---- the machine -------------------------------------------------------------------------------------
 
 def info():

@@ -8,6 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+import lstmcore
 from lstmcore import Linear, clip_grad_norm, clip_grad_value
 from lstmcore.optim import (BLOCK, SGD, Adagrad, Adam, AdamW, CosineDecay, Plateau, RMSprop,
                             StepDecay, WarmUp)
@@ -43,6 +44,29 @@ def arrays(seed=0, dtype="float64", shapes=SHAPES):
 def refill(gradients, seed):
     for name, g in arrays(seed, shapes={name: g.shape for name, g in gradients.items()}).items():
         gradients[name][...] = g
+
+
+@pytest.mark.parametrize("rule", [Adam, AdamW])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("n", [1, 7, 16, 33, 3 * BLOCK + 5])
+def test_adam_is_its_formula_on_every_instruction_set_and_thread(n, dtype, rule, isa, close):
+    found = []
+    for threads in 1, 2, 3:
+        p, g, m, v = (arrays(k, shapes={"p": (n,)}) for k in range(4))
+        own, gradient = {"p": p["p"].astype(dtype)}, {"p": g["p"].astype(dtype)}
+        optimizer = rule((own, gradient), lr=0.1, betas=(0.7, 0.9), eps=0.01, weight_decay=0.3)
+        mean, square = np.zeros(n), np.zeros(n)
+        with lstmcore.threads(threads):
+            for t in 1, 2, 3:
+                optimizer.step()
+                decayed = g["p"] + 0.3 * p["p"] if rule is Adam else g["p"]
+                p["p"] *= 1 if rule is Adam else 1 - 0.1 * 0.3
+                mean, square = 0.7 * mean + 0.3 * decayed, 0.9 * square + 0.1 * decayed**2
+                root = np.sqrt(square / (1 - 0.9**t))
+                p["p"] -= 0.1 * mean / (1 - 0.7**t) / (root + 0.01)
+        close(own["p"], p["p"], "kernel")
+        found.append(own["p"])
+    assert all((one == found[0]).all() for one in found)
 
 
 @by_name(RULES)

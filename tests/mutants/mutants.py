@@ -94,6 +94,12 @@ MUTANTS = [
      "F(v_select)(z < least, F(v_set1)(0), s * (q + 1))", "s * (q + 1)"),
     ("threads leave a row of the loss", KERNELS, "end = f.n * (me + 1) // team",
      "end = f.n * (me + 1) // team - (me + 1 < team)"),
+    # the optimizer
+    ("Adam's v follows g", BODY, "v_fma(to_v, v_fma(g, g, -v_j), v_j)", "v_fma(to_v, g - v_j, v_j)"),
+    ("Adam without its decay", BODY, "vec g = v_fma(decay, p_j, F(v_load_n)((const R *)g_ + j, w));",
+     "vec g = F(v_load_n)((const R *)g_ + j, w);"),
+    ("AdamW without its decay", BODY, "(F(v_sqrt)(v_j) + eps), keep * p_j), w);",
+     "(F(v_sqrt)(v_j) + eps), p_j), w);"),
     # activations
     ("tanh loses its sign", ACT, "return F(v_copysign)(", "return ((void)x, "),
     ("sigmoid is not bounded below", ACT,

@@ -24,7 +24,8 @@ PLAN = (PASS, FORWARD, BACKWARD, KERNELS)
 TESTS = {REF: ["test_reference.py"], ACT: ["test_activations.py", "test_kernels.py"],
          **dict.fromkeys(PLAN, ["test_kernels.py", "test_determinism.py", "test_identities.py",
                                 "test_api.py", "test_losses.py"])}
-C_TESTS = ["test_kernels.py", "test_activations.py", "test_determinism.py", "test_losses.py"]
+C_TESTS = ["test_kernels.py", "test_activations.py", "test_determinism.py", "test_losses.py",
+           "test_optim.py"]
 
 
 class Scratch:

@@ -195,6 +195,26 @@ static void check_cross_entropy(const lstm_kernels *k, ptrdiff_t n, ptrdiff_t V)
     free(weight.data), free(want);
 }
 
+static void check_adam(const lstm_kernels *k, ptrdiff_t n) {
+    int d = k->is_double;
+    matrix p = new_matrix(1, n, d), g = new_matrix(1, n, d), m = new_matrix(1, n, d);
+    matrix v = new_matrix(1, n, d);
+    double *want = malloc(sizeof(double) * (size_t)(3 * n)), *want_m = want + n, *want_v = want_m + n;
+    lstm_adam rule = {0.75, 0.875, 0.5, 1.5, 0.25, 0.75};
+    for (ptrdiff_t j = 0; j < n; j++) {
+        set(&v, 0, j, fabs(get(&v, 0, j)));
+        double decayed = get(&g, 0, j) + 0.25 * get(&p, 0, j);
+        want_m[j] = 0.75 * get(&m, 0, j) + 0.25 * decayed;
+        want_v[j] = 0.875 * get(&v, 0, j) + 0.125 * decayed * decayed;
+        want[j] = 0.75 * get(&p, 0, j) - 0.5 * want_m[j] / (sqrt(want_v[j]) + 1.5);
+    }
+    k->adam(n, &rule, p.row[0], g.row[0], m.row[0], v.row[0]);
+    check(&p, want, k->isa, "p");
+    check(&m, want_m, k->isa, "m");
+    check(&v, want_v, k->isa, "v");
+    free(g.data), free(want);
+}
+
 int main(void) {
     for (int q = 0; lstm_isa(q); q++)
         for (int is_double = 0; is_double < 2; is_double++) {
@@ -206,6 +226,7 @@ int main(void) {
                     check_backward(k, n, widths[w]);
                     check_gemm(k, n, 2 * n + 1, widths[w]);
                     check_cross_entropy(k, n, widths[w]);
+                    check_adam(k, widths[w]);
                 }
             printf("%s f%d: agrees\n", k->isa, is_double ? 64 : 32);
         }
