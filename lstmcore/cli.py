@@ -415,10 +415,13 @@ def _existing(files):
 
 def _check_picture(path):
     """Says before the work, not after it, that a picture cannot be drawn or written."""
-    from matplotlib.figure import Figure
-
     from lstmcore.models.language import check_writable
 
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"drawing {path} needs matplotlib: pip install 'lstmcore[plot]'") \
+            from error
     kinds = Figure().canvas.get_supported_filetypes()
     if os.path.splitext(path)[1][1:].lower() not in kinds:
         raise ValueError(f"{path} must end in one of ." + ", .".join(sorted(kinds)))

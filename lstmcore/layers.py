@@ -6,7 +6,7 @@ layer. Sizes: T steps, B batch, V vocabulary, W width of whatever comes in.
 
 import numpy as np
 
-from lstmcore import functional
+from lstmcore import dense, functional
 from lstmcore.module import (Module, check_dtype, check_probability, check_size, dropout_mask,
                              float_dtype)
 from lstmcore.recurrent import LSTM, RNN, LSTMTrace, RNNTrace, Stream
@@ -94,9 +94,9 @@ class Linear(Module):
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"x must be (..., {self.in_features}), got {x.shape}")
         rows = x.reshape(-1, self.in_features)
-        y = functional.linear_forward(rows, self._own["weight"][0],
-                                      self._own["bias"][0] if self.bias else None,
-                                      n_threads=self.n_threads, packed=self._packed)
+        y = dense.linear_forward(rows, self._own["weight"][0],
+                                 self._own["bias"][0] if self.bias else None,
+                                 n_threads=self.n_threads, packed=self._packed)
         y = y.reshape(*x.shape[:-1], self.out_features)
         self._keep(y, rows)
         return y
@@ -105,8 +105,8 @@ class Linear(Module):
         """dy (..., O) -> dx (..., I); adds to the gradients of weight and bias."""
         dy, x = self._take(dy)
         weight, dweight = self._own["weight"]
-        dx, dW, db = functional.linear_backward(x, weight, dy.reshape(-1, self.out_features),
-                                                n_threads=self.n_threads)
+        dx, dW, db = dense.linear_backward(x, weight, dy.reshape(-1, self.out_features),
+                                           n_threads=self.n_threads)
         dweight += dW
         if self.bias:
             dbias = self._own["bias"][1]

@@ -7,7 +7,7 @@ losses; the gradient is then that of their sum). Sums are formed in float64.
 
 import numpy as np
 
-from lstmcore import functional
+from lstmcore import dense
 from lstmcore.layers import sigmoid
 from lstmcore.module import check_dtype
 
@@ -60,8 +60,8 @@ def softmax_cross_entropy(logits, targets, *, ignore_index=None, mask=None, redu
     d = np.empty(logits.shape, logits.dtype) if out is None else out
     if np.may_share_memory(d, logits) and d is not logits:
         logits = logits.copy()
-    losses = functional.cross_entropy(logits.reshape(-1, V), targets.reshape(-1),
-                                      np.broadcast_to(factor, shape).reshape(-1), d.reshape(-1, V))
+    losses = dense.cross_entropy(logits.reshape(-1, V), targets.reshape(-1),
+                                 np.broadcast_to(factor, shape).reshape(-1), d.reshape(-1, V))
     return _reduce(losses.reshape(shape), weights, share, reduction), d
 
 

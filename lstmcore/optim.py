@@ -12,7 +12,7 @@ from math import cos, inf, pi, sqrt
 
 import numpy as np
 
-from lstmcore import functional
+from lstmcore import dense
 from lstmcore.module import Module, check_size
 
 BLOCK = 32768   # numbers: six blocks of float32, 768 KB, stay in a second-level cache
@@ -208,8 +208,8 @@ class Adam(Optimizer):
         self._rate, self._eps = self.lr * root / (1 - b1**self.steps), self.eps * root
 
     def _update(self, p, g, s, r, m, v):
-        functional.adam_step(p, g, m, v, betas=self.betas, rate=self._rate, eps=self._eps,
-                             **self._decay())
+        dense.adam_step(p, g, m, v, betas=self.betas, rate=self._rate, eps=self._eps,
+                        **self._decay())
 
     def _decay(self):
         return {"decay": self.weight_decay}

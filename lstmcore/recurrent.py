@@ -11,7 +11,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from lstmcore import functional
+from lstmcore import dense, functional
 from lstmcore.module import (Module, check_dtype, check_probability, check_size, dropout_mask,
                              float_dtype)
 
@@ -177,15 +177,15 @@ class _Recurrent(Module):
         table, D = embedding.parameters()["weight"], self.directions
         first = []
         for w in self._weights[:D]:     # E W_ihᵀ + b        (V,E) (E,4H) -> (V,4H)
-            rows = functional.linear_forward(table, w["W_ih"], w.get("b"), n_threads=self.n_threads)
+            rows = dense.linear_forward(table, w["W_ih"], w.get("b"), n_threads=self.n_threads)
             first.append({**w, "W_ih": rows.T, "b": None})
         return x, first + self._weights[D:]
 
     def _through_table(self, n, g, embedding):
         """The gradients g with those by W_ih Eᵀ taken apart: into W_ih's, and into the table's."""
         table, dtable = (of()["weight"] for of in (embedding.parameters, embedding.gradients))
-        dE, dW_ih, _ = functional.linear_backward(table, self._weights[n]["W_ih"], g.dW_ih.T,
-                                                  n_threads=self.n_threads)
+        dE, dW_ih, _ = dense.linear_backward(table, self._weights[n]["W_ih"], g.dW_ih.T,
+                                             n_threads=self.n_threads)
         dtable += dE
         return g._replace(dW_ih=dW_ih)
 

@@ -173,6 +173,14 @@ def test_convert_says_what_it_leaves_out(run, trained):
     assert lines[1].startswith("saved LSTM(") and lines[1].endswith(" as m.weights.h5")
 
 
+@pytest.mark.parametrize("args", ["train story.txt --plot x.png", "gradflow --out x.png"])
+def test_a_picture_without_matplotlib_says_what_to_install(run, trained, args, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, out, err = run(*args.split())
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert "drawing x.png needs matplotlib: pip install 'lstmcore[plot]'" in err
+
+
 @pytest.mark.parametrize("args, message", [
     ("train none.txt", "none.txt: No such file or directory"),
     ("train empty.txt", "empty.txt is empty"),
@@ -215,6 +223,8 @@ def test_convert_says_what_it_leaves_out(run, trained):
     ("", "COMMAND"), ("fly", "invalid choice: 'fly'"),
 ])
 def test_each_mistake_is_one_line_and_exit_2(run, trained, args, message):
+    if "--plot" in args or "gradflow --out" in args:
+        pytest.importorskip("matplotlib")
     for name, data in ("empty.txt", b""), ("short.txt", b"x"), ("tiny.txt", b"x" * 20), \
             ("bad.gz", b"\x1f\x8b\x08junk"):
         (trained / name).write_bytes(data)

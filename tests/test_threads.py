@@ -2,8 +2,6 @@
 
 import multiprocessing
 import os
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -191,10 +189,8 @@ assert max(pools().values()) > 1, pools()
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="a BLAS of one thread has nothing to hold")
 def test_a_blas_that_comes_late_is_held_too():
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "2"}
-    done = subprocess.run([sys.executable, "-c", LATE_BLAS], capture_output=True, text=True,
-                          env=environment)
-    assert done.returncode == 0, done.stderr
+    code, said = python(LATE_BLAS, OPENBLAS_NUM_THREADS="2")
+    assert code == 0, said
 
 
 # ---- many callers --------------------------------------------------------------------------------------
