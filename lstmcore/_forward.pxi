@@ -108,14 +108,16 @@ cdef inline bint choose_fused(const Pass *f):
     """Whether a step itself multiplies x, instead of one product for a chunk of steps.
 
     For a single step: it reads all weights once, in one order, and the next one can start with those
-    that are still in the cache. And where all weights stay there, because the pre-activations need
-    not be stored and loaded in between: +3 to 8 % at (50,256,64,64), (50,50,128,128), (20,8,16,32).
+    that are still in the cache. And where all weights of a thread stay there, because the
+    pre-activations need not be stored and loaded in between: inference +3 to 8 % at (50,256,64,64),
+    (50,50,128,128), (20,8,16,32), +2 to 3 % at four shapes with 0.8 to 1 MB a thread.
     """
     if f.ids != NULL or f.rnn or f.blas:
         return False
     if plan is not None:
         return plan == "fused"
-    return f.T == 1 or f.G * (f.I + f.K) * f.item <= L2_BYTES * 3 // 4
+    cdef int units = choose_grid(f, f.n_threads).units
+    return f.T == 1 or f.G * (f.I + f.K) * f.item // units <= L2_BYTES
 
 
 cdef void project(const Pass *f, Py_ssize_t s0, const Rows *mine, Py_ssize_t n, int slab, int slabs,
