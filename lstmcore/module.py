@@ -233,7 +233,7 @@ def check_probability(name, value):
 
 def float_dtype(dtype):
     """The numpy dtype that "float32" or "float64" names; TypeError for any other."""
-    if np.dtype(dtype) not in (np.float32, np.float64):
+    if dtype is None or np.dtype(dtype) not in (np.float32, np.float64):
         raise TypeError(f"dtype must be 'float32' or 'float64', got {dtype!r}")
     return np.dtype(dtype)
 

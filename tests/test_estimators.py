@@ -411,3 +411,17 @@ def test_forecaster_names_what_is_wrong():
         Forecaster(window=4, regressor=small(LSTMClassifier)).fit(np.arange(30.0))
     with pytest.raises(ValueError, match="a row per value"):
         Forecaster(window=4).fit(np.arange(30.0), np.ones((29, 1)))
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0])
+def test_no_clipping_is_none_or_zero(clip_norm):
+    X, y = np.random.default_rng(0).standard_normal((20, 6)), np.arange(20) % 2
+    model = LSTMClassifier(4, epochs=2, clip_norm=clip_norm, random_state=0).fit(X, y)
+    free = LSTMClassifier(4, epochs=2, clip_norm=1e9, random_state=0).fit(X, y)
+    assert (model.predict_proba(X) == free.predict_proba(X)).all()
+
+
+def test_the_head_has_the_threads_of_the_whole():
+    X, y = np.zeros((4, 6)), [0, 1, 0, 1]
+    network = LSTMClassifier(4, epochs=1, n_threads=3).fit(X, y).network_
+    assert network.head.n_threads == network.recurrent.n_threads == 3

@@ -300,6 +300,7 @@ def f32(*shape):
     (lambda: MeanOverTime()(f32(5, 2, 3), [1, 6]), ValueError, r"lengths must be in 0..T = 0..5"),
     (lambda: MaxOverTime()(f32(5, 2, 3), [1.0, 2.0]), TypeError, "lengths must be integers"),
     (lambda: sequence_mask([1, -1], 3), ValueError, r"lengths must be in 0..T"),
+    (lambda: Linear(3, 2, dtype=None), TypeError, "dtype must be 'float32' or 'float64', got None"),
 ])
 def test_errors_say_what_was_expected(call, error, words):
     with pytest.raises(error, match=words):

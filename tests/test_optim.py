@@ -312,6 +312,7 @@ def pair(**change):
     (lambda: StepDecay(plain(), 0, 0.5), ValueError, "every must be at least 1, got 0"),
     (lambda: WarmUp(plain(), 3, then=CosineDecay(plain(), 3)), ValueError, "then must be"),
     (lambda: Plateau(plain(), factor=1.5), ValueError, "factor must be at least 0 and below 1"),
+    (lambda: Adam(Linear(2, 2), lr="fast"), TypeError, "lr must be a number, got 'fast'"),
 ])
 def test_errors_say_what_was_expected(call, error, words):
     with pytest.raises(error, match=words):

@@ -42,7 +42,8 @@ PARAMETERS = """
     tokenizer : "char" | "word" | function str -> list of str; for an X of strings
     embedding_size, min_count : size of a token's vector; rarer tokens are one <unk>
     epochs, batch_size, optimizer, learning_rate, weight_decay, clip_norm
-        One update per batch; a set no larger than one batch is taken whole.
+        One update per batch; a set no larger than one batch is taken whole. Gradients of a
+        larger norm than clip_norm are scaled down to it; None or 0: not.
         optimizer : "adam" | "adamw" | "sgd" | "rmsprop" | "adagrad"
     schedule : "constant" | "cosine", the learning rate over the epochs of one fit
     validation_fraction, patience
@@ -246,6 +247,7 @@ class _SequenceEstimator(BaseEstimator):
                    dtype=self._dtype, seed=rng),
             [Dropout(self.dropout, seed=rng) if self.dropout else Sequential() for _ in range(2)],
             embed)
+        self.network_.head.n_threads = self.n_threads
         self._optimizer = OPTIMIZERS[self.optimizer](
             self.network_, self.learning_rate, weight_decay=self.weight_decay)
         self.n_iter_, self.loss_curve_, self.validation_curve_ = 0, [], []
@@ -308,7 +310,7 @@ class _SequenceEstimator(BaseEstimator):
             raise FloatingPointError(f"the loss is {loss} in epoch {self.n_iter_ + 1}: "
                                      f"lower learning_rate = {self.learning_rate}")
         self.network_.backward(doutputs)
-        if self.clip_norm is not None:
+        if self.clip_norm:      # None or 0: not at all
             optim.clip_grad_norm(self.network_, self.clip_norm)
         self._optimizer.step()
         if schedule is not None:
