@@ -85,7 +85,11 @@ def _table(x, W_ih, b):
     if x.size < len(rows):
         used, ids = np.unique(x, return_inverse=True)
         x, rows = ids.reshape(x.shape), rows[used]
-    return x, np.ascontiguousarray(rows if b is None else rows + b)
+    return x, _projected(rows, b)
+
+
+def _projected(rows, b):
+    return np.ascontiguousarray(rows if b is None else rows + b)
 
 
 def _packed(packed, W_hh):
@@ -497,8 +501,7 @@ class Step:
             raise ValueError(f"token ids must be in 0..I-1 = 0..{I - 1}, got {x_t.min()}.."
                              f"{x_t.max()}")
         if self._table is None:
-            W_ih = self._weights[1]
-            self._table = np.ascontiguousarray(W_ih.T if b is None else W_ih.T + b)
+            self._table = _projected(self._weights[1].T, b)
         return np.ascontiguousarray(x_t, np.int64), self._table
 
 

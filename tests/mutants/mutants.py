@@ -5,8 +5,9 @@ A mutant is (name, file, text, wrong text). The text must be found exactly once 
 """
 
 CELL, BODY, ACT = "csrc/cell.h", "csrc/body.h", "csrc/activations.h"
-PASS, FORWARD, BACKWARD = (f"lstmcore/_{name}.pxi" for name in ("pass", "forward", "backward"))
-KERNELS, REF = "lstmcore/_kernels.pyx", "lstmcore/reference.py"
+PASS, FORWARD, BACKWARD, DENSE = (f"lstmcore/_{name}.pxi"
+                                  for name in ("pass", "forward", "backward", "dense"))
+REF = "lstmcore/reference.py"
 
 MUTANTS = [
     # the cell, forward
@@ -92,7 +93,7 @@ MUTANTS = [
      "1 ? F(v_load_n)(dz + j, w) * (weight / sum)"),
     ("a forbidden class gets something", BODY,
      "F(v_select)(z < least, F(v_set1)(0), s * (q + 1))", "s * (q + 1)"),
-    ("threads leave a row of the loss", KERNELS, "end = f.n * (me + 1) // team",
+    ("threads leave a row of the loss", DENSE, "end = f.n * (me + 1) // team",
      "end = f.n * (me + 1) // team - (me + 1 < team)"),
     # the optimizer
     ("Adam's v follows g", BODY, "v_fma(to_v, v_fma(g, g, -v_j), v_j)", "v_fma(to_v, g - v_j, v_j)"),

@@ -16,11 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from mutants import ACT, BACKWARD, FORWARD, KERNELS, MUTANTS, PASS, QUICK, REF
+from mutants import ACT, BACKWARD, DENSE, FORWARD, MUTANTS, PASS, QUICK, REF
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-O1", "-fPIC", "-ffp-contract=off", "-std=gnu11", "-fopenmp", "-Icsrc", "-w"]
-PLAN = (PASS, FORWARD, BACKWARD, KERNELS)
+PLAN = (PASS, FORWARD, BACKWARD, DENSE)
 TESTS = {REF: ["test_reference.py"], ACT: ["test_activations.py", "test_kernels.py"],
          **dict.fromkeys(PLAN, ["test_kernels.py", "test_determinism.py", "test_identities.py",
                                 "test_api.py", "test_losses.py"])}
