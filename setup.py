@@ -1,4 +1,4 @@
-"""Builds the two extension modules; everything else is in pyproject.toml.
+"""Builds the extension modules; everything else is in pyproject.toml.
 
 LSTMCORE_NO_OPENMP=1 builds without OpenMP (one thread), as does a compiler that has none.
 """
@@ -32,6 +32,7 @@ class BuildExt(build_ext):
         for extension in self.extensions:
             extension.extra_compile_args += compile_args + openmp
             extension.extra_link_args += openmp
+        self.parallel = os.cpu_count()
         super().build_extensions()
 
     def has_openmp(self):
@@ -52,10 +53,12 @@ class BuildExt(build_ext):
 setup(
     cmdclass={"build_ext": BuildExt},
     ext_modules=cythonize([
-        Extension("lstmcore._kernels", ["lstmcore/_kernels.pyx", *files("csrc/*.c")],
-                  depends=files("csrc/*.h") + files("lstmcore/*.pxi"),
+        Extension(f"lstmcore.{Path(source).stem}",
+                  # one module holds the C kernels; the others reach them through it
+                  [source, *(files("csrc/*.c") if source == "lstmcore/_kernels.pyx" else [])],
+                  depends=files("csrc/*.h") + files("lstmcore/*.pxd"),
                   include_dirs=["csrc", numpy.get_include()],
-                  define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]),
-        Extension("lstmcore._blas", ["lstmcore/_blas.pyx"]),
+                  define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")])
+        for source in files("lstmcore/*.pyx")
     ]),
 )

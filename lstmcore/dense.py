@@ -4,10 +4,16 @@ They run on the kernels and threads of the recurrent layers. NumPy would need pa
 one is enough, or a second pool of threads, which slows the kernels down.
 """
 
+from collections import namedtuple
+
 import numpy as np
 
-from lstmcore import _kernels
-from lstmcore.functional import _F32, _F64, _array, _optional, _threads
+from lstmcore import _dense, checks
+from lstmcore._memory import empty
+from lstmcore.checks import F64
+from lstmcore.functional import _found_packed, _threads
+
+LinearGradients = namedtuple("LinearGradients", "dx dW db")
 
 
 # ---- dense layer -------------------------------------------------------------------------------------
@@ -24,11 +30,14 @@ def linear_forward(x, W, b=None, *, n_threads=None, packed=None):
     array([[3.5],
            [3.5]])
     """
-    x, W, dtype = _dense(x, W)
-    b = _optional(b, "b", "(O,)", (len(W),), dtype)
-    y = _kernels.empty((len(x), len(W)), dtype)
+    if packed is not None:
+        _found_packed(packed, "linear", (W, None, None))
+    x, W, dtype = _matrices(x, W)
+    b = checks.optional(b, "b", "(O,)", (len(W),), dtype)
+    y = empty((len(x), len(W)), dtype)
     if y.size:
-        _kernels.run_linear_forward(x, W, b, y, _threads(n_threads, len(x), *W.shape), packed)
+        _dense.run_forward(x, W, b, y, n_threads=_threads(n_threads, len(x), *W.shape),
+                           packed=packed)
     return y
 
 
@@ -40,29 +49,28 @@ def linear_backward(x, W, dy, *, need_dx=True, n_threads=None):
     >>> [d.shape for d in linear_backward(np.ones((2, 3)), np.ones((1, 3)), np.ones((2, 1)))]
     [(2, 3), (1, 3), (1,)]
     """
-    x, W, dtype = _dense(x, W)
-    dy = _array(dy, "dy", "(n, O)", (len(x), len(W)), dtype)
-    dx = _kernels.empty(x.shape, dtype) if need_dx else None
-    dW, db = _kernels.empty(W.shape, dtype), np.empty(len(W), dtype)
-    if not dy.size:
-        dW.fill(0), db.fill(0)
+    x, W, dtype = _matrices(x, W)
+    dy = checks.array(dy, "dy", "(n, O)", (len(x), len(W)), dtype)
+    g = LinearGradients(empty(x.shape, dtype) if need_dx else None, empty(W.shape, dtype),
+                        np.empty(len(W), dtype))
+    if dy.size:
+        _dense.run_backward(x, W, dy, g, n_threads=_threads(n_threads, len(x), *W.shape))
     else:
-        _kernels.run_linear_backward(x, W, dy, dx, dW, db, _threads(n_threads, len(x), *W.shape))
-    return dx, dW, db
+        g.dW.fill(0), g.db.fill(0)
+    return g
 
 
-def _dense(x, W):
+def _matrices(x, W):
     for name, value in (("x", x), ("W", W)):
         if not isinstance(value, np.ndarray) or value.ndim != 2:
             raise TypeError(f"{name} must be a 2-D NumPy array, got "
                             f"{getattr(value, 'shape', type(value).__qualname__)}")
-    if x.dtype != _F32 and x.dtype != _F64:
-        raise TypeError(f"x must be float32 or float64, got {x.dtype}")
-    dtype = _F64 if x.dtype == _F64 else _F32
+    x = checks.floats("x", x)
+    dtype = checks.float_dtype(x.dtype)
     if W.shape[1] == 0:
         raise ValueError(f"W must be (O, I) with I >= 1, got {W.shape}")
-    return (_array(x, "x", "(n, I)", (len(x), W.shape[1]), dtype),
-            _array(W, "W", "(O, I)", W.shape, dtype), dtype)
+    return (checks.array(x, "x", "(n, I)", (len(x), W.shape[1]), dtype),
+            checks.array(W, "W", "(O, I)", W.shape, dtype), dtype)
 
 
 # ---- a loss ------------------------------------------------------------------------------------------
@@ -71,7 +79,7 @@ def cross_entropy(logits, targets, weights, dlogits, *, n_threads=None):
     """Softmax cross-entropy of rows, in nats: logits (n, V), targets (n,) in 0..V-1 -> losses (n,).
 
     dlogits (n, V), which may be logits itself, becomes the gradient of Σ weights (n,) · losses; it is 0
-    where the weight is, whatever the logits are. Arguments are trusted: see `softmax_cross_entropy`.
+    where the weight is, whatever the logits are.
 
     >>> import numpy as np
     >>> from lstmcore.dense import cross_entropy
@@ -79,12 +87,20 @@ def cross_entropy(logits, targets, weights, dlogits, *, n_threads=None):
     >>> cross_entropy(np.zeros((1, 4)), np.array([2]), np.ones(1), dlogits).round(4), dlogits
     (array([1.3863]), array([[ 0.25,  0.25, -0.75,  0.25]]))
     """
-    logits, targets = np.ascontiguousarray(logits), np.ascontiguousarray(targets, np.int64)
-    losses = np.empty(len(logits), logits.dtype)
+    logits = checks.floats("logits", logits)
+    if logits.ndim != 2:
+        raise ValueError(f"logits must be (n, V), got {logits.shape}")
+    n, V = logits.shape
+    dtype = checks.float_dtype(logits.dtype)
+    weights = checks.array(weights, "weights", "(n,)", (n,), dtype)
+    checks.out("dlogits", dlogits, (n, V), dtype, weights, over=logits)
+    logits = checks.array(logits, "logits", "(n, V)", (n, V), dtype)
+    targets = checks.ids(targets, "targets", V, (n,))
+    losses = np.empty(n, dtype)
     if logits.size:
-        weights = np.ascontiguousarray(weights, logits.dtype)
-        n = _threads(n_threads, *logits.shape, 16)  # an exponential costs 16 multiply-adds
-        _kernels.run_cross_entropy(logits, targets, weights, losses, dlogits, n)
+        _dense.run_cross_entropy(logits, targets, weights, (losses, dlogits),
+                                 # an exponential costs 16 multiply-adds
+                                 n_threads=_threads(n_threads, n, V, 16))
     return losses
 
 
@@ -94,7 +110,7 @@ def adam_step(p, g, m, v, *, betas, rate, eps, decay=0.0, keep=1.0, n_threads=No
     """One step of Adam on the parameter p in place, by its gradient g; m and v are its averages.
 
     m += (1 - b1)(g' - m);  v += (1 - b2)(g'² - v);  p = keep · p - rate · m / (√v + eps),  where
-    g' = g + decay · p. Arguments are trusted: see `optim.Adam`.
+    g' = g + decay · p. All are C-contiguous arrays of one shape and dtype, apart from one another.
 
     >>> import numpy as np
     >>> from lstmcore.dense import adam_step
@@ -103,5 +119,10 @@ def adam_step(p, g, m, v, *, betas, rate, eps, decay=0.0, keep=1.0, n_threads=No
     >>> p, m, v
     (array([0.9]), array([0.1]), array([0.25]))
     """
-    n = _threads(n_threads, p.size, 16, 1)  # root and quotient cost about 16 multiply-adds
-    _kernels.run_adam(p, g, m, v, *betas, rate, eps, decay, keep, n)
+    dtype = checks.float_dtype(checks.floats("p", p).dtype)
+    g = checks.array(g, "g", "as p", p.shape, dtype)
+    for name, a, others in ("p", p, (g, m, v)), ("m", m, (g, v)), ("v", v, (g,)):
+        checks.out(name, a, p.shape, dtype, *others)
+    rule = dict(b1=betas[0], b2=betas[1], rate=rate, eps=eps, decay=decay, keep=keep)
+    # root and quotient cost about 16 multiply-adds
+    _dense.run_adam(p, g, m, v, rule, n_threads=_threads(n_threads, p.size, 16, 1))

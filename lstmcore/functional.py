@@ -1,63 +1,125 @@
 """One layer, one direction: check the arguments, allocate the results, call the kernels.
 
 Signatures and meaning are those of `lstmcore.reference`. Arrays that are not C-contiguous are copied;
-nothing is cast, no argument is written to, and no result aliases an argument.
+nothing is cast, no argument is written to, and no result aliases an argument. What a call keeps for a
+later one (a tape, packed weights, a step) remembers what it was made of, and is compared with it.
 """
+
+import threading
+from collections import namedtuple
 
 import numpy as np
 
-from lstmcore import _kernels
+from lstmcore import _backward, _forward, _kernels, _products, checks
+from lstmcore._memory import empty
+from lstmcore._recurrence import cell as cell_row  # the row of a cell, by name
+from lstmcore.checks import F32, F64
 from lstmcore.reference import Gradients, RNNGradients
 from lstmcore.threads import get_num_threads, resolve
 
-_F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
 _SERIAL_WORK = 1_000_000  # multiply-adds that are done before a second thread pays: about 20 µs
+
+# What goes to the plans, by name.
+Sizes = namedtuple("Sizes", "T B I H K dtype")
+Weights = namedtuple("Weights", "W_ih W_hh b peepholes W_hr")
+Batch = namedtuple("Batch", "x h0 c0 order lengths reverse table")
+Room = namedtuple("Room", "y h_n c_n gates c")
+Upstream = namedtuple("Upstream", "dy dy_last")
+Room_for_gradients = namedtuple("Room_for_gradients", (*Gradients._fields, "dtable"))
+
+
+# ---- token ids ---------------------------------------------------------------------------------------
+
+class TokenIds:
+    """Token ids (T, B) in 0..size-1: an own copy, checked once, for several calls.
+
+    >>> import numpy as np
+    >>> from lstmcore.functional import TokenIds
+    >>> TokenIds(np.array([[3, 1], [3, 0]]), 4).shape
+    (2, 2)
+    """
+
+    __slots__ = ("array", "size", "_used")
+
+    def __init__(self, ids, size):
+        self.array, self.size, self._used = checks.ids(ids, "token ids", size), size, None
+        self.array.flags.writeable = False
+
+    @property
+    def shape(self):
+        return self.array.shape
+
+    def used(self):
+        """The ids that occur, and the place of each id among them, as this array."""
+        if self._used is None:
+            used, places = np.unique(self.array, return_inverse=True)
+            self._used = used, places.reshape(self.shape)
+        return self._used
+
+
+class TokenTable:
+    """What each of V tokens projects to, bias included: rows (V, 4H), in place of W_ih and b.
+
+    In the backward pass dW_ih is then the gradient of the rows.
+    """
+
+    __slots__ = ("rows",)
+
+    def __init__(self, rows):
+        self.rows = rows
+
+
+def _looked_up(ids, W_ih, b):
+    """Token ids and the table that they look up, what each projects to.
+
+    The table is W_ihᵀ + b (I, 4H) or, if it has more rows than there are tokens, the rows in use.
+    """
+    if isinstance(W_ih, TokenTable):
+        return ids.array, W_ih.rows
+    if ids.array.size >= W_ih.shape[1]:
+        return ids.array, _projected(W_ih.T, b)
+    used, places = ids.used()
+    return places, _projected(W_ih.T[used], b)
+
+
+def _projected(rows, b):
+    return np.ascontiguousarray(rows if b is None else rows + b)
 
 
 # ---- checks ------------------------------------------------------------------------------------------
 
-def _array(value, name, letters, shape, dtype):
-    """value as a C-contiguous array of this shape and dtype, or an error in the caller's words."""
-    if _kernels.fits(value, shape, dtype is _F64):
-        return value
-    if not isinstance(value, np.ndarray):
-        raise TypeError(f"{name} must be a NumPy array, got {type(value).__module__}."
-                        f"{type(value).__qualname__}")
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name} must be an array without a mask: fill it, or use lengths")
-    if value.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype} like the other arrays, got {value.dtype}")
-    if value.shape != shape:
-        raise ValueError(f"{name} must be {letters} = {shape}, got {value.shape}")
-    return np.array(value, order="C", subok=False)
+def _letters(cell):
+    """How the error messages write the rows of the weights: 4H, or H for one gate."""
+    return "H" if cell.gates == 1 else f"{cell.gates}H"
 
 
-def _optional(value, name, letters, shape, dtype):
-    return None if value is None else _array(value, name, letters, shape, dtype)
-
-
-def _sequence(x, W_ih, W_hh, gates, W_hr=None):
-    """x contiguous, and the sizes T, B, I, H, K and the dtype, from x, W_ih, W_hh and W_hr."""
-    for name, value, ndim in (("x", x, 0), ("W_ih", W_ih, 2), ("W_hh", W_hh, 2)):
-        if not isinstance(value, np.ndarray):
+def _sizes(cell, x, W_ih, W_hh, W_hr=None):
+    """The sizes and the dtype that x, W_ih, W_hh and W_hr are of, not yet compared; x is TokenIds if it
+    holds token ids."""
+    table = W_ih.rows if isinstance(W_ih, TokenTable) else None
+    first = W_ih if table is None else table
+    ids = isinstance(x, TokenIds)
+    for name, value, ndim in (("x", x, 0), ("W_ih", first, 2), ("W_hh", W_hh, 2)):
+        if not isinstance(value, np.ndarray) and not (ids and name == "x"):
             raise TypeError(f"{name} must be a NumPy array, got {type(value).__module__}."
                             f"{type(value).__qualname__}")
         if ndim and value.ndim != ndim:
             raise ValueError(f"{name} must be a matrix, got shape {value.shape}")
-    ids = x.dtype.kind in "iu"
+    ids = ids or x.dtype.kind in "iu"
     dtype = W_hh.dtype if ids else x.dtype
-    if dtype != _F32 and dtype != _F64:
+    if dtype != F32 and dtype != F64:
         raise TypeError(f"{'W_hh' if ids else 'x'} must be float32 or float64, got {dtype}")
-    dtype = _F64 if dtype == _F64 else _F32
-    if x.ndim != (2 if ids else 3):
+    if len(x.shape) != (2 if ids else 3):
         raise ValueError(f"x must be {'(T, B) of token ids' if ids else '(T, B, I)'}, got shape "
                          f"{x.shape}")
-    if W_hh.shape[0] % gates or 0 in W_hh.shape:
-        raise ValueError(f"W_hh must be ({'4H' if gates == 4 else 'H'}, H), got {W_hh.shape}")
+    if W_hh.shape[0] % cell.gates or 0 in W_hh.shape:
+        raise ValueError(f"W_hh must be ({_letters(cell)}, H), got {W_hh.shape}")
     T, B = x.shape[:2]
-    I, H = W_ih.shape[1] if ids else x.shape[2], W_hh.shape[0] // gates
+    I, H = first.shape[table is None] if ids else x.shape[2], W_hh.shape[0] // cell.gates
+    if table is not None and not ids:
+        raise TypeError(f"a table of tokens needs x to be token ids, got {x.dtype}")
     if I == 0:
-        raise ValueError(f"x must have I >= 1 inputs, got x {x.shape} and W_ih {W_ih.shape}")
+        raise ValueError(f"x must have I >= 1 inputs, got x {x.shape} and W_ih {first.shape}")
     if W_hr is None:
         K = H
     elif isinstance(W_hr, np.ndarray) and W_hr.ndim == 2 and W_hr.shape[1] == H and W_hr.shape[0]:
@@ -65,52 +127,44 @@ def _sequence(x, W_ih, W_hh, gates, W_hr=None):
     else:
         raise ValueError(f"W_hr must be a (P, H) = (P, {H}) array, got "
                          f"{getattr(W_hr, 'shape', type(W_hr).__qualname__)}")
-    if not ids:
-        x = _array(x, "x", "(T, B, I)", (T, B, I), dtype)
-    elif x.size and (x.min() < 0 or x.max() >= I):
-        raise ValueError(f"token ids must be in 0..I-1 = 0..{I - 1}, got {x.min()}..{x.max()}")
-    else:
-        x = np.array(x, np.int64, order="C")  # the tape's own: an id changed later could point anywhere
-    return x, T, B, I, H, K, dtype
+    if ids and not isinstance(x, TokenIds):
+        x = TokenIds(x, I)
+    elif ids and x.size != I:
+        raise ValueError(f"token ids must be of I = {I} tokens, got of {x.size}")
+    return x, Sizes(T, B, I, H, K, F64 if dtype == F64 else F32)
 
 
-def _table(x, W_ih, b):
-    """x and the bias; or token ids and the table that they look up, what each projects to.
-
-    The table is W_ihᵀ + b (I, 4H) or, if it has more rows than there are tokens, the rows in use.
-    """
-    if x.ndim == 3:
-        return x, b
-    rows = W_ih.T
-    if x.size < len(rows):
-        used, ids = np.unique(x, return_inverse=True)
-        x, rows = ids.reshape(x.shape), rows[used]
-    return x, _projected(rows, b)
+def _x(x, sizes):
+    return x if isinstance(x, TokenIds) else checks.array(x, "x", "(T, B, I)", sizes[:3], sizes.dtype)
 
 
-def _projected(rows, b):
-    return np.ascontiguousarray(rows if b is None else rows + b)
+def _weights(cell, sizes, W_ih, W_hh, b=None, peepholes=None, W_hr=None, looked_up=False):
+    """The weights, found to be of these sizes. Those of tokens are only looked up: they stay strided."""
+    _, _, I, H, K, dtype = sizes
+    G, rows = _letters(cell), cell.gates * H
+    P = "H" if W_hr is None else "P"
+    if isinstance(W_ih, TokenTable):
+        W_ih = TokenTable(checks.array(W_ih.rows, "rows of the table", f"(V, {G})", (I, rows), dtype))
+    elif not (looked_up and checks.unmasked("W_ih", W_ih).shape == (rows, I) and W_ih.dtype == dtype):
+        W_ih = checks.array(W_ih, "W_ih", f"({G}, I)", (rows, I), dtype)
+    return Weights(W_ih, checks.array(W_hh, "W_hh", f"({G}, {P})", (rows, K), dtype),
+                   checks.optional(b, "b", f"({G},)", (rows,), dtype),
+                   checks.optional(peepholes, "peepholes", "(3, H)", (3, H), dtype),
+                   checks.optional(W_hr, "W_hr", "(P, H)", (K, H), dtype))
 
 
-def _packed(packed, W_hh):
-    """packed, found made of this very W_hh."""
-    if packed is not None and packed.weights[1] is not W_hh:
-        raise ValueError("packed must be of functional.pack with the weights of this call")
-    return packed
+def _states(cell, sizes, h, c, names, projected):
+    """h (B, K) and c (B, H), or None each; a cell without c takes none."""
+    B, H, K = sizes.B, sizes.H, sizes.K
+    h = checks.optional(h, names[0], "(B, P)" if projected else "(B, H)", (B, K), sizes.dtype)
+    return h, checks.optional(c, names[1], "(B, H)", (B, H), sizes.dtype) if cell.has_c else None
 
 
-def _lengths(lengths, T, B):
+def _order(lengths, T, B):
     """None, or lengths (B,) in 0..T with the order of the rows, longest first."""
     if lengths is None:
         return None, None
-    lengths = np.asarray(lengths)
-    if lengths.shape != (B,):
-        raise ValueError(f"lengths must be (B,) = ({B},), got {lengths.shape}")
-    if lengths.dtype.kind not in "iu" and B > 0:
-        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
-    if B and (lengths.min() < 0 or lengths.max() > T):
-        raise ValueError(f"lengths must be in 0..T = 0..{T}, got {lengths.min()}..{lengths.max()}")
-    lengths = lengths.astype(np.int64)
+    lengths = checks.lengths(lengths, T, B)
     order = np.argsort(-lengths, kind="stable")
     return order, lengths[order]
 
@@ -123,7 +177,34 @@ def _threads(n_threads, tokens, G, width):
 
 # ---- tapes -------------------------------------------------------------------------------------------
 
-class Tape:
+class _Tape:
+    """What the forward pass keeps for the backward pass, and the sizes that all of it had then."""
+
+    __slots__ = ("cell", "sizes", "weights", "batch", "y")
+
+    def __init__(self, cell, sizes, weights, batch, y):
+        self.cell, self.sizes, self.weights, self.batch, self.y = cell, sizes, weights, batch, y
+
+    x = property(lambda self: self.batch.x)
+    lengths = property(lambda self: self.batch.lengths)
+
+    @property
+    def tokens(self):
+        """Steps that were computed: T·B, or the sum of the lengths."""
+        return self.sizes.T * self.sizes.B if self.lengths is None else int(self.lengths.sum())
+
+    def check(self):
+        """An error unless every array is still what it was: they are the caller's, and y is."""
+        cell, sizes, batch = self.cell, self.sizes, self.batch
+        T, B, _, _, K, dtype = sizes
+        projected = self.weights.W_hr is not None
+        _weights(cell, sizes, *self.weights, looked_up=isinstance(batch.x, TokenIds))
+        _x(batch.x, sizes)
+        _states(cell, sizes, batch.h0, batch.c0, ("h0", "c0"), projected)
+        checks.array(self.y, "y", "(T, B, P)" if projected else "(T, B, H)", (T, B, K), dtype)
+
+
+class Tape(_Tape):
     """What the forward pass keeps for the backward pass: 5H numbers per token, beside x and y.
 
     `gates` (T, B, 4H) in the order i, f, g, o and `c` (T, B, H) are views of a dense tape and, of a
@@ -131,19 +212,17 @@ class Tape:
     uses the memory of the gates, so a tape can be used once and shows no gates afterwards.
     """
 
-    __slots__ = ("x", "W_ih", "W_hh", "peepholes", "W_hr", "h0", "c0", "reverse", "y", "raw_gates",
-                 "raw_c", "order", "sorted_lengths", "spent")
+    __slots__ = ("raw_gates", "raw_c", "_turn")
 
-    def __init__(self, x, W_ih, W_hh, peepholes, W_hr, h0, c0, reverse, y, raw_gates, raw_c, order,
-                 sorted_lengths):
-        self.x, self.W_ih, self.W_hh, self.peepholes, self.W_hr = x, W_ih, W_hh, peepholes, W_hr
-        self.h0, self.c0, self.reverse, self.y = h0, c0, reverse, y
+    def __init__(self, cell, sizes, weights, batch, y, raw_gates, raw_c):
+        super().__init__(cell, sizes, weights, batch, y)
         self.raw_gates, self.raw_c = raw_gates, raw_c
-        self.order, self.sorted_lengths, self.spent = order, sorted_lengths, False
+        self._turn = [True]        # popping it is one step, for threads that race for the tape too
 
     @property
     def gates(self):
-        self.check_unspent()
+        if not self._turn:
+            self._refuse()
         return self._padded(self.raw_gates)
 
     @property
@@ -155,42 +234,155 @@ class Tape:
         """Bytes kept beside x and y."""
         return self.raw_gates.nbytes + self.raw_c.nbytes
 
-    def check_unspent(self):
-        if self.spent:
-            raise ValueError("this tape was used by an earlier backward pass, which overwrote its "
-                             "gates: run the forward pass again")
+    def check(self):
+        if not self._turn:
+            self._refuse()
+        super().check()
+        H, dtype, N = self.sizes.H, self.sizes.dtype, self.tokens
+        checks.out("raw_gates", self.raw_gates, (N, self.cell.gates * H), dtype, self.y, self.raw_c)
+        checks.array(self.raw_c, "raw_c", "(tokens, H)", (N, H), dtype)
+
+    def take(self):
+        """The tape is used now; an error if it was before."""
+        try:
+            self._turn.pop()
+        except IndexError:
+            self._refuse()
+
+    def again(self):
+        """This tape with gates of its own, to be used one time more."""
+        return Tape(self.cell, self.sizes, self.weights, self.batch, self.y, self.raw_gates.copy(),
+                    self.raw_c)
+
+    def _refuse(self):
+        raise ValueError("this tape was used by an earlier backward pass, which overwrote its "
+                         "gates: run the forward pass again")
 
     def _padded(self, raw):
-        T, B = self.y.shape[:2]
-        if self.order is None:
-            return raw.reshape(T, B, -1)
+        T, B = self.sizes[:2]
+        order, lengths, reverse = self.batch.order, self.lengths, self.batch.reverse
+        if order is None:
+            return raw.reshape(T, B, raw.shape[-1])
         out, first = np.zeros((T, B, raw.shape[-1]), raw.dtype), 0
-        for s in range(self.sorted_lengths[0] if B else 0):
-            n = int(np.count_nonzero(self.sorted_lengths > s))
-            t = self.sorted_lengths[:n] - 1 - s if self.reverse else s
-            out[t, self.order[:n]] = raw[first:first + n]
+        for s in range(lengths[0] if B else 0):
+            n = int(np.count_nonzero(lengths > s))
+            t = lengths[:n] - 1 - s if reverse else s
+            out[t, order[:n]] = raw[first:first + n]
             first += n
         return out
 
 
-class RNNTape:
+class RNNTape(_Tape):
     """What `rnn_forward` keeps: references to x, y and the weights; nothing is copied."""
 
-    __slots__ = ("x", "W_ih", "W_hh", "h0", "reverse", "nonlinearity", "y", "order",
-                 "sorted_lengths")
-
-    def __init__(self, x, W_ih, W_hh, h0, reverse, nonlinearity, y, order, sorted_lengths):
-        self.x, self.W_ih, self.W_hh, self.h0, self.reverse = x, W_ih, W_hh, h0, reverse
-        self.nonlinearity, self.y = nonlinearity, y
-        self.order, self.sorted_lengths = order, sorted_lengths
+    __slots__ = ()
 
 
 def tape_from(*, x, W_ih, W_hh, peepholes=None, W_hr=None, h0=None, c0=None, lengths=None,
               reverse=False, y, raw_gates, raw_c):
-    """A tape from the arrays of an earlier one, for those who must store it as plain arrays."""
-    order, sorted_lengths = _lengths(lengths, *x.shape[:2])
-    return Tape(x, W_ih, W_hh, peepholes, W_hr, h0, c0, reverse, y, raw_gates, raw_c, order,
-                sorted_lengths)
+    """A tape from the arrays of an earlier one, for those who must store it as plain arrays.
+
+    raw_gates (tokens, 4H) is written to by `lstm_backward`.
+    """
+    cell = cell_row("lstm")
+    x, sizes = _sizes(cell, x, W_ih, W_hh, W_hr)
+    weights = _weights(cell, sizes, W_ih, W_hh, None, peepholes, W_hr, isinstance(x, TokenIds))
+    h0, c0 = _states(cell, sizes, h0, c0, ("h0", "c0"), W_hr is not None)
+    batch = Batch(_x(x, sizes), h0, c0, *_order(lengths, sizes.T, sizes.B), bool(reverse), None)
+    tape = Tape(cell, sizes, weights, batch, y, raw_gates, raw_c)
+    tape.check()
+    return tape
+
+
+# ---- a layer -----------------------------------------------------------------------------------------
+
+def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, lengths, reverse,
+                 keep_tape, n_threads, packed=None):
+    """What the forward passes of all cells have in common: y, h_n, c_n and the pieces of a tape."""
+    cell = cell_row(name)
+    x, sizes = _sizes(cell, x, W_ih, W_hh, W_hr)
+    T, B, I, H, K, dtype = sizes
+    looked_up = isinstance(x, TokenIds)
+    x = _x(x, sizes)
+    if packed is not None:
+        packed = _found_packed(packed, name, (W_ih, W_hh, W_hr), looked_up)
+    weights = _weights(cell, sizes, W_ih, W_hh, b, peepholes, W_hr, looked_up)
+    h0, c0 = _states(cell, sizes, h0, c0, ("h0", "c0"), W_hr is not None)
+    order, lengths = _order(lengths, T, B)
+    tokens = T * B if order is None else int(lengths.sum())
+    y = empty((T, B, K), dtype) if order is None else np.zeros((T, B, K), dtype)
+    h_n, c_n = np.empty((B, K), dtype), np.empty((B, H), dtype) if cell.has_c else None
+    gates = c = None
+    if keep_tape and cell.keeps_gates:
+        gates = empty((tokens, cell.gates * H), dtype)
+        c = empty((tokens, H), dtype) if cell.has_c else None
+    batch = Batch(x, h0, c0, order, lengths, bool(reverse), None)
+    if tokens:
+        run = batch
+        if looked_up:
+            ids, table = _looked_up(x, weights.W_ih, weights.b)
+            run = batch._replace(x=ids, table=table)
+        _forward.run(cell, weights, run, Room(y, h_n, c_n, gates, c), packed=packed,
+                     n_threads=_threads(n_threads, tokens, cell.gates * H, I + K))
+    else:
+        for final, initial in (h_n, h0), (c_n, c0):
+            if final is not None:
+                final[...] = 0 if initial is None else initial
+    return y, h_n, c_n, (cell, sizes, weights._replace(b=None), batch, y), (gates, c)
+
+
+def _run_backward(tape, dy, dh_n, dc_n, n_threads, gates=None, c=None):
+    """What the backward passes of all cells have in common: a `Room_for_gradients`, filled."""
+    cell, sizes, weights, batch, y = tape.cell, tape.sizes, tape.weights, tape.batch, tape.y
+    T, B, I, H, K, dtype = sizes
+    looked_up = isinstance(batch.x, TokenIds)
+    tokens, G = tape.tokens, cell.gates * H
+    ragged = batch.order is not None
+    dx = None if looked_up else (np.zeros if ragged else empty)((T, B, I), dtype)
+    dtable = None
+    if looked_up:
+        dtable = empty((I, G), dtype)
+        dtable.fill(0)
+    g = Room_for_gradients(
+        dx, None if looked_up else empty((G, I), dtype), empty((G, K), dtype), np.empty(G, dtype),
+        None if weights.peepholes is None else np.empty((3, H), dtype),
+        np.zeros((B, K), dtype) if dh_n is None else dh_n.copy(),
+        None if not cell.has_c else np.zeros((B, H), dtype) if dc_n is None else dc_n.copy(),
+        None if weights.W_hr is None else np.empty((K, H), dtype), dtable)
+    if tokens:
+        if looked_up:
+            batch = batch._replace(x=batch.x.array)
+        _backward.run(cell, weights, batch, Room(y, None, None, gates, c),
+                      Upstream(dy, _last_dy(batch, dy, dh_n)), g,
+                      n_threads=_threads(n_threads, tokens, G, I + K))
+    else:
+        for d in g.dW_ih, g.dW_hh, g.db, g.dpeepholes, g.dW_hr:
+            if d is not None:
+                d[...] = 0
+    if looked_up:
+        g = g._replace(dW_ih=dtable if isinstance(weights.W_ih, TokenTable) else dtable.T)
+    return g
+
+
+def _last_dy(batch, dy, dh_n):
+    """dy of each row's last step plus dh_n, in the order of the batch; None without dh_n."""
+    if dh_n is None:
+        return None
+    T, B = dy.shape[:2]
+    if batch.order is None:
+        return dy[0 if batch.reverse else T - 1] + dh_n
+    last = np.zeros(B, np.int64)
+    if not batch.reverse:
+        last[batch.order] = np.maximum(batch.lengths - 1, 0)
+    return dy[last, np.arange(B)] + dh_n
+
+
+def _checked_upstream(tape, dy, dh_n, dc_n):
+    """The gradients that come from above, found to fit the tape, which is still what it was."""
+    tape.check()
+    sizes, P = tape.sizes, "H" if tape.weights.W_hr is None else "P"
+    dy = checks.array(dy, "dy", f"(T, B, {P})", (sizes.T, sizes.B, sizes.K), sizes.dtype)
+    return dy, *_states(tape.cell, sizes, dh_n, dc_n, ("dh_n", "dc_n"), P == "P")
 
 
 # ---- LSTM --------------------------------------------------------------------------------------------
@@ -240,34 +432,10 @@ def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_h
     >>> y.shape, bool((y[1, 1] == h_n[1]).all()), float(abs(y[2:, 1]).max())
     ((5, 2, 4), True, 0.0)
     """
-    x, T, B, I, H, K, dtype = _sequence(x, W_ih, W_hh, 4, W_hr)
-    W_ih = _array(W_ih, "W_ih", "(4H, I)", (4 * H, I), dtype)
-    W_hh = _array(W_hh, "W_hh", "(4H, H)" if W_hr is None else "(4H, P)", (4 * H, K), dtype)
-    b = _optional(b, "b", "(4H,)", (4 * H,), dtype)
-    h0 = _optional(h0, "h0", "(B, H)" if W_hr is None else "(B, P)", (B, K), dtype)
-    c0 = _optional(c0, "c0", "(B, H)", (B, H), dtype)
-    peepholes = _optional(peepholes, "peepholes", "(3, H)", (3, H), dtype)
-    W_hr = _optional(W_hr, "W_hr", "(P, H)", (K, H), dtype)
-    order, sorted_lengths = _lengths(lengths, T, B)
-    tokens = T * B if order is None else int(sorted_lengths.sum())
-    n_threads = _threads(n_threads, tokens, 4 * H, I + K)
-
-    y = _kernels.empty((T, B, K), dtype) if order is None else np.zeros((T, B, K), dtype)
-    h_n, c_n = np.empty((B, K), dtype), np.empty((B, H), dtype)
-    gates = c = tape = None
-    if keep_tape:
-        gates, c = (_kernels.empty((tokens, n), dtype) for n in (4 * H, H))
-        tape = Tape(x, W_ih, W_hh, peepholes, W_hr, h0, c0, bool(reverse), y, gates, c, order,
-                    sorted_lengths)
-    if tokens:
-        rows, b = _table(x, W_ih, b)
-        _kernels.run_forward("lstm", rows, W_ih, W_hh, b, W_hr, h0, c0, peepholes, order,
-                             sorted_lengths, bool(reverse), y, h_n, c_n, gates, c, n_threads,
-                             _packed(packed, W_hh))
-    else:
-        h_n[...] = 0 if h0 is None else h0
-        c_n[...] = 0 if c0 is None else c0
-    return y, (h_n, c_n), tape
+    y, h_n, c_n, made, kept = _run_forward(
+        "lstm", x, W_ih, W_hh, b, h0, c0, peepholes=peepholes, W_hr=W_hr, lengths=lengths,
+        reverse=reverse, keep_tape=keep_tape, n_threads=n_threads, packed=packed)
+    return y, (h_n, c_n), Tape(*made, *kept) if keep_tape else None
 
 
 def lstm_backward(tape, dy, dh_n=None, dc_n=None, *, n_threads=None):
@@ -301,76 +469,17 @@ def lstm_backward(tape, dy, dh_n=None, dc_n=None, *, n_threads=None):
     """
     if not isinstance(tape, Tape):
         raise TypeError(f"tape must be one of lstm_forward, got {type(tape).__qualname__}")
-    tape.check_unspent()
-    x, W_ih, W_hh, W_hr, y = tape.x, tape.W_ih, tape.W_hh, tape.W_hr, tape.y
-    (T, B, K), I, H, dtype = y.shape, W_ih.shape[1], W_hh.shape[0] // 4, y.dtype
-    dy = _array(dy, "dy", "(T, B, H)" if W_hr is None else "(T, B, P)", (T, B, K), dtype)
-    dh_n = _optional(dh_n, "dh_n", "(B, H)" if W_hr is None else "(B, P)", (B, K), dtype)
-    dc_n = _optional(dc_n, "dc_n", "(B, H)", (B, H), dtype)
-    tokens = len(tape.raw_gates) if tape.order is not None else T * B
-    n_threads = _threads(n_threads, tokens, 4 * H, I + K)
-    dx = _gradient_of_x(x, tape.order)
-    dh0 = np.zeros((B, K), dtype) if dh_n is None else dh_n.copy()
-    dc0 = np.zeros((B, H), dtype) if dc_n is None else dc_n.copy()
-    dW_ih, dW_hh = _gradient_of_W(x, W_ih), _kernels.empty(W_hh.shape, dtype)
-    db = np.empty(4 * H, dtype)
-    dpeepholes = None if tape.peepholes is None else np.empty((3, H), dtype)
-    dW_hr = None if W_hr is None else np.empty_like(W_hr)
-    g = Gradients(dx, dW_ih, dW_hh, db, dpeepholes, dh0, dc0, dW_hr)
-    tape.spent = True
-    if tokens:
-        _kernels.run_backward("lstm", x, W_ih, W_hh, W_hr, tape.h0, tape.c0, tape.peepholes,
-                              tape.order, tape.sorted_lengths, tape.reverse, y, tape.raw_gates,
-                              tape.raw_c, dy, _last_dy(tape, dy, dh_n), dx, _as_table(dW_ih, x),
-                              *g[2:], n_threads)
-    else:
-        _zero_sums(dW_ih, dW_hh, db, dpeepholes, dW_hr)
-    return g
-
-
-def _gradient_of_x(x, order):
-    """Room for dx: None for token ids, zeros where a ragged batch has no tokens."""
-    if x.ndim == 2:
-        return None
-    return _kernels.empty(x.shape, x.dtype) if order is None else np.zeros(x.shape, x.dtype)
-
-
-def _gradient_of_W(x, W_ih):
-    """Room for dW_ih (4H, I): for token ids the view of a table (I, 4H) of zeros."""
-    if x.ndim == 3:
-        return _kernels.empty(W_ih.shape, W_ih.dtype)
-    table = _kernels.empty(W_ih.shape[::-1], W_ih.dtype)
-    table.fill(0)
-    return table.T
-
-
-def _as_table(dW_ih, x):
-    return dW_ih if x.ndim == 3 else dW_ih.T
-
-
-def _last_dy(tape, dy, dh_n):
-    """dy of each row's last step plus dh_n, in the order of the batch; None without dh_n."""
-    if dh_n is None:
-        return None
-    T, B = dy.shape[:2]
-    if tape.order is None:
-        return dy[0 if tape.reverse else T - 1] + dh_n
-    last = np.zeros(B, np.int64)
-    if not tape.reverse:
-        last[tape.order] = np.maximum(tape.sorted_lengths - 1, 0)
-    return dy[last, np.arange(B)] + dh_n
-
-
-def _zero_sums(*sums):
-    for d in sums:
-        if d is not None:
-            d[...] = 0
+    dy, dh_n, dc_n = _checked_upstream(tape, dy, dh_n, dc_n)
+    n_threads = resolve(n_threads)
+    tape.take()
+    g = _run_backward(tape, dy, dh_n, dc_n, n_threads, tape.raw_gates, tape.raw_c)
+    return Gradients(*g[:len(Gradients._fields)])
 
 
 # ---- vanilla RNN -------------------------------------------------------------------------------------
 
 def rnn_forward(x, W_ih, W_hh, b=None, h0=None, *, nonlinearity="tanh", lengths=None, reverse=False,
-                keep_tape=True, n_threads=None):
+                keep_tape=True, n_threads=None, packed=None):
     """Run one vanilla (Elman) RNN layer: h_t = tanh(x_t W_ihᵀ + h_{t-1} W_hhᵀ + b), or relu.
 
     Parameters are those of `lstm_forward`, with W_ih (H, I), W_hh (H, H), b (H,), and nonlinearity
@@ -387,24 +496,10 @@ def rnn_forward(x, W_ih, W_hh, b=None, h0=None, *, nonlinearity="tanh", lengths=
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f'nonlinearity must be "tanh" or "relu", got {nonlinearity!r}')
-    x, T, B, I, H, _, dtype = _sequence(x, W_ih, W_hh, 1)
-    W_ih = _array(W_ih, "W_ih", "(H, I)", (H, I), dtype)
-    W_hh = _array(W_hh, "W_hh", "(H, H)", (H, H), dtype)
-    b = _optional(b, "b", "(H,)", (H,), dtype)
-    h0 = _optional(h0, "h0", "(B, H)", (B, H), dtype)
-    order, sorted_lengths = _lengths(lengths, T, B)
-    tokens = T * B if order is None else int(sorted_lengths.sum())
-    n_threads = _threads(n_threads, tokens, H, I + H)
-    y = _kernels.empty((T, B, H), dtype) if order is None else np.zeros((T, B, H), dtype)
-    h_n = np.empty((B, H), dtype)
-    if tokens:
-        rows, b = _table(x, W_ih, b)
-        _kernels.run_forward(nonlinearity, rows, W_ih, W_hh, b, None, h0, None, None, order,
-                             sorted_lengths, bool(reverse), y, h_n, None, None, None, n_threads)
-    else:
-        h_n[...] = 0 if h0 is None else h0
-    tape = RNNTape(x, W_ih, W_hh, h0, bool(reverse), nonlinearity, y, order, sorted_lengths)
-    return y, h_n, tape if keep_tape else None
+    y, h_n, _, made, _ = _run_forward(nonlinearity, x, W_ih, W_hh, b, h0, None, lengths=lengths,
+                                      reverse=reverse, keep_tape=keep_tape, n_threads=n_threads,
+                                      packed=packed)
+    return y, h_n, RNNTape(*made) if keep_tape else None
 
 
 def rnn_backward(tape, dy, dh_n=None, *, n_threads=None):
@@ -423,24 +518,62 @@ def rnn_backward(tape, dy, dh_n=None, *, n_threads=None):
     """
     if not isinstance(tape, RNNTape):
         raise TypeError(f"tape must be one of rnn_forward, got {type(tape).__qualname__}")
-    x, W_ih, W_hh, y = tape.x, tape.W_ih, tape.W_hh, tape.y
-    (T, B, H), I, dtype = y.shape, W_ih.shape[1], y.dtype
-    dy = _array(dy, "dy", "(T, B, H)", (T, B, H), dtype)
-    dh_n = _optional(dh_n, "dh_n", "(B, H)", (B, H), dtype)
-    tokens = T * B if tape.order is None else int(tape.sorted_lengths.sum())
-    n_threads = _threads(n_threads, tokens, H, I + H)
-    dx = _gradient_of_x(x, tape.order)
-    dh0 = np.zeros((B, H), dtype) if dh_n is None else dh_n.copy()
-    dW_ih, dW_hh = _gradient_of_W(x, W_ih), _kernels.empty(W_hh.shape, dtype)
-    db = np.empty(H, dtype)
-    if tokens:
-        _kernels.run_backward(tape.nonlinearity, x, W_ih, W_hh, None, tape.h0, None, None, tape.order,
-                              tape.sorted_lengths, tape.reverse, y, None, None, dy,
-                              _last_dy(tape, dy, dh_n), dx, _as_table(dW_ih, x), dW_hh, db, None,
-                              dh0, None, None, n_threads)
-    else:
-        _zero_sums(dW_ih, dW_hh, db)
-    return RNNGradients(dx, dW_ih, dW_hh, db, dh0)
+    dy, dh_n, _ = _checked_upstream(tape, dy, dh_n, None)
+    g = _run_backward(tape, dy, dh_n, None, n_threads)
+    return RNNGradients(g.dx, g.dW_ih, g.dW_hh, g.db, g.dh0)
+
+
+# ---- weights packed for many calls -------------------------------------------------------------------
+
+def pack(cell, W_ih, W_hh=None, W_hr=None):
+    """Weights arranged for many calls with packed=; they must not change as long as it is used.
+
+    cell: "lstm", "tanh" or "relu", or "linear" for a dense layer's W_ih alone. `Module.freeze` does
+    this for a model. A call compares: the weights that it is given must be these very arrays.
+
+    >>> import numpy as np
+    >>> from lstmcore import lstm_forward
+    >>> from lstmcore.functional import pack
+    >>> W_ih, W_hh = np.ones((8, 3)), np.ones((8, 2))
+    >>> packed = pack("lstm", W_ih, W_hh)
+    >>> lstm_forward(np.zeros((5, 1, 3)), W_ih, W_hh, packed=packed)[0].shape
+    (5, 1, 2)
+    """
+    origin = W_ih, W_hh, W_hr
+    if cell == "linear":
+        if W_hh is not None or W_hr is not None:
+            raise ValueError("a dense layer has one matrix, got W_hh or W_hr beside it")
+        W = checks.floats("W_ih", W_ih)
+        if W.ndim != 2 or 0 in W.shape:
+            raise ValueError(f"W_ih must be (O, I) with O, I >= 1, got {W.shape}")
+        W = checks.array(W, "W_ih", "(O, I)", W.shape, F64 if W.dtype == F64 else F32)
+        return _products.Packed("linear", 1, (W, None, None), origin)
+    row = cell_row(cell)
+    if W_hr is not None and not row.has_projection:
+        raise ValueError(f"a {cell} cell has no projection, got W_hr")
+    W_ih = checks.unmasked("W_ih", W_ih)
+    x = np.empty((1, 1, *np.shape(W_ih)[1:2]), getattr(W_ih, "dtype", float))
+    x, sizes = _sizes(row, x, W_ih, W_hh, W_hr)
+    w = _weights(row, sizes, W_ih, W_hh, None, None, W_hr)
+    return _products.Packed(cell, row.gates, (w.W_ih, w.W_hh, w.W_hr), origin)
+
+
+def _found_packed(packed, cell, weights, looked_up=False):
+    """packed, found made of these very weights as they are, for this cell.
+
+    W_ih is not compared where token ids look up a table that was made of it.
+    """
+    if not isinstance(packed, _products.Packed):
+        raise TypeError(f"packed must be of functional.pack, got {type(packed).__qualname__}")
+    if packed.cell != cell:
+        raise ValueError(f"packed must be of a {cell} cell's weights, got of {packed.cell}")
+    named = zip(("W_ih", "W_hh", "W_hr"), weights, packed.origin, packed.shapes)
+    for name, now, then, shape in named:
+        if name == "W_ih" and looked_up and isinstance(now, TokenTable):
+            continue
+        if now is not then or (now is not None and (now.shape, now.strides) != shape):
+            raise ValueError(f"packed must be of functional.pack with the {name} of this call")
+    return packed
 
 
 # ---- one step at a time ------------------------------------------------------------------------------
@@ -448,8 +581,8 @@ def rnn_backward(tape, dy, dh_n=None, *, n_threads=None):
 class Step:
     """One layer, one step per call, with its state h (B, H) and c (B, H): for streams.
 
-    The weights are packed once, as they are now; a call allocates nothing but what it returns, and
-    nothing at all with `out`.
+    The weights are copied and packed once, as they are now; a call allocates nothing but what it
+    returns, and nothing at all with `out`. A copy or pickle goes on from the same state by itself.
 
     >>> import numpy as np
     >>> from lstmcore.functional import Step
@@ -460,65 +593,88 @@ class Step:
 
     def __init__(self, cell, batch_size, W_ih, W_hh, b=None, peepholes=None, W_hr=None, *,
                  n_threads=None):
-        B, dtype = batch_size, W_ih.dtype
-        H, K = len(W_hh) // (4 if cell == "lstm" else 1), W_hh.shape[1]
-        W_ih, W_hh, b, peepholes, W_hr = (None if a is None else a.copy()
-                                          for a in (W_ih, W_hh, b, peepholes, W_hr))
-        self.h, self.c = np.zeros((B, K), dtype), np.zeros((B, H), dtype)
-        self._x_shape, self._y_shape, self._dtype = (B, W_ih.shape[1]), (B, K), dtype
-        self._weights, self._table = (cell, W_ih, W_hh, b, W_hr, peepholes), None
-        self._packed = _kernels.Packed(cell, W_ih, W_hh, W_hr)
+        row = cell_row(cell)
+        B = checks.size("batch_size", batch_size)
+        W_ih = checks.unmasked("W_ih", W_ih)
+        x = np.zeros((1, B, *np.shape(W_ih)[1:2]), getattr(W_ih, "dtype", float))
+        x, self._sizes = _sizes(row, x, W_ih, W_hh, W_hr)
+        if (W_hr is not None and not row.has_projection
+                or peepholes is not None and not row.has_peepholes):
+            raise ValueError(f"a {cell} cell has neither projection nor peepholes")
+        weights = _weights(row, self._sizes, W_ih, W_hh, b, peepholes, W_hr)
+        self._cell = row
+        self._weights = Weights(*(None if a is None else a.copy() for a in weights))
+        _, _, I, H, K, dtype = self._sizes
+        self._h = np.zeros((B, K), dtype)
+        self._c = np.zeros((B, H), dtype) if row.has_c else None
+        self._n_threads = None if n_threads is None else resolve(n_threads)
+        self._prepare()
+
+    def _prepare(self):
+        """Pack the weights, and all else that is made and not kept."""
+        _, B, I, H, K, dtype = self._sizes
+        W_ih, W_hh, _, _, W_hr = self._weights
+        self._x_shape, self._y_shape, self._is_double = (B, I), (B, K), dtype == F64
+        self._table = None
+        packed = _products.Packed(self._cell.name, self._cell.gates, (W_ih, W_hh, W_hr), ())
+        batch = Batch(np.zeros((1, B, I), dtype), None, None, None, None, False, None)
+        room = Room(np.zeros((B, K), dtype), self._h, self._c, None, None)
+        self._run = _forward.Stepper(self._cell, self._weights, batch, room, packed)
         # A step reads all weights once: a second thread helps if they do not fit near one core.
-        self._n_threads = n_threads if W_ih.nbytes + W_hh.nbytes > 1 << 20 else 1
+        self._serial = W_ih.nbytes + W_hh.nbytes <= 1 << 20
+        self._busy = threading.Lock()
+
+    h = property(lambda self: self._h, doc="The state h (B, K), to be changed only in place.")
+    c = property(lambda self: self._c, doc="The state c (B, H), likewise; None of a cell without c.")
+
+    def __getstate__(self):
+        return {name: vars(self)[name]
+                for name in ("_cell", "_weights", "_sizes", "_h", "_c", "_n_threads")}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._h, self._c = (None if a is None else a.copy() for a in (self._h, self._c))
+        self._prepare()
 
     def __call__(self, x_t, out=None):
         """x_t (B, I), or token ids (B,) -> h_t (B, H), in `out` if it is given."""
-        cell, W_ih, W_hh, b, W_hr, peepholes = self._weights
-        if not _kernels.fits(x_t, self._x_shape, self._dtype == _F64):
-            x_t, b = self._checked(x_t, b)
+        table = None
+        if not _kernels.fits(x_t, self._x_shape, self._is_double):
+            x_t, table = self._checked(x_t)
         out = self.room(out)
-        _kernels.run_step(cell, x_t, W_ih, W_hh, b, W_hr, peepholes, self.h, self.c, out,
-                          resolve(self._n_threads), self._packed)
+        n_threads = 1 if self._serial else resolve(self._n_threads)
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError("this step is running in another thread: a stream is one sequence, "
+                               "so each thread needs one of its own")
+        try:
+            self._run(x_t, out, n_threads, table)
+        finally:
+            self._busy.release()
         return out
 
     def room(self, out):
         """`out`, found fit to take h_t, or a new array if it is None."""
         if out is None:
-            return np.empty(self._y_shape, self._dtype)
-        if not _kernels.fits(out, self._y_shape, self._dtype == _F64) or not out.flags.writeable:
-            raise ValueError(f"out must be a writable C-contiguous {self._dtype} array of shape "
+            return np.empty(self._y_shape, self._sizes.dtype)
+        if not _kernels.fits(out, self._y_shape, self._is_double) or not out.flags.writeable:
+            raise ValueError(f"out must be a writable C-contiguous {self._sizes.dtype} array of shape "
                              f"{self._y_shape}, got {getattr(out, 'shape', type(out).__name__)}")
+        if any(a is not None and _kernels.shares_memory(out, a) for a in (self._h, self._c)):
+            raise ValueError("out must not be the state, which is read while out is written")
         return out
 
-    def _checked(self, x_t, b):
-        """x_t contiguous with the bias; or token ids with the table that they look up."""
-        x_t, (B, I) = np.asanyarray(x_t), self._x_shape
+    def _checked(self, x_t):
+        """x_t contiguous; or token ids with the table that they look up."""
+        checks.unmasked("x_t", x_t)
+        x_t, (B, I), dtype = np.asanyarray(x_t), self._x_shape, self._sizes.dtype
         if x_t.dtype.kind not in "iu":
-            return _array(x_t, "x_t", "(B, I)", (B, I), self._dtype), b
+            return checks.array(x_t, "x_t", "(B, I)", (B, I), dtype), None
         if x_t.shape != (B,):
             raise ValueError(f"x_t must be (B,) = ({B},) token ids, got {x_t.shape}")
-        if x_t.min() < 0 or x_t.max() >= I:
-            raise ValueError(f"token ids must be in 0..I-1 = 0..{I - 1}, got {x_t.min()}.."
-                             f"{x_t.max()}")
+        x_t = checks.ids(x_t, "token ids", I)
         if self._table is None:
-            self._table = _projected(self._weights[1].T, b)
-        return np.ascontiguousarray(x_t, np.int64), self._table
-
-
-def pack(cell, W_ih, W_hh=None, W_hr=None):
-    """Weights arranged for many calls with packed=; they must not change as long as it is used.
-
-    cell: "lstm", or "linear" for a dense layer's W_ih alone. `Module.freeze` does this for a model.
-
-    >>> import numpy as np
-    >>> from lstmcore import lstm_forward
-    >>> from lstmcore.functional import pack
-    >>> W_ih, W_hh = np.ones((8, 3)), np.ones((8, 2))
-    >>> packed = pack("lstm", W_ih, W_hh)
-    >>> lstm_forward(np.zeros((5, 1, 3)), W_ih, W_hh, packed=packed)[0].shape
-    (5, 1, 2)
-    """
-    return _kernels.Packed(cell, W_ih, W_hh, W_hr)
+            self._table = _projected(self._weights.W_ih.T, self._weights.b)
+        return x_t, self._table
 
 
 # ---- the machine -------------------------------------------------------------------------------------

@@ -54,9 +54,8 @@ class _Recurrent(Module):
         super()._fix(fixed)
         for w in self._weights:
             w.pop("packed", None)
-            # A vanilla layer or a projection, packed ahead, could not be shared out by units.
-            if fixed and self._cell == "lstm" and "W_hr" not in w:
-                w["packed"] = functional.pack("lstm", w["W_ih"], w["W_hh"])
+            if fixed:
+                w["packed"] = functional.pack(self._cell, w["W_ih"], w["W_hh"], w.get("W_hr"))
 
     def _shapes(self, layer):
         """Letter -> shape of the weights of one layer in one direction, the gates on top."""
@@ -178,13 +177,13 @@ class _Recurrent(Module):
         first = []
         for w in self._weights[:D]:     # E W_ihᵀ + b        (V,E) (E,4H) -> (V,4H)
             rows = dense.linear_forward(table, w["W_ih"], w.get("b"), n_threads=self.n_threads)
-            first.append({**w, "W_ih": rows.T, "b": None})
+            first.append({**w, "W_ih": functional.TokenTable(rows), "b": None})
         return x, first + self._weights[D:]
 
     def _through_table(self, n, g, embedding):
         """The gradients g with those by W_ih Eᵀ taken apart: into W_ih's, and into the table's."""
         table, dtable = (of()["weight"] for of in (embedding.parameters, embedding.gradients))
-        dE, dW_ih, _ = dense.linear_backward(table, self._weights[n]["W_ih"], g.dW_ih.T,
+        dE, dW_ih, _ = dense.linear_backward(table, self._weights[n]["W_ih"], g.dW_ih,
                                              n_threads=self.n_threads)
         dtable += dE
         return g._replace(dW_ih=dW_ih)
@@ -375,9 +374,7 @@ class Stream:
 
     def reset(self):
         """Back to a state of zeros."""
-        for step in self._steps:
-            step.h[...] = 0
-            step.c[...] = 0
+        self.state = None
 
     @property
     def state(self):

@@ -42,8 +42,9 @@ def test_rnn_tape_keeps_references_only():
 def test_tape_holds_contiguous_arguments_without_a_copy():
     problem = lstm_problem(7, 5, 3, 11)
     tape = forward(functional, problem)[-1]
-    for name in ("x", "W_ih", "W_hh"):
-        assert getattr(tape, name) is problem.inputs[name]
+    for kept, names in (tape.batch, ("x", "h0", "c0")), (tape.weights, ("W_ih", "W_hh")):
+        for name in names:
+            assert getattr(kept, name) is problem.inputs[name]
 
 
 @needs_proc

@@ -1,0 +1,306 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False
+"""The plan of the backward pass: the time loop, last step first; then what has no recurrence, over all
+tokens at once.
+"""
+
+from libc.string cimport memcpy
+cimport numpy as cnp
+
+from lstmcore._grid cimport Grid, choose_grid
+from lstmcore._kernels cimport address, wait
+from lstmcore._lstm cimport START_ADD, START_ZERO, lstm_back_row, lstm_product, lstm_rows, lstm_weights
+from lstmcore._memory cimport Arena, take
+from lstmcore._products cimport (Operand, Part, Plan, Sums, Widths, engine_for, lay_out_operand,
+                                 operand, packed_at, run_plan, unit_range)
+from lstmcore._recurrence cimport (Group, Member, Problem, Steps, active, fill_problem, initial,
+                                   lay_out_problem, loop_of, note_plan, place, rows_of, scratch_of)
+
+cnp.import_array()
+
+
+cdef struct Backward:
+    Problem p
+    bint apart                     # whether a step's product and cell are not one tile
+    Operand ih, hh, hr
+    const char *dy
+    const char *dy_last            # (B, K): dy of each row's last step, plus dh_n
+    char *dx
+    char *dtable                   # for token ids: the gradient of their table (V, G)
+    char *dW_ih
+    char *dW_hh
+    char *dW_hr
+    char *db
+    char *dpeepholes
+    char *dh0
+    char *dc0
+    # workspace
+    lstm_back_row *rows            # (B) of each thread
+    const void **a                 # row pointers for products, (B) of each thread
+    void **C
+    const void **da                # row pointers of all tokens, in the order of steps
+    const void **x_rows
+    const void **h_prev
+    const void **c_prev
+    const void **c_rows
+    const void **m_rows
+    const void **dh_rows
+    void **dx_rows
+    char *m                        # (tokens, H): o ∘ tanh(c), with a projection
+    char *dh                       # (tokens, K) with a projection, else (B, K)
+    char *dm                       # (B, H)
+
+
+cdef void lay_out(Plan *plan, Arena *arena) noexcept nogil:
+    cdef Backward *f = <Backward *>plan
+    cdef Problem *p = &f.p
+    cdef Py_ssize_t threads = plan.n_threads, B = p.steps.B, tokens = p.steps.tokens
+    cdef Py_ssize_t pointers = tokens * sizeof(void *)
+    cdef Widths widths
+    widths.row, widths.M = max(max(p.G, p.H), max(p.I, p.K)), max(p.G, p.K)
+    lay_out_problem(p, arena, widths)
+    f.rows = <lstm_back_row *>take(arena, threads * B * sizeof(lstm_back_row))
+    f.a = <const void **>take(arena, threads * B * sizeof(void *))
+    f.C = <void **>take(arena, threads * B * sizeof(void *))
+    f.da = <const void **>take(arena, pointers)
+    f.x_rows = <const void **>take(arena, pointers)
+    f.h_prev = <const void **>take(arena, pointers)
+    if f.dx != NULL:
+        f.dx_rows = <void **>take(arena, pointers)
+    if p.cell.has_c:
+        f.c_prev = <const void **>take(arena, pointers)
+        f.c_rows = <const void **>take(arena, pointers)
+    lay_out_operand(plan, arena, &f.ih)
+    lay_out_operand(plan, arena, &f.hh)
+    lay_out_operand(plan, arena, &f.hr)
+    if not p.cell.keeps_gates:
+        p.gates = take(arena, tokens * p.G * p.item)
+    if p.projected:
+        f.m = take(arena, tokens * p.H * p.item)
+        f.m_rows = <const void **>take(arena, pointers)
+        f.dh_rows = <const void **>take(arena, pointers)
+        f.dm = take(arena, B * p.H * p.item)
+    if f.apart:
+        f.dh = take(arena, (tokens if p.projected else B) * p.K * p.item)
+
+
+cdef void backward(void *arg, int me, int team) noexcept nogil:
+    cdef Backward *f = <Backward *>arg
+    cdef Problem *p = &f.p
+    cdef Grid grid = choose_grid(loop_of(p), team)
+    cdef int group = me // grid.units
+    cdef bint idle = group >= grid.rows
+    cdef Part whole, share
+    cdef Member m
+    whole.part, whole.parts, whole.scratch = 0, 1, scratch_of(p, me)
+    share.part, share.parts, share.scratch = me, team, whole.scratch
+    m.slab.part, m.slab.parts, m.slab.scratch = me % grid.units, grid.units, whole.scratch
+    if me == 0:
+        p.grid = grid
+    list_tokens(f, me, team)
+    if not idle:
+        p.plan.e.by.pack(p.plan.e.k, &f.hh, &m.slab, group, grid.rows)
+        p.plan.e.by.pack(p.plan.e.k, &f.hr, &m.slab, group, grid.rows)
+    p.plan.e.by.pack(p.plan.e.k, &f.ih, &whole, me, team)
+    wait(&p.shared.barriers[0], team)
+    if not idle:
+        m.own, m.barrier = rows_of(&p.steps, group, grid.rows), &p.shared.barriers[1 + group]
+        m.products.a, m.products.C = f.a + me * p.steps.B, f.C + me * p.steps.B
+        m.products.bias = NULL
+        backward_rows(f, &m, f.rows + me * p.steps.B)
+    wait(&p.shared.barriers[0], team)
+    if f.dx != NULL:
+        input_gradient(f, &share)
+    add_up_gradients(f, &share)
+
+
+cdef void list_tokens(Backward *f, int me, int team) noexcept nogil:
+    """Row pointers of every token, for the sums over time; tokens are in the order of steps."""
+    cdef Problem *p = &f.p
+    cdef Steps *steps = &p.steps
+    cdef Py_ssize_t s, r, n = steps.B, k = 0, at, token
+    cdef Group all_rows = rows_of(steps, 0, 1)
+    cdef Py_ssize_t row_h = p.K * p.item, row_c = p.H * p.item
+    for s in range(steps.count):
+        n = active(steps, s, &all_rows, n)
+        if s % team == me:
+            for r in range(n):
+                at, token = place(steps, s, r), steps.start[s] + r
+                if p.ids == NULL:
+                    f.x_rows[k + r] = p.x + at * p.I * p.item
+                else:
+                    f.x_rows[k + r] = f.dtable + p.ids[at] * p.G * p.item
+                f.da[k + r] = p.gates + token * p.G * p.item
+                if s > 0:
+                    f.h_prev[k + r] = p.y + place(steps, s - 1, r) * row_h
+                else:
+                    f.h_prev[k + r] = initial(p, p.h0, r, row_h)
+                if p.cell.has_c:
+                    f.c_rows[k + r] = p.c + token * row_c
+                    f.c_prev[k + r] = c_before(p, s, r)
+                if p.projected:
+                    f.m_rows[k + r] = f.m + (k + r) * row_c
+                    f.dh_rows[k + r] = f.dh + (k + r) * row_h
+        k += n
+
+
+cdef inline const char *c_before(const Problem *p, Py_ssize_t s, Py_ssize_t r) noexcept nogil:
+    """c_{t-1} of step s of row r."""
+    if s > 0:
+        return p.c + (p.steps.start[s - 1] + r) * p.H * p.item
+    return initial(p, p.c0, r, p.H * p.item)
+
+
+# ---- the time loop -----------------------------------------------------------------------------------
+
+cdef void backward_rows(Backward *f, Member *m, lstm_back_row *rows) noexcept nogil:
+    """Last step first, for the rows of a group and one slab of their units."""
+    cdef Problem *p = &f.p
+    cdef Steps *steps = &p.steps
+    cdef Py_ssize_t s, q, r, n, going_on = 0
+    for s in range(steps.count - 1, -1, -1):
+        n = active(steps, s, &m.own, m.own.n)  # of these, the first `going_on` have a step s + 1
+        for q in range(n):
+            place_row(f, s, m.own.first + q * m.own.stride, q < going_on, &rows[q])
+        if f.apart:
+            multiply_apart(f, s, n, going_on, m, rows)
+            step(f, s, n, 0, m, rows)
+        else:
+            step(f, s, n, going_on, m, rows)
+        going_on = n
+        wait(m.barrier, m.slab.parts)
+    # dh0 = da_0 W_hh        (n,G) (G,K)
+    for q in range(going_on):
+        r = m.own.first + q * m.own.stride
+        m.products.a[q] = p.gates + (steps.start[0] + r) * p.G * p.item
+        m.products.C[q] = f.dh0 + steps.order[r] * p.K * p.item
+    m.products.start, m.products.n = START_ZERO, going_on
+    p.plan.e.by.multiply(p.plan.e.k, &f.hh, &m.slab, &m.products)
+
+
+cdef inline void place_row(const Backward *f, Py_ssize_t s, Py_ssize_t r, bint goes_on,
+                           lstm_back_row *row) noexcept nogil:
+    """Where step s of row r reads and writes."""
+    cdef const Problem *p = &f.p
+    cdef const Steps *steps = &p.steps
+    cdef Py_ssize_t token = steps.start[s] + r, at = place(steps, s, r), row_h = p.K * p.item
+    row.gates = p.gates + token * p.G * p.item
+    row.dy = f.dy + at * row_h
+    if goes_on:
+        row.da_next = p.gates + (steps.start[s + 1] + r) * p.G * p.item
+    elif f.dy_last != NULL:
+        row.dy = f.dy_last + steps.order[r] * row_h
+    if not p.cell.keeps_gates:
+        row.h = p.y + at * row_h
+    if p.cell.has_c:
+        row.c, row.c_prev = p.c + token * p.H * p.item, c_before(p, s, r)
+        row.dc = f.dc0 + steps.order[r] * p.H * p.item
+
+
+cdef inline void step(const Backward *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t multiplied, Member *m,
+                      lstm_back_row *rows) noexcept nogil:
+    """dh = dy + da_next W_hh for the first rows, dh = dy for the others, then the cell's gradient."""
+    cdef const Problem *p = &f.p
+    cdef Py_ssize_t j0, j1
+    cdef lstm_weights w
+    unit_range(p.H, p.plan.e.k.VL, m.slab.part, m.slab.parts, &j0, &j1)
+    w.I, w.H, w.ih, w.bias, w.peepholes = 0, p.H, NULL, NULL, p.peepholes
+    if multiplied:
+        w.K, w.hh = p.G, packed_at(p.plan.e.k, &f.hh, j0)
+        p.cell.back_step(&w, s & 1, multiplied, j0, j1, rows)
+    w.K, w.hh = 0, NULL
+    p.cell.back_step(&w, s & 1, n - multiplied, j0, j1, rows + multiplied)
+
+
+cdef void multiply_apart(Backward *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t going_on, Member *m,
+                         lstm_back_row *rows) noexcept nogil:
+    """What a step would multiply, in rows of dh; with a projection, then through it: into dm."""
+    cdef Problem *p = &f.p
+    cdef Py_ssize_t q, r, p0, p1, j0, j1, row_h = p.K * p.item
+    unit_range(p.K, f.hh.cut, m.slab.part, m.slab.parts, &p0, &p1)
+    for q in range(n):  # dh = dy + da_next W_hh        (n,G) (G,K)
+        r = m.own.first + q * m.own.stride
+        m.products.a[q] = rows[q].da_next
+        m.products.C[q] = f.dh + (p.steps.first[s] + r if p.projected else r) * row_h
+        memcpy(<char *>m.products.C[q] + p0 * p.item, <const char *>rows[q].dy + p0 * p.item,
+               (p1 - p0) * p.item)
+        rows[q].dy = m.products.C[q]
+    m.products.start, m.products.n = START_ADD, going_on
+    p.plan.e.by.multiply(p.plan.e.k, &f.hh, &m.slab, &m.products)
+    if not p.projected:
+        return
+    wait(m.barrier, m.slab.parts)
+    unit_range(p.H, p.plan.e.k.VL, m.slab.part, m.slab.parts, &j0, &j1)
+    for q in range(n):  # o ∘ tanh(c) for dW_hr, while the gates are there;  dm = dh W_hr  (n,P) (P,H)
+        r = m.own.first + q * m.own.stride
+        p.cell.output(1, p.H, j0, j1, <const void **>&rows[q].gates, &rows[q].c,
+                      <void **>&f.m_rows[p.steps.first[s] + r])
+        m.products.a[q] = m.products.C[q]
+        m.products.C[q] = f.dm + r * p.H * p.item
+        rows[q].dy = m.products.C[q]
+    m.products.start, m.products.n = START_ZERO, n
+    p.plan.e.by.multiply(p.plan.e.k, &f.hr, &m.slab, &m.products)
+
+
+# ---- what has no recurrence --------------------------------------------------------------------------
+
+cdef void input_gradient(Backward *f, const Part *share) noexcept nogil:
+    """dx = da W_ih        (n,G) (G,I), for a share of the tokens."""
+    cdef Problem *p = &f.p
+    cdef Py_ssize_t k, k0, k1
+    cdef Part whole
+    cdef lstm_rows rows
+    unit_range(p.steps.tokens, 1, share.part, share.parts, &k0, &k1)
+    for k in range(k0, k1):
+        f.dx_rows[k] = f.dx + (<const char *>f.x_rows[k] - p.x)
+    whole.part, whole.parts, whole.scratch = 0, 1, share.scratch
+    rows.start, rows.n, rows.a, rows.bias, rows.C = START_ZERO, k1 - k0, f.da + k0, NULL, f.dx_rows + k0
+    p.plan.e.by.multiply(p.plan.e.k, &f.ih, &whole, &rows)
+
+
+cdef void add_up_gradients(Backward *f, const Part *share) noexcept nogil:
+    """The gradients of the weights, this thread's share of their rows."""
+    cdef Problem *p = &f.p
+    cdef Py_ssize_t j0, j1
+    cdef lstm_product products[2]
+    cdef Sums sums
+    sums.tokens, sums.M, sums.da, sums.db = p.steps.tokens, p.G, f.da, f.db
+    products[0].x, products[0].N, products[0].dW = f.h_prev, p.K, f.dW_hh
+    products[1].x, products[1].N, products[1].dW = f.x_rows, p.I, f.dW_ih
+    sums.n_products, sums.products = 2 if p.ids == NULL else 1, products
+    p.plan.e.by.add_up(p.plan.e.k, &sums, share)
+    if p.ids != NULL:  # dtable[id] += da
+        unit_range(p.G, p.plan.e.k.VL, share.part, share.parts, &j0, &j1)
+        p.plan.e.k.add_rows(p.steps.tokens, j0, j1, f.da, <void **>f.x_rows)
+    if f.dpeepholes != NULL:
+        unit_range(p.H, p.plan.e.k.VL, share.part, share.parts, &j0, &j1)
+        p.cell.peephole_gradient(p.steps.tokens, p.H, j0, j1, f.da, f.c_prev, f.c_rows, f.dpeepholes)
+    if p.projected:
+        products[0].x, products[0].N, products[0].dW = f.m_rows, p.H, f.dW_hr
+        sums.M, sums.da, sums.n_products, sums.db = p.K, f.dh_rows, 1, NULL
+        p.plan.e.by.add_up(p.plan.e.k, &sums, share)
+
+
+# ---- entry point -------------------------------------------------------------------------------------
+
+def run(cell, weights, batch, tape, upstream, g, *, n_threads):
+    """Fills the gradients g from a tape (y, gates, c), whose gates become da.
+
+    See fill_problem for weights and batch. upstream: dy and dy_last (B, K), dy of each row's last step
+    plus dh_n, or None if there is no dh_n. g: dx, dW_ih, dW_hh, db, dpeepholes, dh0, dc0, dW_hr, of
+    which dh0 and dc0 hold dh_n and dc_n on entry. For token ids g.dx is None, and g.dtable (V, G), zero
+    on entry, takes the place of dW_ih.
+    """
+    cdef Backward f
+    fill_problem(&f.p, engine_for(weights.W_hh), cell, weights, batch, tape)
+    f.p.plan.lay_out, f.p.plan.work, f.p.plan.n_threads = lay_out, backward, n_threads
+    f.apart = f.p.projected or not f.p.plan.e.by.in_step
+    f.dy, f.dy_last, f.dx = address(upstream.dy), address(upstream.dy_last), address(g.dx)
+    f.dtable, f.dW_ih, f.dW_hh = address(g.dtable), address(g.dW_ih), address(g.dW_hh)
+    f.dW_hr, f.db, f.dpeepholes = address(g.dW_hr), address(g.db), address(g.dpeepholes)
+    f.dh0, f.dc0 = address(g.dh0), address(g.dc0)
+    f.ih = operand(1, None if g.dx is None else weights.W_ih, f.p.I, True)
+    f.hh = operand(1, weights.W_hh, f.p.K, True)
+    f.hr = operand(1, weights.W_hr, f.p.H, True)
+    run_plan(<Plan *>&f)
+    note_plan(&f.p, False)

@@ -1,0 +1,89 @@
+# Products: operands, and the two ways to multiply by them. See _products.pyx.
+
+from lstmcore._kernels cimport team_fn
+from lstmcore._lstm cimport lstm_kernels, lstm_operand, lstm_product, lstm_rows
+from lstmcore._memory cimport Arena, Workspace, take
+
+
+cdef struct Operand:               # the right side W[k, column] of products
+    lstm_operand w
+    Py_ssize_t cut                 # parts of its columns end at multiples of it
+
+
+cdef struct Part:                  # a thread's part of the columns, and its scratch
+    int part, parts
+    char *scratch
+
+
+cdef struct Sums:                  # dW = daᵀ x of each product and db = Σ da over tokens, M rows
+    Py_ssize_t tokens, M
+    const void **da
+    int n_products
+    const lstm_product *products
+    char *db
+
+
+cdef struct Widths:                # the longest operand row, and the most rows of a gradient: for scratch
+    Py_ssize_t row, M
+
+
+cdef struct Products:              # a way to multiply: a row of the table
+    const char *name
+    bint in_step                   # whether a cell's step multiplies by itself
+    bint over_blas
+    Py_ssize_t (*packed_bytes)(const lstm_kernels *k, const Operand *w) noexcept nogil
+    void (*pack)(const lstm_kernels *k, const Operand *w, const Part *mine, int share,
+                 int shares) noexcept nogil
+    void (*multiply)(const lstm_kernels *k, const Operand *w, const Part *mine,
+                     const lstm_rows *rows) noexcept nogil
+    void (*add_up)(const lstm_kernels *k, const Sums *sums, const Part *mine) noexcept nogil
+    Py_ssize_t (*scratch_bytes)(const lstm_kernels *k, const Widths *widths) noexcept nogil
+
+
+cdef struct Engine:                # what computes: the kernels, and the products over them
+    const lstm_kernels *k
+    const Products *by
+
+
+cdef struct Plan                   # what every plan begins with
+ctypedef void plan_fn(Plan *plan) noexcept nogil
+ctypedef void lay_out_fn(Plan *plan, Arena *arena) noexcept nogil
+cdef struct Plan:
+    Engine e
+    int n_threads
+    lay_out_fn *lay_out            # says what memory it needs; called twice
+    plan_fn *prepare               # before the region
+    team_fn *work                  # what each thread does
+
+
+cdef Engine engine_for(a)
+cdef Operand operand(int gates, W, Py_ssize_t N, bint transposed)
+cdef int run_plan(Plan *plan) except -1
+
+
+cdef class Packed:
+    cdef Workspace work
+    cdef Engine e
+    cdef Operand operands[3]
+    cdef bint descending           # which way the next single step goes through them
+    cdef readonly str cell
+    cdef readonly tuple origin, shapes
+
+
+cdef inline void unit_range(Py_ssize_t N, Py_ssize_t cut, int part, int parts, Py_ssize_t *j0,
+                            Py_ssize_t *j1) noexcept nogil:
+    """Columns [j0, j1) of part of N columns, cut at multiples of `cut`."""
+    cdef Py_ssize_t pieces = (N + cut - 1) // cut
+    j0[0] = min(N, pieces * part // parts * cut)
+    j1[0] = min(N, pieces * (part + 1) // parts * cut)
+
+
+cdef inline char *packed_at(const lstm_kernels *k, const Operand *w, Py_ssize_t j0) noexcept nogil:
+    """Where the panels of the columns from j0 on begin."""
+    return <char *>w.w.packed + j0 * w.w.K * k.packed * w.w.gates
+
+
+cdef inline void lay_out_operand(const Plan *plan, Arena *arena, Operand *w) noexcept nogil:
+    """Room to pack it, unless it is absent or packed already."""
+    if w.w.W != NULL:
+        w.w.packed = take(arena, plan.e.by.packed_bytes(plan.e.k, w))

@@ -1,0 +1,267 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False
+"""Products of rows with an operand, and sums over tokens: by the register tiles, or over BLAS.
+
+A way to multiply is a row of `Products`. Plans ask the row; they do not know which one it is. What
+runs a plan, finding its memory and letting the team loose on it, is here too, because BLAS is held
+to one thread meanwhile. Nothing here knows a cell, a step or a sequence.
+"""
+
+from libc.string cimport memcpy, memset
+cimport numpy as cnp
+
+from lstmcore.threads import look_for_blas, one_blas_thread
+
+from lstmcore._kernels cimport MAX_TEAM, address, forced_plan, kernels_of, run_team
+from lstmcore._lstm cimport (FORMAT_FLOAT64, START_ADD, START_BIAS, lstm_kernels, lstm_operand,
+                             lstm_product, lstm_rows)
+from lstmcore._memory cimport Arena, Workspace, arena_of, give_back, take, take_workspace
+
+cnp.import_array()
+
+
+cdef Operand operand(int gates, W, Py_ssize_t N, bint transposed):
+    """W (columns, K) as W[k, column] = W[column, k], or transposed: W (K, columns) as it stands.
+
+    N is the number of columns, of each gate if there are several. An absent W has no columns.
+    """
+    cdef Operand w
+    cdef Py_ssize_t columns
+    memset(&w, 0, sizeof(Operand))
+    if W is None:
+        return w
+    columns = cnp.PyArray_DIM(W, 1)
+    w.w.gates, w.w.N, w.w.W = gates, N, address(W)
+    w.w.K = cnp.PyArray_DIM(W, 0) if transposed else columns
+    w.w.k_stride = columns if transposed else 1
+    w.w.col_stride = 1 if transposed else columns
+    w.cut = kernels_of(W).VL
+    return w
+
+
+# ---- the tiles ---------------------------------------------------------------------------------------
+
+cdef Py_ssize_t tile_packed_bytes(const lstm_kernels *k, const Operand *w) noexcept nogil:
+    cdef Py_ssize_t vectors = (w.w.N + k.VL - 1) // k.VL
+    return vectors * k.VL * w.w.K * k.packed * w.w.gates
+
+
+cdef void tile_pack(const lstm_kernels *k, const Operand *w, const Part *mine, int share,
+                    int shares) noexcept nogil:
+    """Packs a share of the panels of the columns of one part."""
+    cdef Py_ssize_t j0, j1, panels, width = k.VL if w.w.gates > 1 else 4 * k.VL
+    cdef lstm_operand packed = w.w
+    if share >= shares or w.w.W == NULL:
+        return
+    unit_range(w.w.N, w.cut, mine.part, mine.parts, &j0, &j1)
+    panels = (j1 - j0 + width - 1) // width
+    packed.packed = packed_at(k, w, j0)
+    k.pack(&packed, j0, j1, panels * share // shares, panels * (share + 1) // shares)
+
+
+cdef void tile_multiply(const lstm_kernels *k, const Operand *w, const Part *mine,
+                        const lstm_rows *rows) noexcept nogil:
+    cdef Py_ssize_t j0, j1
+    cdef lstm_operand packed = w.w
+    unit_range(w.w.N, w.cut, mine.part, mine.parts, &j0, &j1)
+    packed.packed = packed_at(k, w, j0)
+    k.gemm(&packed, j0, j1, rows)
+
+
+cdef void tile_add_up(const lstm_kernels *k, const Sums *sums, const Part *mine) noexcept nogil:
+    cdef Py_ssize_t m0, m1
+    unit_range(sums.M, k.MR, mine.part, mine.parts, &m0, &m1)
+    if m0 < m1:
+        k.weight_gradient(sums.tokens, m0, m1, sums.da, sums.n_products, sums.products, sums.db,
+                          mine.scratch)
+
+
+cdef Py_ssize_t tile_scratch_bytes(const lstm_kernels *k, const Widths *widths) noexcept nogil:
+    return k.weight_gradient_work(widths.M) if widths.M else 0
+
+
+cdef Products tiles
+tiles.name, tiles.in_step, tiles.over_blas = b"tiles", True, False
+tiles.packed_bytes, tiles.pack, tiles.multiply = tile_packed_bytes, tile_pack, tile_multiply
+tiles.add_up, tiles.scratch_bytes = tile_add_up, tile_scratch_bytes
+
+
+# ---- BLAS --------------------------------------------------------------------------------------------
+
+ctypedef void gemm_fn(bint is_double, bint trans_a, bint trans_b, int m, int n, int k, double alpha,
+                      const void *a, int lda, const void *b, int ldb, double beta, void *c,
+                      int ldc) noexcept nogil
+
+cdef gemm_fn *blas_gemm = NULL
+
+cdef enum: BLAS_ROWS = 32      # every BLAS product has this many rows: a row's bits depend on no other
+cdef enum: BLAS_COLUMNS = 64   # rows of a weight gradient per BLAS call, so that threads change no bit
+cdef enum: BLAS_TOKENS = 256   # tokens per BLAS call of a weight gradient
+
+
+cdef Py_ssize_t blas_packed_bytes(const lstm_kernels *k, const Operand *w) noexcept nogil:
+    return 0
+
+
+cdef void blas_pack(const lstm_kernels *k, const Operand *w, const Part *mine, int share,
+                    int shares) noexcept nogil:
+    pass
+
+
+cdef void blas_multiply(const lstm_kernels *k, const Operand *w, const Part *mine,
+                        const lstm_rows *rows) noexcept nogil:
+    """All columns: `mine` is the whole."""
+    cdef Py_ssize_t r, m, r0 = -BLAS_ROWS, K = w.w.K, N = w.w.gates * w.w.N, item = k.item
+    cdef char *A = mine.scratch
+    cdef char *out = A + BLAS_ROWS * K * item
+    cdef bint transposed = w.w.k_stride == 1 and w.w.col_stride >= K
+    while r0 + BLAS_ROWS < rows.n:
+        r0 += BLAS_ROWS
+        m = min(<Py_ssize_t>BLAS_ROWS, rows.n - r0)
+        for r in range(m):
+            memcpy(A + r * K * item, rows.a[r0 + r], K * item)
+            if rows.start == START_ADD:
+                memcpy(out + r * N * item, rows.C[r0 + r], N * item)
+            elif rows.start == START_BIAS:
+                memcpy(out + r * N * item, rows.bias, N * item)
+            else:
+                memset(out + r * N * item, 0, N * item)
+        memset(A + m * K * item, 0, (BLAS_ROWS - m) * K * item)
+        # out = out + A W        (32,N) (32,K) (K,N)
+        blas_gemm(k.format == FORMAT_FLOAT64, False, transposed, BLAS_ROWS, <int>N, <int>K, 1.0, A,
+                  <int>K, w.w.W, <int>(w.w.col_stride if transposed else w.w.k_stride), 1.0, out,
+                  <int>N)
+        for r in range(m):
+            memcpy(rows.C[r0 + r], out + r * N * item, N * item)
+
+
+cdef void blas_add_up(const lstm_kernels *k, const Sums *sums, const Part *mine) noexcept nogil:
+    """In pieces of BLAS_COLUMNS rows of dW; db by the kernels."""
+    cdef Py_ssize_t m0, m1, start, end, q
+    unit_range(sums.M, BLAS_COLUMNS, mine.part, mine.parts, &start, &end)
+    while start < end:
+        m0, m1 = start, min(start + BLAS_COLUMNS, end)
+        if sums.db != NULL:
+            k.weight_gradient(sums.tokens, m0, m1, sums.da, 0, NULL, sums.db, mine.scratch)
+        for q in range(sums.n_products):
+            blas_weight_gradient(k, sums, &sums.products[q], m0, m1, mine.scratch)
+        start = m1
+
+
+cdef void blas_weight_gradient(const lstm_kernels *k, const Sums *sums, const lstm_product *product,
+                               Py_ssize_t m0, Py_ssize_t m1, char *scratch) noexcept nogil:
+    """Rows [m0, m1) of one gradient, in blocks of BLAS_TOKENS."""
+    cdef Py_ssize_t t, k0 = 0, kn, m = m1 - m0, N = product.N, item = k.item
+    cdef char *A = scratch
+    cdef char *X = A + BLAS_TOKENS * BLAS_COLUMNS * item
+    while k0 < sums.tokens:
+        kn = min(<Py_ssize_t>BLAS_TOKENS, sums.tokens - k0)
+        for t in range(kn):
+            memcpy(A + t * m * item, <char *>sums.da[k0 + t] + m0 * item, m * item)
+            memcpy(X + t * N * item, product.x[k0 + t], N * item)
+        # dW[m0:m1] += Aᵀ X        (m,N) (kn,m)ᵀ (kn,N)
+        blas_gemm(k.format == FORMAT_FLOAT64, True, False, <int>m, <int>N, <int>kn, 1.0, A, <int>m, X,
+                  <int>N, 1.0 if k0 else 0.0, <char *>product.dW + m0 * N * item, <int>N)
+        k0 += kn
+
+
+cdef Py_ssize_t blas_scratch_bytes(const lstm_kernels *k, const Widths *widths) noexcept nogil:
+    cdef Py_ssize_t bytes = 2 * BLAS_ROWS * widths.row * k.item
+    if widths.M:
+        bytes = max(bytes, BLAS_TOKENS * (BLAS_COLUMNS + widths.row) * k.item)
+        bytes = max(bytes, k.weight_gradient_work(BLAS_COLUMNS))
+    return bytes
+
+
+cdef Products blas
+blas.name, blas.in_step, blas.over_blas = b"blas", False, True
+blas.packed_bytes, blas.pack, blas.multiply = blas_packed_bytes, blas_pack, blas_multiply
+blas.add_up, blas.scratch_bytes = blas_add_up, blas_scratch_bytes
+
+
+# ---- the choice, and what runs a plan ----------------------------------------------------------------
+
+cdef Engine engine_for(a):
+    """The kernels for arrays like a; BLAS instead of the tiles only where a vector has one lane.
+
+    Not by the shape, or a row's bits would depend on the other rows of its batch. Without fused
+    multiply-adds the tiles win against a BLAS that has none either, by 1.1x to 1.4x from 50 rows on,
+    and take 1.4x to 1.9x the time of one that has them (training, ten shapes from H = 64 to 650).
+    """
+    cdef Engine e
+    plan = forced_plan()
+    e.k = kernels_of(a)
+    e.by = &blas if (e.k.VL == 1 if plan is None else plan == "blas") else &tiles
+    return e
+
+
+cdef int run_plan(Plan *plan) except -1:
+    """Finds memory for the plan and lets the team loose on it."""
+    global blas_gemm
+    cdef Workspace work
+    cdef Arena arena
+    arena.base, arena.used = NULL, 0
+    plan.n_threads = min(plan.n_threads, MAX_TEAM)
+    plan.lay_out(plan, &arena)
+    work = take_workspace(arena.used)
+    arena = arena_of(work)
+    plan.lay_out(plan, &arena)
+    if plan.e.by.over_blas:
+        if blas_gemm == NULL:
+            from lstmcore import _blas
+            blas_gemm = <gemm_fn *><size_t>_blas.gemm_address()
+            look_for_blas()
+        with one_blas_thread(), nogil:
+            plan.prepare(plan)
+            run_team(plan.n_threads, plan.work, plan)
+    else:
+        with nogil:
+            plan.prepare(plan)
+            run_team(plan.n_threads, plan.work, plan)
+    give_back(work)
+    return 0
+
+
+cdef class Packed:
+    """The weights of one layer and direction, or of a dense layer (W_ih alone), as they were when this
+    was made, packed by the tiles for many calls: packing costs more than one step, and 2 % of a batch.
+
+    It remembers of which arrays, `origin` (W_ih, W_hh, W_hr), and their `shapes` and strides then, for
+    calls to compare.
+    """
+
+    def __init__(self, str cell, int gates, weights, origin):
+        """weights: W_ih, W_hh, W_hr, contiguous or None; origin: the arrays of the caller."""
+        cdef Part whole
+        cdef Arena arena
+        cdef int q
+        cdef Operand *w
+        self.cell, self.origin = cell, tuple(origin)
+        self.shapes = tuple(None if a is None else (a.shape, a.strides) for a in self.origin)
+        self.e.k, self.e.by = kernels_of(weights[0]), &tiles
+        for q in range(3):
+            # of W_hr (P, H) the columns are the P projected units, without gates
+            n_gates = gates if q < 2 else 1
+            N = 0 if weights[q] is None else cnp.PyArray_DIM(weights[q], 0) // n_gates
+            self.operands[q] = operand(n_gates, weights[q], N, False)
+        arena.base, arena.used = NULL, 0
+        for q in range(3):
+            take(&arena, self.e.by.packed_bytes(self.e.k, &self.operands[q]))
+        self.work = Workspace(arena.used)
+        arena = arena_of(self.work)
+        whole.part, whole.parts, whole.scratch = 0, 1, NULL
+        for q in range(3):
+            w = &self.operands[q]
+            if w.w.gates == 1:
+                w.cut = 4 * self.e.k.VL  # its panels are counted from column 0: parts must start on one
+            w.w.packed = take(&arena, self.e.by.packed_bytes(self.e.k, w))
+            self.e.by.pack(self.e.k, w, &whole, 0, 1)
+            w.w.W = NULL               # all later use is of the packed copy
+
+    @property
+    def isa(self):
+        """The instruction set that it is packed for, and that every call with it runs on."""
+        return self.e.k.isa.decode()
+
+    def __reduce__(self):
+        return type(None), ()          # a copy or pickle of a frozen layer is one that is not
