@@ -7,7 +7,8 @@
 
    Largest error against a correctly rounded result (tests/test_activations.py): float32 within 4 ulp,
    float64 within 2 ulp, wherever the result is a normal number; σ(x) far below the smallest normal
-   number, from x = -709 (float64) or -89 (float32) on, is 0.  nan gives nan; ±inf give the limits; ±0 keep their sign in tanh. */
+   number, from x = -709 (float64) or -89 (float32) on, is 0.  nan gives nan; ±inf give the limits; ±0
+   keep their sign in tanh. */
 
 #undef EXP_SHIFT
 #undef EXP_ONE
@@ -19,7 +20,7 @@
 #undef TANH_ONE
 #if DOUBLE
 #define EXP_SHIFT 52
-#define EXP_ONE INT64_C(0x3FF0000000000000)
+#define EXP_ONE UINT64_C(0x3FF0000000000000)
 #define EXP_ROUND 6755399441055744.0      /* 1.5·2^52: adding it rounds to an integer */
 #define EXP_MAX 709.0                     /* n = 1023: e^z is finite, which v_quotient needs */
 #define EXP_MIN -708.0                    /* n = -1021: 2^n is still a normal number */
@@ -28,7 +29,7 @@
 #define TANH_ONE 20.0                     /* tanh rounds to 1 from 19.1 on */
 #else
 #define EXP_SHIFT 23
-#define EXP_ONE 0x3F800000
+#define EXP_ONE 0x3F800000u
 #define EXP_ROUND 12582912.0f             /* 1.5·2^23 */
 #define EXP_MAX 89.0f                     /* n = 128, so 2^n = inf and σ = 0 */
 #define EXP_MIN -87.0f                    /* n = -126 */
@@ -86,3 +87,14 @@ INLINE vec F(v_tanh)(vec x) {
     vec E = v_fma(s, q, s - 1), E_lost = v_fma(s, q, (s - 1) - E), D = E + 2;
     return F(v_copysign)(F(v_quotient)(-E, -E_lost, D, E - (D - 2) + E_lost), x);
 }
+
+/* The same on arrays, for tests. */
+#define ACTIVATION(name)                                                                             \
+    static void F(array_##name)(ptrdiff_t n, const void *x, void *out) {                             \
+        for (ptrdiff_t j = 0; j < n; j += VL) {                                                      \
+            ptrdiff_t w = MIN(VL, n - j);                                                            \
+            F(v_store_n)((R *)out + j, F(v_##name)(F(v_load_n)((const R *)x + j, w)), w);            \
+        }                                                                                            \
+    }
+ACTIVATION(sigmoid)
+ACTIVATION(tanh)

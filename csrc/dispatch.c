@@ -6,32 +6,32 @@
 #include <unistd.h>
 #endif
 
-extern const lstm_kernels *const lstm_table_base[2];
+extern const lstm_kernels *const lstm_tables_base[N_FORMATS];
 
 #if defined(__GNUC__) && defined(__x86_64__)
-extern const lstm_kernels *const lstm_table_avx2[2], *const lstm_table_avx512[2];
+extern const lstm_kernels *const lstm_tables_avx2[N_FORMATS], *const lstm_tables_avx512[N_FORMATS];
 static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 static int has_avx512(void) {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
 #elif defined(__GNUC__) && defined(__aarch64__)
-extern const lstm_kernels *const lstm_table_neon[2];
+extern const lstm_kernels *const lstm_tables_neon[N_FORMATS];
 #endif
 static int always(void) { return 1; }
 
 static const struct {
     const char *isa;
     int (*runs_here)(void);
-    const lstm_kernels *const *table;
+    const lstm_kernels *const *tables;  /* one per number format, or NULL where it has none */
 } known[] = {
 #if defined(__GNUC__) && defined(__x86_64__)
-    {"avx512", has_avx512, lstm_table_avx512},
-    {"avx2", has_avx2, lstm_table_avx2},
+    {"avx512", has_avx512, lstm_tables_avx512},
+    {"avx2", has_avx2, lstm_tables_avx2},
 #elif defined(__GNUC__) && defined(__aarch64__)
-    {"neon", always, lstm_table_neon},
+    {"neon", always, lstm_tables_neon},
 #endif
-    {"base", always, lstm_table_base},
+    {"base", always, lstm_tables_base},
 };
 enum { N_KNOWN = sizeof known / sizeof known[0] };
 
@@ -41,10 +41,17 @@ const char *lstm_isa(int k) {
     return NULL;
 }
 
-const lstm_kernels *lstm_kernels_for(const char *isa, int is_double) {
+const lstm_kernels *lstm_kernels_for(const char *isa, int format) {
+    if (format < 0 || format >= N_FORMATS) return NULL;
     for (int q = 0; q < N_KNOWN; q++)
-        if (known[q].runs_here() && (!isa || strcmp(isa, known[q].isa) == 0))
-            return known[q].table[is_double];
+        if (known[q].runs_here() && (!isa || strcmp(isa, known[q].isa) == 0) && known[q].tables[format])
+            return known[q].tables[format];
+    return NULL;
+}
+
+const lstm_cell *lstm_cell_of(const lstm_kernels *k, const char *name) {
+    for (const lstm_cell *cell = k->cells; cell->name; cell++)
+        if (strcmp(cell->name, name) == 0) return cell;
     return NULL;
 }
 

@@ -1,4 +1,4 @@
-/* instances.h: body.h twice, float and double, for the instruction set that the including file names.
+/* instances.h: body.h once per number format, for the instruction set that the including file names.
 
    The target is set by pragma, not by compiler flags, so that one flag list builds every file. */
 
@@ -23,15 +23,26 @@ PRAGMA(GCC target(TARGET))
 #include <arm_neon.h>
 #endif
 
+/* A number format: its place in the tables, the suffix of its names, and whether it computes in double. */
+#define FORMAT FORMAT_FLOAT32
+#define F(name) JOIN(name, _f32)
 #define DOUBLE 0
 #include "body.h"
+#undef FORMAT
+#undef F
 #undef DOUBLE
+
+#define FORMAT FORMAT_FLOAT64
+#define F(name) JOIN(name, _f64)
 #define DOUBLE 1
 #include "body.h"
 
-#define TABLE_(isa) lstm_table_##isa
-#define TABLE(isa) TABLE_(isa)
-const lstm_kernels *const TABLE(ISA)[2] = {&kernels_f32, &kernels_f64};
+#define TABLES_(isa) lstm_tables_##isa
+#define TABLES(isa) TABLES_(isa)
+const lstm_kernels *const TABLES(ISA)[N_FORMATS] = {
+    [FORMAT_FLOAT32] = &kernels_f32,
+    [FORMAT_FLOAT64] = &kernels_f64,
+};
 
 #if defined(TARGET) && defined(__clang__)
 #pragma clang attribute pop

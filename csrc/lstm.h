@@ -1,15 +1,19 @@
 /* lstm.h: the C contract. What a kernel is given, what it writes, and what it refuses to know.
 
    Sizes:  I inputs, H hidden units, K length of a dot product, n rows.  All are ptrdiff_t.
-   Arrays: row-major; a row pointer points at the first element of one row of floats or doubles.
-           Gates rows hold 4H numbers in the order i, f, g, o.
-   Rows:   kernels see rows, never time or batch: the plan (lstmcore/_kernels.pyx) says where the row
-           of each sequence lies at each step, so dense, ragged and reversed are the same to a kernel.
+   Arrays: row-major; a row pointer points at the first element of one row of numbers of the format.
+           Gates rows hold the gates of H units one gate after the other: 4H numbers i, f, g, o.
+   Rows:   kernels see rows, never time or batch: the plan (lstmcore/_forward.pyx, _backward.pyx) says
+           where the row of each sequence lies at each step, so dense, ragged and reversed are the same
+           to a kernel.
    Units:  a kernel computes the columns [j0, j1) and writes nothing else.
    Bits:   every output element is one chain of multiply-adds over k in ascending order, whatever tile,
            row group or thread computes it: results do not depend on n, j0, j1 or the other rows.
    Memory: the caller owns everything; kernels allocate nothing, keep nothing, and run under any
-           thread.  Outputs may alias nothing but what is said to be updated in place. */
+           thread.  Outputs may alias nothing but what is said to be updated in place.
+
+   One table of kernels stands for one instruction set and one number format.  It lists its cells, a row
+   each: that row is all that a plan knows of a cell. */
 
 #ifndef LSTMCORE_LSTM_H
 #define LSTMCORE_LSTM_H
@@ -17,33 +21,67 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* The number formats, in the order of an instruction set's tables. */
+enum { FORMAT_FLOAT32, FORMAT_FLOAT64, N_FORMATS };
+
 /* The weights of a step, packed for the units from j0 on. */
 typedef struct {
     ptrdiff_t I, K, H;   /* I = 0: gates hold x W_ihᵀ + b already; K = 0: the recurrent part is zero */
-    const void *ih, *hh; /* forward both in PANEL_GATES, backward hh (K = 4H) in PANEL_PLAIN */
-    const void *bias;    /* (4H) or NULL; read if I > 0 */
-    const void *peepholes; /* (3, H) or NULL */
+    const void *ih, *hh; /* forward both packed with the cell's gates; backward hh alone, K wide, with 1 */
+    const void *bias;    /* a row of gates or NULL; read if I > 0 */
+    const void *peepholes; /* (3, H) or NULL; of cells that have them */
 } lstm_weights;
 
 /* Where one sequence's forward step lives. */
 typedef struct {
     const void *x;       /* (I)   x_t; not read if I = 0 */
     const void *h_prev;  /* (K)   h_{t-1}; not read if K = 0 */
-    const void *c_prev;  /* (H)   c_{t-1}; may be the same row as c */
-    void *gates;         /* (4H)  in: the pre-activations without the recurrent part; out: i, f, g, o */
-    void *c;             /* (H)   out: c_t */
-    void *h;             /* (H)   out: o ∘ tanh(c_t) */
+    const void *c_prev;  /* (H)   c_{t-1}, of cells with c; may be the same row as c */
+    void *gates;         /* in: the pre-activations without the recurrent part; out: the gates, of cells
+                                  that keep them; of others it may be the same row as h */
+    void *c;             /* (H)   out: c_t, of cells with c */
+    void *h;             /* (H)   out: h_t, before any projection */
 } lstm_row;
 
 /* Where one sequence's backward step lives. */
 typedef struct {
-    const void *da_next; /* (4H)  da_{t+1}; not read if K = 0 */
-    void *gates;         /* (4H)  in: i, f, g, o; out: da_t */
-    const void *c;       /* (H)   c_t */
-    const void *c_prev;  /* (H)   c_{t-1} */
-    const void *dy;      /* (H)   what reaches h_t from above */
-    void *dc;            /* (H)   in: what reaches c_t from step t+1; out: what reaches c_{t-1} */
+    const void *da_next; /* da_{t+1}, a row of gates; not read if K = 0 */
+    void *gates;         /* in: the gates, of cells that keep them; out: da_t */
+    const void *h;       /* (H)   h_t, of cells that do not keep their gates */
+    const void *c;       /* (H)   c_t, of cells with c */
+    const void *c_prev;  /* (H)   c_{t-1}, of cells with c */
+    const void *dy;      /* (H)   what reaches h_t from above; may be the same row as gates if there is
+                                  one gate */
+    void *dc;            /* (H)   of cells with c; in: what reaches c_t from step t+1; out: c_{t-1} */
 } lstm_back_row;
+
+/* A cell: everything that a plan asks of it. */
+typedef struct {
+    const char *name;
+    int gates;           /* rows of W_ih and W_hh for one unit, gate after gate */
+    int keeps_gates;     /* whether the tape keeps them, for da to take their place */
+    int has_c;           /* whether a state c goes from step to step beside h; the tape keeps it too */
+
+    /* One time step of n sequences on the units [j0, j1): the pre-activations, then the cell.
+       descending: last panel first; every other step is, to begin with the panels that the step
+       before left in the cache. */
+    void (*step)(const lstm_weights *w, int descending, ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1,
+                 const lstm_row *rows);
+
+    /* One time step backward: dh = dy + da_next W_hh, then the gradient of the cell. */
+    void (*back_step)(const lstm_weights *w, int descending, ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1,
+                      const lstm_back_row *rows);
+
+    /* h (before projection) again, from the gates and c: what a projection's gradient needs.  NULL if
+       the cell has no projection. */
+    void (*output)(ptrdiff_t n, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1, const void *const *gates,
+                   const void *const *c, void *const *h);
+    /* dp (3, H), columns [j0, j1): Σ_k da_i ∘ c_{t-1}, Σ_k da_f ∘ c_{t-1}, Σ_k da_o ∘ c_t.  NULL if the
+       cell has no peepholes. */
+    void (*peephole_gradient)(ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1,
+                              const void *const *da, const void *const *c_prev,
+                              const void *const *c, void *dp);
+} lstm_cell;
 
 /* One gradient dW (M, N) = daᵀ x among several that share da. */
 typedef struct {
@@ -58,39 +96,33 @@ typedef struct {
     double decay, keep;  /* g + decay·p takes the place of g, and keep·p that of p before the step */
 } lstm_adam;
 
-/* How the columns of a packed operand are grouped into panels of up to four vectors. */
-enum { PANEL_PLAIN = 0,  /* vectors 4p..4p+3: neighboring columns, counted from j0 */
-       PANEL_GATES = 1 };/* vector p of each of the four gates: a row of the panel is i, f, g, o */
-
 /* What an output row holds before the sum is added. */
 enum { START_ZERO = 0, START_BIAS = 1, START_ADD = 2 };
 
 typedef struct {
     const char *isa;
-    int is_double;
+    int format;
+    ptrdiff_t item;      /* bytes of a number in the arrays */
+    ptrdiff_t packed;    /* bytes of a number in a packed operand */
     ptrdiff_t VL;        /* lanes of a vector */
     ptrdiff_t MR;        /* rows of a full tile */
+    const lstm_cell *cells;  /* the last one has no name */
 
-    /* Packs the operand W[k, column] = W[k·k_stride + column·col_stride] into panels [first, last) of
-       the columns [j0, j1) (of one gate if PANEL_GATES, where H is the distance of the gates), as
-       panel[k][vector][lane], padded with zeros.  out points at panel 0, 64-byte aligned. */
-    void (*pack)(int panels, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1, ptrdiff_t first,
+    /* Packed operands.  The columns of an operand W[k, column] are grouped into panels; a row k of a panel is
+           gates >= 2:  one vector of units from each of so many gates, whose columns are H apart;
+           gates == 1:  up to four neighboring vectors of columns.
+       Panels are counted from the first column of a range: [j0, j1) starts on one. */
+
+    /* Packs W[k, column] = W[k·k_stride + column·col_stride] into panels [first, last) of the columns
+       [j0, j1) (of each gate), as panel[k][vector][lane], padded with zeros.  out points at panel 0,
+       64-byte aligned. */
+    void (*pack)(int gates, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1, ptrdiff_t first,
                  ptrdiff_t last, const void *W, ptrdiff_t k_stride, ptrdiff_t col_stride, void *out);
 
     /* C[r, columns] = start + Σ_k a[r][k] W[k, column] for n rows; the bias is indexed by column. */
-    void (*gemm)(int panels, int start, ptrdiff_t n, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0,
+    void (*gemm)(int gates, int start, ptrdiff_t n, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0,
                  ptrdiff_t j1, const void *const *a, const void *packed, const void *bias,
                  void *const *C);
-
-    /* One time step of n sequences on the units [j0, j1): the gates' pre-activations, then the cell.
-       descending: last panel first; every other step is, to begin with the panels that the step
-       before left in the cache. */
-    void (*lstm_step)(const lstm_weights *w, int descending, ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1,
-                      const lstm_row *rows);
-
-    /* One time step backward: dh = dy + da_next W_hh, then the gradient of the cell. */
-    void (*lstm_back_step)(const lstm_weights *w, int descending, ptrdiff_t n, ptrdiff_t j0,
-                           ptrdiff_t j1, const lstm_back_row *rows);
 
     /* dW[m, n] = Σ_k da[k][m] x[k][n] of each product and, if db is not NULL, db[m] = Σ_k da[k][m],
        for m in [m0, m1) and K >= 1.  Sums are cut into blocks of a fixed number of k and added in order.
@@ -99,23 +131,8 @@ typedef struct {
                             int n_products, const lstm_product *products, void *db, void *work);
     ptrdiff_t (*weight_gradient_work)(ptrdiff_t M);
 
-    /* dp (3, H), columns [j0, j1): Σ_k da_i ∘ c_{t-1}, Σ_k da_f ∘ c_{t-1}, Σ_k da_o ∘ c_t. */
-    void (*peephole_gradient)(ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1,
-                              const void *const *da, const void *const *c_prev,
-                              const void *const *c, void *dp);
-
     /* out[k] += a[k] on the columns [j0, j1), for k < n in ascending order; rows of out may repeat. */
     void (*add_rows)(ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1, const void *const *a, void *const *out);
-
-    /* The vanilla cell on the columns [j0, j1) of n rows: h = tanh(h) or relu(h) in place, and
-       da = dh ∘ (1 - h²) or dh ∘ [h > 0] in place of dh. */
-    void (*rnn_cell)(int relu, ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1, void *const *h);
-    void (*rnn_back_cell)(int relu, ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1, const void *const *h,
-                          void *const *dh);
-
-    /* m = o ∘ tanh(c) on the columns [j0, j1) of n rows, for the gradient of a projection. */
-    void (*cell_output)(ptrdiff_t n, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1,
-                        const void *const *gates, const void *const *c, void *const *m);
 
     /* Softmax cross-entropy of n rows z (V) with their targets, V >= 1:  loss[r] = log Σ e^z - z_k;
        dz[r] = weight[r] (softmax(z) - [j = k]), of weight 0 whatever z is.  dz may be z. */
@@ -130,10 +147,13 @@ typedef struct {
     void (*tanh)(ptrdiff_t n, const void *x, void *out);
 } lstm_kernels;
 
-/* The best table for this CPU, or the one named; NULL if that one can't run here. */
-const lstm_kernels *lstm_kernels_for(const char *isa, int is_double);
+/* The table of this format for the best instruction set of this CPU, or the one named; NULL if that one
+   can't run here or has no such table. */
+const lstm_kernels *lstm_kernels_for(const char *isa, int format);
 /* Name k of the instruction sets that this CPU can run, best first; NULL past the last. */
 const char *lstm_isa(int k);
+/* The cell of this name, or NULL. */
+const lstm_cell *lstm_cell_of(const lstm_kernels *k, const char *name);
 /* Size of a core's second-level cache; 1 MB where the system does not say. */
 ptrdiff_t lstm_l2_bytes(void);
 

@@ -1,16 +1,18 @@
-/* simd.h: the vector type of one (instruction set, dtype), and the few operations that the kernels need.
+/* simd.h: the vector type of one (instruction set, number format), and the few operations that the
+   kernels need.
 
-   Included once per dtype by body.h; the file of the instruction set has defined ISA_AVX512, ISA_AVX2,
-   ISA_NEON or ISA_BASE.  Arithmetic, comparison and shifts are GCC's vector extensions; only what these
-   lack (fused multiply-add, min, max, partial load and store) is an intrinsic.  A compiler without the
-   extensions gets vectors of one lane. */
+   Included once per format by body.h; the file of the instruction set has defined ISA_AVX512, ISA_AVX2,
+   ISA_NEON or ISA_BASE, and instances.h F and DOUBLE.  Arithmetic, comparison and shifts are GCC's
+   vector extensions; only what these lack (fused multiply-add, min, max, partial load and store) is an
+   intrinsic.  A compiler without the extensions gets vectors of one lane. */
 
 #undef R
-#undef F
 #undef VL
 #undef vec
 #undef ivec
+#undef bits
 #undef int_t
+#undef uint_t
 #undef v_fma
 #undef v_min
 #undef v_max
@@ -20,15 +22,19 @@
 
 #if DOUBLE
 #define R double
-#define F(name) JOIN(name, _f64)
 #define int_t int64_t
+#define uint_t uint64_t
 #else
 #define R float
-#define F(name) JOIN(name, _f32)
 #define int_t int32_t
+#define uint_t uint32_t
 #endif
 #define vec F(vec)
-#define ivec F(ivec)
+#define ivec F(ivec)  /* what a comparison gives: all bits of a lane, or none */
+#define bits F(bits)  /* without sign, so that no shift overflows */
+
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
 
 #if defined(ISA_AVX512)
 #define VECTOR_BYTES 64
@@ -51,6 +57,7 @@
 typedef R vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef R F(uvec) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(R)), may_alias));
 typedef int_t ivec __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint_t bits __attribute__((vector_size(VECTOR_BYTES)));
 #define VL ((ptrdiff_t)(VECTOR_BYTES / sizeof(R)))
 #else
 #define INLINE static __inline
@@ -59,6 +66,7 @@ typedef int_t ivec __attribute__((vector_size(VECTOR_BYTES)));
 #define VECTOR_BYTES sizeof(R)
 typedef R vec;
 typedef int_t ivec;
+typedef uint_t bits;
 #endif
 
 /* fma, and min and max that return the second operand if one is nan */
@@ -109,8 +117,8 @@ INLINE vec F(v_interleave)(vec a, vec b, const int half) {
     return __builtin_shuffle(a, b, pick);
 #endif
 }
-INLINE vec F(v_from_bits)(ivec a) { return (vec)a; }
-INLINE ivec F(v_bits)(vec a) { return (ivec)a; }
+INLINE vec F(v_from_bits)(bits a) { return (vec)a; }
+INLINE bits F(v_bits)(vec a) { return (bits)a; }
 #else
 INLINE vec F(v_set1)(R a) { return a; }
 INLINE vec F(v_load)(const R *p) { return *p; }
@@ -119,8 +127,8 @@ INLINE vec F(v_select)(int mask, vec a, vec b) { return mask ? a : b; }
 INLINE vec F(v_interleave)(vec a, vec b, int half) { return half ? b : a; }
 INLINE vec F(v_abs)(vec a) { return (vec)fabs(a); }
 INLINE vec F(v_copysign)(vec a, vec s) { return (vec)copysign(a, s); }
-INLINE vec F(v_from_bits)(ivec a) { vec v; memcpy(&v, &a, sizeof v); return v; }
-INLINE ivec F(v_bits)(vec a) { ivec v; memcpy(&v, &a, sizeof v); return v; }
+INLINE vec F(v_from_bits)(bits a) { vec v; memcpy(&v, &a, sizeof v); return v; }
+INLINE bits F(v_bits)(vec a) { bits v; memcpy(&v, &a, sizeof v); return v; }
 #endif
 
 INLINE vec F(v_sqrt)(vec a) {

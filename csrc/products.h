@@ -1,0 +1,102 @@
+/* products.h: rows times a packed operand, and the sums over time and batch that are gradients.
+
+   Every element of C is one chain over k; a sum over time and batch is cut into blocks of KW, added in
+   order, whoever computes it.  It knows nothing of cells. */
+
+#define KW 256          /* k per block of a weight gradient: part of the definition of its bits */
+
+static void F(gemm)(int gates, int start, ptrdiff_t n, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0,
+                    ptrdiff_t j1, const void *const *a, const void *packed, const void *bias,
+                    void *const *C) {
+    F(row4) acc[GROUP];
+    const R *rows[GROUP];
+    if (n == 0) return;
+    ptrdiff_t size = F(group_size)(n);
+    for (ptrdiff_t p = 0; p < F(n_panels)(gates, j0, j1); p++) {
+        F(panel) g = F(panel_at)(gates, p, H, j0, j1);
+        const R *panel = F(packed_panel)(gates, packed, K, p);
+        for (ptrdiff_t r0 = 0; r0 < n; r0 += size) {
+            ptrdiff_t m = MIN(size, n - r0);
+            for (ptrdiff_t r = 0; r < m; r++) rows[r] = a[r0 + r];
+            for (int v = 0; v < g.nv; v++) {
+                ptrdiff_t j = g.col + v * g.stride, w = F(lanes)(&g, v);
+                vec from = start == START_BIAS ? F(v_load_n)((const R *)bias + j, w) : F(v_set1)(0);
+                for (ptrdiff_t r = 0; r < m; r++)
+                    acc[r][v] = start == START_ADD ? F(v_load_n)((R *)C[r0 + r] + j, w) : from;
+            }
+            F(group)(m, K, g.nv, rows, panel, F(packed_panel)(gates, packed, K, p + 1), acc);
+            for (ptrdiff_t r = 0; r < m; r++)
+                for (int v = 0; v < g.nv; v++)
+                    F(v_store_n)((R *)C[r0 + r] + g.col + v * g.stride, acc[r][v], F(lanes)(&g, v));
+        }
+    }
+}
+
+static ptrdiff_t F(weight_gradient_work)(ptrdiff_t M) {
+    return (((M + MR - 1) / MR * MR + 16) * KW + KW * 4 * VL) * (ptrdiff_t)sizeof(R);
+}
+
+/* acc[r][v] = Σ_k a[k·MR + r] panel[k][v]: both operands packed. */
+static void F(packed_tile)(int nv, ptrdiff_t K, const R *a, const R *panel, F(row4) *acc) {
+    const R *rows[MR];
+    uintptr_t ahead = (uintptr_t)a;
+    for (int r = 0; r < MR; r++) {
+        rows[r] = a + r;
+        for (int v = 0; v < nv; v++) acc[r][v] = F(v_set1)(0);
+    }
+    if (nv == 4) F(tile)(MR, 4, MR, K, rows, panel, ahead, acc);
+    else if (nv == 3) F(tile)(MR, 3, MR, K, rows, panel, ahead, acc);
+    else if (nv == 2) F(tile)(MR, 2, MR, K, rows, panel, ahead, acc);
+    else F(tile)(MR, 1, MR, K, rows, panel, ahead, acc);
+}
+
+/* A[tile][k][r] = da[k][m0 + tile·MR + r], the last tile padded with zeros; db += Σ_k da[k] */
+static void F(pack_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t M, const void *const *da, R *A, R *db) {
+    for (ptrdiff_t k = 0; k < K; k++) {
+        const R *row = (const R *)da[k] + m0;
+        R *out = A + k * MR;
+        ptrdiff_t m = 0;
+        for (; m + MR <= M; m += MR, out += K * MR) memcpy(out, row + m, MR * sizeof(R));
+        for (ptrdiff_t r = 0; m < M && r < MR; r++) out[r] = m + r < M ? row[m + r] : 0;
+        for (m = 0; db && m < M; m++) db[m0 + m] += row[m];
+    }
+}
+
+static void F(weight_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t m1, const void *const *da,
+                               int n_products, const lstm_product *products, void *db_, void *work) {
+    F(row4) acc[MR];
+    ptrdiff_t M = m1 - m0, tiles = (M + MR - 1) / MR;
+    R *panel = work, *A = panel + KW * 4 * VL, *db = db_;
+    for (ptrdiff_t m = m0; db && m < m1; m++) db[m] = 0;
+    for (ptrdiff_t k0 = 0; k0 < K; k0 += KW) {
+        ptrdiff_t kn = MIN(KW, K - k0);
+        F(pack_gradient)(kn, m0, M, da + k0, A, db);
+        for (int s = 0; s < n_products; s++) {
+            const lstm_product *q = &products[s];
+            for (ptrdiff_t p = 0; p < F(n_panels)(1, 0, q->N); p++) {
+                F(panel) g = F(panel_at)(1, p, 0, 0, q->N);
+                for (ptrdiff_t k = 0; k < kn; k++)
+                    for (int v = 0; v < g.nv; v++)
+                        F(v_store)(panel + (k * g.nv + v) * VL,
+                                   F(v_load_n)((const R *)q->x[k0 + k] + g.col + v * VL,
+                                               F(lanes)(&g, v)));
+                for (ptrdiff_t t = 0; t < tiles; t++) {
+                    F(packed_tile)(g.nv, kn, A + t * kn * MR, panel, acc);
+                    for (ptrdiff_t r = 0; r < MIN(MR, M - t * MR); r++)
+                        for (int v = 0; v < g.nv; v++) {
+                            R *out = (R *)q->dW + (m0 + t * MR + r) * q->N + g.col + v * VL;
+                            ptrdiff_t w = F(lanes)(&g, v);
+                            if (k0) acc[r][v] += F(v_load_n)(out, w);
+                            F(v_store_n)(out, acc[r][v], w);
+                        }
+                }
+            }
+        }
+    }
+}
+
+static void F(add_rows)(ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1, const void *const *a,
+                        void *const *out) {
+    for (ptrdiff_t k = 0; k < n; k++)
+        for (ptrdiff_t j = j0; j < j1; j++) ((R *)out[k])[j] += ((const R *)a[k])[j];
+}
