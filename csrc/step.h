@@ -38,8 +38,11 @@ static void CELL(step)(const lstm_weights *weights, int descending, ptrdiff_t n,
             F(group)(m, w.K, g.nv, h, hh, w.I ? F(packed_panel)(GATES, w.ih, w.I, next)
                                               : F(packed_panel)(GATES, w.hh, w.K, next), acc);
             for (ptrdiff_t r = 0; r < m; r++)
-                for (int u = 0; u < (GATES == 1 ? g.nv : 1); u++)
-                    CELL(forward)(&w, &row[r], g.col + u * VL, F(lanes)(&g, u), acc[r] + u);
+                for (int u = 0; u < (GATES == 1 ? g.nv : 1); u++) {
+                    ptrdiff_t j = g.col + u * VL, lanes = F(lanes)(&g, u);
+                    if (lanes < VL) CELL(forward)(&w, &row[r], j, lanes, acc[r] + u);
+                    else CELL(forward)(&w, &row[r], j, VL, acc[r] + u);
+                }
         }
     }
 }
@@ -67,8 +70,11 @@ static void CELL(back_step)(const lstm_weights *weights, int descending, ptrdiff
             /* dh = dy + da_next W_hh       (m,K) (K,nv·VL) */
             F(group)(m, w.K, g.nv, da, hh, F(packed_panel)(1, w.hh, w.K, next), acc);
             for (ptrdiff_t r = 0; r < m; r++)
-                for (int v = 0; v < g.nv; v++)
-                    CELL(backward)(&w, &row[r], g.col + v * VL, F(lanes)(&g, v), acc[r][v]);
+                for (int v = 0; v < g.nv; v++) {
+                    ptrdiff_t j = g.col + v * VL, lanes = F(lanes)(&g, v);
+                    if (lanes < VL) CELL(backward)(&w, &row[r], j, lanes, acc[r][v]);
+                    else CELL(backward)(&w, &row[r], j, VL, acc[r][v]);
+                }
         }
     }
 }
