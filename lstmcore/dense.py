@@ -6,8 +6,9 @@ one is enough, or a second pool of threads, which slows the kernels down.
 
 import numpy as np
 
-from lstmcore import _kernels
-from lstmcore.functional import _F32, _F64, _array, _optional, _threads
+from lstmcore import _kernels, checks
+from lstmcore.checks import F32, F64
+from lstmcore.functional import _threads
 
 
 # ---- dense layer -------------------------------------------------------------------------------------
@@ -25,7 +26,7 @@ def linear_forward(x, W, b=None, *, n_threads=None, packed=None):
            [3.5]])
     """
     x, W, dtype = _dense(x, W)
-    b = _optional(b, "b", "(O,)", (len(W),), dtype)
+    b = checks.optional(b, "b", "(O,)", (len(W),), dtype)
     y = _kernels.empty((len(x), len(W)), dtype)
     if y.size:
         _kernels.run_linear_forward(x, W, b, y, _threads(n_threads, len(x), *W.shape), packed)
@@ -41,7 +42,7 @@ def linear_backward(x, W, dy, *, need_dx=True, n_threads=None):
     [(2, 3), (1, 3), (1,)]
     """
     x, W, dtype = _dense(x, W)
-    dy = _array(dy, "dy", "(n, O)", (len(x), len(W)), dtype)
+    dy = checks.array(dy, "dy", "(n, O)", (len(x), len(W)), dtype)
     dx = _kernels.empty(x.shape, dtype) if need_dx else None
     dW, db = _kernels.empty(W.shape, dtype), np.empty(len(W), dtype)
     if not dy.size:
@@ -56,13 +57,13 @@ def _dense(x, W):
         if not isinstance(value, np.ndarray) or value.ndim != 2:
             raise TypeError(f"{name} must be a 2-D NumPy array, got "
                             f"{getattr(value, 'shape', type(value).__qualname__)}")
-    if x.dtype != _F32 and x.dtype != _F64:
+    if x.dtype != F32 and x.dtype != F64:
         raise TypeError(f"x must be float32 or float64, got {x.dtype}")
-    dtype = _F64 if x.dtype == _F64 else _F32
+    dtype = F64 if x.dtype == F64 else F32
     if W.shape[1] == 0:
         raise ValueError(f"W must be (O, I) with I >= 1, got {W.shape}")
-    return (_array(x, "x", "(n, I)", (len(x), W.shape[1]), dtype),
-            _array(W, "W", "(O, I)", W.shape, dtype), dtype)
+    return (checks.array(x, "x", "(n, I)", (len(x), W.shape[1]), dtype),
+            checks.array(W, "W", "(O, I)", W.shape, dtype), dtype)
 
 
 # ---- a loss ------------------------------------------------------------------------------------------

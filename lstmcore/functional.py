@@ -6,35 +6,15 @@ nothing is cast, no argument is written to, and no result aliases an argument.
 
 import numpy as np
 
-from lstmcore import _kernels
+from lstmcore import _kernels, checks
+from lstmcore.checks import F32, F64
 from lstmcore.reference import Gradients, RNNGradients
 from lstmcore.threads import get_num_threads, resolve
 
-_F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
 _SERIAL_WORK = 1_000_000  # multiply-adds that are done before a second thread pays: about 20 µs
 
 
 # ---- checks ------------------------------------------------------------------------------------------
-
-def _array(value, name, letters, shape, dtype):
-    """value as a C-contiguous array of this shape and dtype, or an error in the caller's words."""
-    if _kernels.fits(value, shape, dtype is _F64):
-        return value
-    if not isinstance(value, np.ndarray):
-        raise TypeError(f"{name} must be a NumPy array, got {type(value).__module__}."
-                        f"{type(value).__qualname__}")
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name} must be an array without a mask: fill it, or use lengths")
-    if value.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype} like the other arrays, got {value.dtype}")
-    if value.shape != shape:
-        raise ValueError(f"{name} must be {letters} = {shape}, got {value.shape}")
-    return np.array(value, order="C", subok=False)
-
-
-def _optional(value, name, letters, shape, dtype):
-    return None if value is None else _array(value, name, letters, shape, dtype)
-
 
 def _sequence(x, W_ih, W_hh, gates, W_hr=None):
     """x contiguous, and the sizes T, B, I, H, K and the dtype, from x, W_ih, W_hh and W_hr."""
@@ -46,9 +26,9 @@ def _sequence(x, W_ih, W_hh, gates, W_hr=None):
             raise ValueError(f"{name} must be a matrix, got shape {value.shape}")
     ids = x.dtype.kind in "iu"
     dtype = W_hh.dtype if ids else x.dtype
-    if dtype != _F32 and dtype != _F64:
+    if dtype != F32 and dtype != F64:
         raise TypeError(f"{'W_hh' if ids else 'x'} must be float32 or float64, got {dtype}")
-    dtype = _F64 if dtype == _F64 else _F32
+    dtype = F64 if dtype == F64 else F32
     if x.ndim != (2 if ids else 3):
         raise ValueError(f"x must be {'(T, B) of token ids' if ids else '(T, B, I)'}, got shape "
                          f"{x.shape}")
@@ -65,12 +45,10 @@ def _sequence(x, W_ih, W_hh, gates, W_hr=None):
     else:
         raise ValueError(f"W_hr must be a (P, H) = (P, {H}) array, got "
                          f"{getattr(W_hr, 'shape', type(W_hr).__qualname__)}")
-    if not ids:
-        x = _array(x, "x", "(T, B, I)", (T, B, I), dtype)
-    elif x.size and (x.min() < 0 or x.max() >= I):
-        raise ValueError(f"token ids must be in 0..I-1 = 0..{I - 1}, got {x.min()}..{x.max()}")
+    if ids:
+        x = checks.ids(x, "token ids", I, (T, B), "I")
     else:
-        x = np.array(x, np.int64, order="C")  # the tape's own: an id changed later could point anywhere
+        x = checks.array(x, "x", "(T, B, I)", (T, B, I), dtype)
     return x, T, B, I, H, K, dtype
 
 
@@ -103,14 +81,7 @@ def _lengths(lengths, T, B):
     """None, or lengths (B,) in 0..T with the order of the rows, longest first."""
     if lengths is None:
         return None, None
-    lengths = np.asarray(lengths)
-    if lengths.shape != (B,):
-        raise ValueError(f"lengths must be (B,) = ({B},), got {lengths.shape}")
-    if lengths.dtype.kind not in "iu" and B > 0:
-        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
-    if B and (lengths.min() < 0 or lengths.max() > T):
-        raise ValueError(f"lengths must be in 0..T = 0..{T}, got {lengths.min()}..{lengths.max()}")
-    lengths = lengths.astype(np.int64)
+    lengths = checks.lengths(lengths, T, B)
     order = np.argsort(-lengths, kind="stable")
     return order, lengths[order]
 
@@ -241,13 +212,13 @@ def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_h
     ((5, 2, 4), True, 0.0)
     """
     x, T, B, I, H, K, dtype = _sequence(x, W_ih, W_hh, 4, W_hr)
-    W_ih = _array(W_ih, "W_ih", "(4H, I)", (4 * H, I), dtype)
-    W_hh = _array(W_hh, "W_hh", "(4H, H)" if W_hr is None else "(4H, P)", (4 * H, K), dtype)
-    b = _optional(b, "b", "(4H,)", (4 * H,), dtype)
-    h0 = _optional(h0, "h0", "(B, H)" if W_hr is None else "(B, P)", (B, K), dtype)
-    c0 = _optional(c0, "c0", "(B, H)", (B, H), dtype)
-    peepholes = _optional(peepholes, "peepholes", "(3, H)", (3, H), dtype)
-    W_hr = _optional(W_hr, "W_hr", "(P, H)", (K, H), dtype)
+    W_ih = checks.array(W_ih, "W_ih", "(4H, I)", (4 * H, I), dtype)
+    W_hh = checks.array(W_hh, "W_hh", "(4H, H)" if W_hr is None else "(4H, P)", (4 * H, K), dtype)
+    b = checks.optional(b, "b", "(4H,)", (4 * H,), dtype)
+    h0 = checks.optional(h0, "h0", "(B, H)" if W_hr is None else "(B, P)", (B, K), dtype)
+    c0 = checks.optional(c0, "c0", "(B, H)", (B, H), dtype)
+    peepholes = checks.optional(peepholes, "peepholes", "(3, H)", (3, H), dtype)
+    W_hr = checks.optional(W_hr, "W_hr", "(P, H)", (K, H), dtype)
     order, sorted_lengths = _lengths(lengths, T, B)
     tokens = T * B if order is None else int(sorted_lengths.sum())
     n_threads = _threads(n_threads, tokens, 4 * H, I + K)
@@ -304,9 +275,9 @@ def lstm_backward(tape, dy, dh_n=None, dc_n=None, *, n_threads=None):
     tape.check_unspent()
     x, W_ih, W_hh, W_hr, y = tape.x, tape.W_ih, tape.W_hh, tape.W_hr, tape.y
     (T, B, K), I, H, dtype = y.shape, W_ih.shape[1], W_hh.shape[0] // 4, y.dtype
-    dy = _array(dy, "dy", "(T, B, H)" if W_hr is None else "(T, B, P)", (T, B, K), dtype)
-    dh_n = _optional(dh_n, "dh_n", "(B, H)" if W_hr is None else "(B, P)", (B, K), dtype)
-    dc_n = _optional(dc_n, "dc_n", "(B, H)", (B, H), dtype)
+    dy = checks.array(dy, "dy", "(T, B, H)" if W_hr is None else "(T, B, P)", (T, B, K), dtype)
+    dh_n = checks.optional(dh_n, "dh_n", "(B, H)" if W_hr is None else "(B, P)", (B, K), dtype)
+    dc_n = checks.optional(dc_n, "dc_n", "(B, H)", (B, H), dtype)
     tokens = len(tape.raw_gates) if tape.order is not None else T * B
     n_threads = _threads(n_threads, tokens, 4 * H, I + K)
     dx = _gradient_of_x(x, tape.order)
@@ -388,10 +359,10 @@ def rnn_forward(x, W_ih, W_hh, b=None, h0=None, *, nonlinearity="tanh", lengths=
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f'nonlinearity must be "tanh" or "relu", got {nonlinearity!r}')
     x, T, B, I, H, _, dtype = _sequence(x, W_ih, W_hh, 1)
-    W_ih = _array(W_ih, "W_ih", "(H, I)", (H, I), dtype)
-    W_hh = _array(W_hh, "W_hh", "(H, H)", (H, H), dtype)
-    b = _optional(b, "b", "(H,)", (H,), dtype)
-    h0 = _optional(h0, "h0", "(B, H)", (B, H), dtype)
+    W_ih = checks.array(W_ih, "W_ih", "(H, I)", (H, I), dtype)
+    W_hh = checks.array(W_hh, "W_hh", "(H, H)", (H, H), dtype)
+    b = checks.optional(b, "b", "(H,)", (H,), dtype)
+    h0 = checks.optional(h0, "h0", "(B, H)", (B, H), dtype)
     order, sorted_lengths = _lengths(lengths, T, B)
     tokens = T * B if order is None else int(sorted_lengths.sum())
     n_threads = _threads(n_threads, tokens, H, I + H)
@@ -425,8 +396,8 @@ def rnn_backward(tape, dy, dh_n=None, *, n_threads=None):
         raise TypeError(f"tape must be one of rnn_forward, got {type(tape).__qualname__}")
     x, W_ih, W_hh, y = tape.x, tape.W_ih, tape.W_hh, tape.y
     (T, B, H), I, dtype = y.shape, W_ih.shape[1], y.dtype
-    dy = _array(dy, "dy", "(T, B, H)", (T, B, H), dtype)
-    dh_n = _optional(dh_n, "dh_n", "(B, H)", (B, H), dtype)
+    dy = checks.array(dy, "dy", "(T, B, H)", (T, B, H), dtype)
+    dh_n = checks.optional(dh_n, "dh_n", "(B, H)", (B, H), dtype)
     tokens = T * B if tape.order is None else int(tape.sorted_lengths.sum())
     n_threads = _threads(n_threads, tokens, H, I + H)
     dx = _gradient_of_x(x, tape.order)
@@ -474,7 +445,7 @@ class Step:
     def __call__(self, x_t, out=None):
         """x_t (B, I), or token ids (B,) -> h_t (B, H), in `out` if it is given."""
         cell, W_ih, W_hh, b, W_hr, peepholes = self._weights
-        if not _kernels.fits(x_t, self._x_shape, self._dtype == _F64):
+        if not _kernels.fits(x_t, self._x_shape, self._dtype == F64):
             x_t, b = self._checked(x_t, b)
         out = self.room(out)
         _kernels.run_step(cell, x_t, W_ih, W_hh, b, W_hr, peepholes, self.h, self.c, out,
@@ -485,7 +456,7 @@ class Step:
         """`out`, found fit to take h_t, or a new array if it is None."""
         if out is None:
             return np.empty(self._y_shape, self._dtype)
-        if not _kernels.fits(out, self._y_shape, self._dtype == _F64) or not out.flags.writeable:
+        if not _kernels.fits(out, self._y_shape, self._dtype == F64) or not out.flags.writeable:
             raise ValueError(f"out must be a writable C-contiguous {self._dtype} array of shape "
                              f"{self._y_shape}, got {getattr(out, 'shape', type(out).__name__)}")
         return out
@@ -494,15 +465,11 @@ class Step:
         """x_t contiguous with the bias; or token ids with the table that they look up."""
         x_t, (B, I) = np.asanyarray(x_t), self._x_shape
         if x_t.dtype.kind not in "iu":
-            return _array(x_t, "x_t", "(B, I)", (B, I), self._dtype), b
-        if x_t.shape != (B,):
-            raise ValueError(f"x_t must be (B,) = ({B},) token ids, got {x_t.shape}")
-        if x_t.min() < 0 or x_t.max() >= I:
-            raise ValueError(f"token ids must be in 0..I-1 = 0..{I - 1}, got {x_t.min()}.."
-                             f"{x_t.max()}")
+            return checks.array(x_t, "x_t", "(B, I)", (B, I), self._dtype), b
+        x_t = checks.ids(x_t, "token ids", I, (B,), "I")
         if self._table is None:
             self._table = _projected(self._weights[1].T, b)
-        return np.ascontiguousarray(x_t, np.int64), self._table
+        return x_t, self._table
 
 
 def pack(cell, W_ih, W_hh=None, W_hr=None):
