@@ -83,6 +83,32 @@ typedef struct {
                               const void *const *c, void *dp);
 } lstm_cell;
 
+/* The right side W[k, column] of a product.  Packed, its columns are grouped into panels, as
+   panel[k][vector][lane]; the row k of a panel is
+       gates >= 2:  one vector of units from each of so many gates, whose columns are N apart;
+       gates == 1:  up to four neighboring vectors of columns.
+   Panels are counted from the first column of a range [j0, j1) (of each gate), where `packed` of that
+   range begins, 64-byte aligned. */
+typedef struct {
+    int gates;
+    ptrdiff_t K, N;                 /* N columns, of each gate */
+    const void *W;                  /* W[k·k_stride + column·col_stride]; read by pack alone */
+    ptrdiff_t k_stride, col_stride;
+    void *packed;
+} lstm_operand;
+
+/* What an output row holds before the sum is added. */
+enum { START_ZERO = 0, START_BIAS = 1, START_ADD = 2 };
+
+/* The rows of a product. */
+typedef struct {
+    int start;
+    ptrdiff_t n;
+    const void **a;        /* (K) each */
+    const void *bias;      /* indexed by column; read if start is START_BIAS */
+    void **C;              /* a number for each column */
+} lstm_rows;
+
 /* One gradient dW (M, N) = daᵀ x among several that share da. */
 typedef struct {
     const void *const *x;  /* a row (N) for each k */
@@ -96,9 +122,6 @@ typedef struct {
     double decay, keep;  /* g + decay·p takes the place of g, and keep·p that of p before the step */
 } lstm_adam;
 
-/* What an output row holds before the sum is added. */
-enum { START_ZERO = 0, START_BIAS = 1, START_ADD = 2 };
-
 typedef struct {
     const char *isa;
     int format;
@@ -108,21 +131,11 @@ typedef struct {
     ptrdiff_t MR;        /* rows of a full tile */
     const lstm_cell *cells;  /* the last one has no name */
 
-    /* Packed operands.  The columns of an operand W[k, column] are grouped into panels; a row k of a panel is
-           gates >= 2:  one vector of units from each of so many gates, whose columns are H apart;
-           gates == 1:  up to four neighboring vectors of columns.
-       Panels are counted from the first column of a range: [j0, j1) starts on one. */
+    /* Packs the panels [first, last) of the columns [j0, j1), padded with zeros. */
+    void (*pack)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, ptrdiff_t first, ptrdiff_t last);
 
-    /* Packs W[k, column] = W[k·k_stride + column·col_stride] into panels [first, last) of the columns
-       [j0, j1) (of each gate), as panel[k][vector][lane], padded with zeros.  out points at panel 0,
-       64-byte aligned. */
-    void (*pack)(int gates, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1, ptrdiff_t first,
-                 ptrdiff_t last, const void *W, ptrdiff_t k_stride, ptrdiff_t col_stride, void *out);
-
-    /* C[r, columns] = start + Σ_k a[r][k] W[k, column] for n rows; the bias is indexed by column. */
-    void (*gemm)(int gates, int start, ptrdiff_t n, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0,
-                 ptrdiff_t j1, const void *const *a, const void *packed, const void *bias,
-                 void *const *C);
+    /* C[r, columns] = start + Σ_k a[r][k] W[k, column] for the rows, on the columns [j0, j1). */
+    void (*gemm)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, const lstm_rows *rows);
 
     /* dW[m, n] = Σ_k da[k][m] x[k][n] of each product and, if db is not NULL, db[m] = Σ_k da[k][m],
        for m in [m0, m1) and K >= 1.  Sums are cut into blocks of a fixed number of k and added in order.

@@ -61,17 +61,17 @@ INLINE void F(transpose)(const R *in, ptrdiff_t in_stride, R *out, ptrdiff_t out
     for (int k = 0; k < VL; k++) F(v_store)(out + k * out_stride, row[k]);
 }
 
-static void F(pack)(int gates, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1, ptrdiff_t first,
-                    ptrdiff_t last, const void *W_, ptrdiff_t k_stride, ptrdiff_t col_stride,
-                    void *out_) {
+static void F(pack)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, ptrdiff_t first,
+                    ptrdiff_t last) {
     enum { BLOCK = 16 };  /* k at a time, so that the written lines stay in L1 */
+    const ptrdiff_t K = w->K, k_stride = w->k_stride, col_stride = w->col_stride;
     if (K == 0) return;
     for (ptrdiff_t p = first; p < last; p++) {
-        F(panel) g = F(panel_at)(gates, p, H, j0, j1);
-        R *out = (R *)F(packed_panel)(gates, out_, K, p);
+        F(panel) g = F(panel_at)(w->gates, p, w->N, j0, j1);
+        R *out = (R *)F(packed_panel)(w->gates, w->packed, K, p);
         for (int v = 0; v < g.nv; v++) {
             ptrdiff_t n = F(lanes)(&g, v);
-            const R *W = (const R *)W_ + (g.col + v * g.stride) * col_stride;
+            const R *W = (const R *)w->W + (g.col + v * g.stride) * col_stride;
             for (ptrdiff_t k0 = 0; k0 < K; k0 += BLOCK) {
                 ptrdiff_t k1 = MIN(K, k0 + BLOCK);
                 if (n < VL)

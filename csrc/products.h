@@ -5,29 +5,30 @@
 
 #define KW 256          /* k per block of a weight gradient: part of the definition of its bits */
 
-static void F(gemm)(int gates, int start, ptrdiff_t n, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0,
-                    ptrdiff_t j1, const void *const *a, const void *packed, const void *bias,
-                    void *const *C) {
+static void F(gemm)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, const lstm_rows *rows) {
     F(row4) acc[GROUP];
-    const R *rows[GROUP];
+    const R *a[GROUP], *bias = rows->bias;
+    const ptrdiff_t n = rows->n, K = w->K;
+    const int gates = w->gates, start = rows->start;
     if (n == 0) return;
     ptrdiff_t size = F(group_size)(n);
     for (ptrdiff_t p = 0; p < F(n_panels)(gates, j0, j1); p++) {
-        F(panel) g = F(panel_at)(gates, p, H, j0, j1);
-        const R *panel = F(packed_panel)(gates, packed, K, p);
+        F(panel) g = F(panel_at)(gates, p, w->N, j0, j1);
+        const R *panel = F(packed_panel)(gates, w->packed, K, p);
         for (ptrdiff_t r0 = 0; r0 < n; r0 += size) {
             ptrdiff_t m = MIN(size, n - r0);
-            for (ptrdiff_t r = 0; r < m; r++) rows[r] = a[r0 + r];
+            void *const *C = rows->C + r0;
+            for (ptrdiff_t r = 0; r < m; r++) a[r] = rows->a[r0 + r];
             for (int v = 0; v < g.nv; v++) {
-                ptrdiff_t j = g.col + v * g.stride, w = F(lanes)(&g, v);
-                vec from = start == START_BIAS ? F(v_load_n)((const R *)bias + j, w) : F(v_set1)(0);
+                ptrdiff_t j = g.col + v * g.stride, lanes = F(lanes)(&g, v);
+                vec from = start == START_BIAS ? F(v_load_n)(bias + j, lanes) : F(v_set1)(0);
                 for (ptrdiff_t r = 0; r < m; r++)
-                    acc[r][v] = start == START_ADD ? F(v_load_n)((R *)C[r0 + r] + j, w) : from;
+                    acc[r][v] = start == START_ADD ? F(v_load_n)((R *)C[r] + j, lanes) : from;
             }
-            F(group)(m, K, g.nv, rows, panel, F(packed_panel)(gates, packed, K, p + 1), acc);
+            F(group)(m, K, g.nv, a, panel, F(packed_panel)(gates, w->packed, K, p + 1), acc);
             for (ptrdiff_t r = 0; r < m; r++)
                 for (int v = 0; v < g.nv; v++)
-                    F(v_store_n)((R *)C[r0 + r] + g.col + v * g.stride, acc[r][v], F(lanes)(&g, v));
+                    F(v_store_n)((R *)C[r] + g.col + v * g.stride, acc[r][v], F(lanes)(&g, v));
         }
     }
 }

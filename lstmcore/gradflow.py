@@ -12,8 +12,7 @@ import copy
 
 import numpy as np
 
-from lstmcore import layers
-from lstmcore.module import check_size
+from lstmcore import checks, layers
 
 SMALLEST = 1e-30  # what is smaller is drawn here: a logarithmic axis has no zero
 
@@ -86,7 +85,7 @@ def compare(hidden_size=64, steps=100, *, forget_biases=(0, 1, 3), input_size=16
     True
     """
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((check_size("steps", steps), batch_size, input_size))
+    x = rng.standard_normal((checks.size("steps", steps), batch_size, input_size))
     options = dict(init=init, dtype="float64", seed=seed)
     cases = {"RNN": layers.RNN(input_size, hidden_size, **options)}
     for bias in forget_biases:

@@ -6,9 +6,8 @@ layer. Sizes: T steps, B batch, V vocabulary, W width of whatever comes in.
 
 import numpy as np
 
-from lstmcore import dense, functional
-from lstmcore.module import (Module, check_dtype, check_probability, check_size, dropout_mask,
-                             float_dtype)
+from lstmcore import checks, dense, functional
+from lstmcore.module import Module, dropout_mask
 from lstmcore.recurrent import LSTM, RNN, LSTMTrace, RNNTrace, Stream
 
 __all__ = ["Module", "LSTM", "RNN", "LSTMTrace", "RNNTrace", "Stream", "Embedding", "Linear",
@@ -26,20 +25,15 @@ class Embedding(Module):
     """
 
     def __init__(self, num_embeddings, embedding_dim, *, dtype="float32", seed=None):
-        self.num_embeddings = check_size("num_embeddings", num_embeddings)
-        self.embedding_dim = check_size("embedding_dim", embedding_dim)
-        self.dtype = float_dtype(dtype)
+        self.num_embeddings = checks.size("num_embeddings", num_embeddings)
+        self.embedding_dim = checks.size("embedding_dim", embedding_dim)
+        self.dtype = checks.float_dtype(dtype)
         drawn = np.random.default_rng(seed).standard_normal((num_embeddings, embedding_dim))
         self._declare("weight", drawn.astype(self.dtype))
 
     def __call__(self, tokens):
         """Token ids in 0..V-1, in any shape -> their rows."""
-        tokens = np.asarray(tokens)
-        if tokens.dtype.kind not in "iu":
-            raise TypeError(f"tokens must be integers, got {tokens.dtype}")
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.num_embeddings:
-            raise ValueError(f"tokens must be in 0..{self.num_embeddings - 1}, "
-                             f"got {tokens.min()}..{tokens.max()}")
+        tokens = checks.ids(tokens, "tokens", self.num_embeddings)
         y = self._own["weight"][0][tokens]
         self._keep(y, tokens)
         return y
@@ -74,9 +68,9 @@ class Linear(Module):
     _packed = None
 
     def __init__(self, in_features, out_features, *, bias=True, dtype="float32", seed=None):
-        self.in_features = check_size("in_features", in_features)
-        self.out_features = check_size("out_features", out_features)
-        self.bias, self.dtype = bool(bias), float_dtype(dtype)
+        self.in_features = checks.size("in_features", in_features)
+        self.out_features = checks.size("out_features", out_features)
+        self.bias, self.dtype = bool(bias), checks.float_dtype(dtype)
         self.n_threads = None                       # handed on to lstmcore.functional
         rng, bound = np.random.default_rng(seed), in_features**-0.5
         shapes = {"weight": (out_features, in_features), "bias": (out_features,)}
@@ -89,8 +83,7 @@ class Linear(Module):
 
     def __call__(self, x):
         """x (..., I) of the layer's dtype -> y (..., O)."""
-        x = np.asarray(x)
-        check_dtype("x", x, self.dtype)
+        x = checks.floats("x", x, self.dtype)
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"x must be (..., {self.in_features}), got {x.shape}")
         rows = x.reshape(-1, self.in_features)
@@ -122,12 +115,12 @@ class Dropout(Module):
     """
 
     def __init__(self, p=0.5, *, seed=None):
-        self.p = check_probability("p", p)
+        self.p = checks.probability("p", p)
         self.rng = np.random.default_rng(seed)
 
     def __call__(self, x):
         """x of any shape -> the same shape."""
-        x = _floats(x)
+        x = checks.floats("x", x)
         if not self.training:
             return x
         mask = dropout_mask(self.rng, self.p, x.shape, x.dtype)
@@ -146,7 +139,7 @@ class _Pointwise(Module):
 
     def __call__(self, x):
         """x of any shape -> the same shape."""
-        y = self._value(_floats(x))
+        y = self._value(checks.floats("x", x))
         self._keep(y, y)
         return y
 
@@ -234,13 +227,13 @@ class _Pool(Module):
 
     def __call__(self, y, lengths=None):
         """y (T, B, W), or (B, T, W) with batch_first, and lengths (B,) in 0..T -> (B, W)."""
-        y = _floats(y)
+        y = checks.floats("y", y)
         if y.ndim != 3:
             axes = "(B, T, W)" if self.batch_first else "(T, B, W)"
             raise ValueError(f"y must be {axes}, got {y.shape}")
         steps = y.swapaxes(0, 1) if self.batch_first else y
         T, B, _ = steps.shape
-        lengths = np.full(B, T) if lengths is None else _check_lengths(lengths, T, B)
+        lengths = np.full(B, T) if lengths is None else checks.lengths(lengths, T, B)
         pooled, tape = self._pool(steps, lengths)
         self._keep(pooled, steps.shape, lengths, tape)
         return pooled
@@ -341,28 +334,8 @@ def sequence_mask(lengths, T):
            [1, 0, 0],
            [0, 0, 0]])
     """
-    lengths = np.asarray(lengths)
-    return _mask(_check_lengths(lengths, check_size("T", T, 0), lengths.size), T)[:, :, 0]
+    return _mask(checks.lengths(lengths, checks.size("T", T, 0), np.size(lengths)), T)[:, :, 0]
 
 
 def _mask(lengths, T):
     return (np.arange(T)[:, None] < lengths)[:, :, None]
-
-
-def _check_lengths(lengths, T, B):
-    lengths = np.asarray(lengths, *([int] if np.size(lengths) == 0 else []))
-    if lengths.dtype.kind not in "iu":
-        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
-    if lengths.shape != (B,):
-        raise ValueError(f"lengths must be (B,) = ({B},), got {lengths.shape}")
-    if B and not 0 <= lengths.min() <= lengths.max() <= T:
-        raise ValueError(f"lengths must be in 0..T = 0..{T}, "
-                         f"got {lengths.min()}..{lengths.max()}")
-    return lengths
-
-
-def _floats(x):
-    x = np.asarray(x)
-    if x.dtype not in (np.float32, np.float64):
-        raise TypeError(f"x must be float32 or float64, got {x.dtype}")
-    return x

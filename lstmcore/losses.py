@@ -7,9 +7,8 @@ losses; the gradient is then that of their sum). Sums are formed in float64.
 
 import numpy as np
 
-from lstmcore import dense
+from lstmcore import checks, dense
 from lstmcore.layers import sigmoid
-from lstmcore.module import check_dtype
 
 
 def softmax_cross_entropy(logits, targets, *, ignore_index=None, mask=None, reduction="mean",
@@ -23,7 +22,8 @@ def softmax_cross_entropy(logits, targets, *, ignore_index=None, mask=None, redu
     ignore_index : the targets of this value do not count
     mask : (...) bool or weights: how much each target counts
     reduction : "mean", "sum" or "none"
-    out : where to write dlogits, of the shape and dtype of logits; may be logits itself
+    out : where to write dlogits, of the shape and dtype of logits; may be logits itself, but not
+        a part of it or of another argument
 
     Returns
     -------
@@ -34,32 +34,26 @@ def softmax_cross_entropy(logits, targets, *, ignore_index=None, mask=None, redu
     >>> round(loss, 4), dlogits.shape
     (1.3863, (5, 2, 4))
     """
-    logits, targets = _floats("logits", logits), np.asarray(targets)
     _check_reduction(reduction, "mean", "sum", "none")
+    logits = checks.floats("logits", logits)
+    if not logits.ndim:
+        raise ValueError("logits must be (..., V), got ()")
     V, shape = logits.shape[-1], logits.shape[:-1]
-    if targets.dtype.kind not in "iu":
-        raise TypeError(f"targets must be integers, got {targets.dtype}")
+    if out is not None:
+        checks.out("out", out, logits.shape, logits.dtype, targets, mask, over=logits)
+    weights = _weights(mask, shape)
+    targets = checks.integers("targets", targets)
     if targets.shape != shape:
         raise ValueError(f"targets must be {shape}, as logits {logits.shape} without their last "
                          f"axis, got {targets.shape}")
-    if out is not None:
-        check_dtype("out", out, logits.dtype)
-        if out.shape != logits.shape:
-            raise ValueError(f"out must be {logits.shape}, as logits, got {out.shape}")
-        if not out.flags.c_contiguous:
-            raise ValueError("out must be C-contiguous")
-    weights = _weights(mask, shape)
     if ignore_index is not None:
         counts = targets != ignore_index
         weights = counts if weights is None else weights * counts
-        targets = np.where(counts, targets, 0)
-    if targets.size and not 0 <= targets.min() <= targets.max() < V:
-        raise ValueError(f"targets must be in 0..{V - 1}, got {targets.min()}..{targets.max()}")
+        targets[~counts] = 0
+    targets = checks.ids(targets, "targets", V)
 
     share, factor = _shares(weights, targets.size, logits.dtype, reduction)
     d = np.empty(logits.shape, logits.dtype) if out is None else out
-    if np.may_share_memory(d, logits) and d is not logits:
-        logits = logits.copy()
     losses = dense.cross_entropy(logits.reshape(-1, V), targets.reshape(-1),
                                  np.broadcast_to(factor, shape).reshape(-1), d.reshape(-1, V))
     return _reduce(losses.reshape(shape), weights, share, reduction), d
@@ -120,17 +114,10 @@ def bce_with_logits(logits, targets, *, mask=None, reduction="mean"):
     return loss, _scale(sigmoid(z) - t, factor, weights == 0)
 
 
-def _floats(name, a):
-    a = np.asarray(a)
-    if a.dtype not in (np.float32, np.float64):
-        raise TypeError(f"{name} must be float32 or float64, got {a.dtype}")
-    return a
-
-
 def _pair(name, a, other, b, mask):
     """Two arrays of one shape and dtype, and the weights of their numbers."""
-    a, b = _floats(name, a), np.asarray(b)
-    check_dtype(other, b, a.dtype)
+    a = checks.floats(name, a)
+    b = checks.floats(other, b, a.dtype)
     if b.shape != a.shape:
         raise ValueError(f"{other} must be {a.shape}, as {name}, got {b.shape}")
     if mask is not None and a.ndim > 1 and np.shape(mask) == a.shape[:-1]:

@@ -7,11 +7,11 @@ its weights themselves, not copies: leave them as they are until then.
 """
 
 import inspect
-import math
-import numbers
 import re
 
 import numpy as np
+
+from lstmcore import checks
 
 
 class Module:
@@ -192,50 +192,11 @@ class Module:
             raise RuntimeError(f"{name}.backward needs a call of this {name} in training mode just "
                                "before it: none was kept, or a backward has already used it")
         shape, dtype, tape = self._tape
-        dy = np.zeros(shape, dtype) if dy is None else np.asarray(dy)
-        check_dtype("dy", dy, dtype)
+        dy = np.zeros(shape, dtype) if dy is None else checks.floats("dy", dy, dtype)
         if dy.shape != shape:
             raise ValueError(f"dy must have the shape of the output, {shape}, got {dy.shape}")
         self._tape = None
         return dy, *tape
-
-
-def check_dtype(name, array, dtype):
-    """TypeError unless the array is of this dtype: nothing is cast behind the user's back."""
-    if array.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {array.dtype}")
-
-
-def check_size(name, value, at_least=1):
-    """The value as an int; TypeError or ValueError unless it is one that is large enough."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {value}")
-    return int(value)
-
-
-def check_number(name, value, at_least=0):
-    """The value as a float; TypeError or ValueError unless it is a finite number, large enough."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not at_least <= value < math.inf:
-        raise ValueError(f"{name} must be at least {at_least} and finite, got {value}")
-    return float(value)
-
-
-def check_probability(name, value):
-    """The value as a float; TypeError or ValueError unless it is a number in 0..1."""
-    if not 0 <= check_number(name, value, -math.inf) <= 1:
-        raise ValueError(f"{name} must be in 0..1, got {value}")
-    return float(value)
-
-
-def float_dtype(dtype):
-    """The numpy dtype that "float32" or "float64" names; TypeError for any other."""
-    if dtype is None or np.dtype(dtype) not in (np.float32, np.float64):
-        raise TypeError(f"dtype must be 'float32' or 'float64', got {dtype!r}")
-    return np.dtype(dtype)
 
 
 def dropout_mask(rng, p, shape, dtype):

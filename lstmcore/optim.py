@@ -12,8 +12,8 @@ from math import cos, inf, pi, sqrt
 
 import numpy as np
 
-from lstmcore import dense
-from lstmcore.module import Module, check_number, check_size
+from lstmcore import checks, dense
+from lstmcore.module import Module
 
 BLOCK = 32768   # numbers: six blocks of float32, 768 KB, stay in a second-level cache
 
@@ -30,8 +30,8 @@ class Optimizer:
     block = BLOCK       # numbers that `_update` is given at once
 
     def __init__(self, model, lr, weight_decay):
-        self.lr = check_number("lr", lr)
-        self.weight_decay = check_number("weight_decay", weight_decay)
+        self.lr = checks.number("lr", lr)
+        self.weight_decay = checks.number("weight_decay", weight_decay)
         self.steps = 0
         self._parameters, self._gradients = _parameters_and_gradients(model)
         self._slots = {slot: {name: np.zeros_like(p) for name, p in self._parameters.items()}
@@ -108,7 +108,7 @@ class SGD(Optimizer):
     """
 
     def __init__(self, model, lr, *, momentum=0.0, nesterov=False, weight_decay=0.0):
-        self.momentum, self.nesterov = check_number("momentum", momentum), bool(nesterov)
+        self.momentum, self.nesterov = checks.number("momentum", momentum), bool(nesterov)
         if nesterov and not momentum:
             raise ValueError("nesterov needs a momentum above 0")
         self.slots = ("velocity",) if momentum else ()
@@ -138,8 +138,8 @@ class RMSprop(Optimizer):
 
     def __init__(self, model, lr=0.01, *, alpha=0.99, eps=1e-8, centered=False, momentum=0.0,
                  weight_decay=0.0):
-        self.alpha, self.eps = _fraction("alpha", alpha), check_number("eps", eps)
-        self.momentum, self.centered = check_number("momentum", momentum), bool(centered)
+        self.alpha, self.eps = checks.fraction("alpha", alpha), checks.number("eps", eps)
+        self.momentum, self.centered = checks.number("momentum", momentum), bool(centered)
         self.slots = ("square", *["mean"] * self.centered, *["velocity"] * (self.momentum > 0))
         super().__init__(model, lr, weight_decay)
 
@@ -171,7 +171,7 @@ class Adagrad(Optimizer):
     slots = ("square",)
 
     def __init__(self, model, lr=0.01, *, eps=1e-10, weight_decay=0.0):
-        self.eps = check_number("eps", eps)
+        self.eps = checks.number("eps", eps)
         super().__init__(model, lr, weight_decay)
 
     def _update(self, p, g, s, r, v):
@@ -195,8 +195,8 @@ class Adam(Optimizer):
 
     def __init__(self, model, lr=1e-3, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
         b1, b2 = betas
-        self.betas = _fraction("betas[0]", b1), _fraction("betas[1]", b2)
-        self.eps = check_number("eps", eps)
+        self.betas = checks.fraction("betas[0]", b1), checks.fraction("betas[1]", b2)
+        self.eps = checks.number("eps", eps)
         super().__init__(model, lr, weight_decay)
 
     block = None        # a kernel passes over a whole parameter, 5 times as fast as the rules above
@@ -242,7 +242,7 @@ def clip_grad_norm(gradients, max_norm):
     >>> clip_grad_norm(g, 1.0), g["b"].round(3)
     (5.0, array([[0.8]]))
     """
-    max_norm, arrays = check_number("max_norm", max_norm), _arrays(gradients)
+    max_norm, arrays = checks.number("max_norm", max_norm), _arrays(gradients)
     blocks = [a.reshape(-1)[at:at + BLOCK] for a in arrays for at in range(0, a.size, BLOCK)]
     with np.errstate(over="ignore", invalid="ignore"):
         norm = sqrt(sum(float(np.square(g).sum()) for g in blocks))
@@ -259,7 +259,7 @@ def clip_grad_value(gradients, max_value):
 
     `gradients` is a model, or what its `gradients()` returns.
     """
-    max_value = check_number("max_value", max_value)
+    max_value = checks.number("max_value", max_value)
     for g in _arrays(gradients):
         np.clip(g, -max_value, max_value, out=g)
 
@@ -298,7 +298,7 @@ class StepDecay(Schedule):
     """
 
     def __init__(self, optimizer, every, factor, *, start=0):
-        self.every, self.factor, self.start = check_size("every", every), float(factor), start
+        self.every, self.factor, self.start = checks.size("every", every), float(factor), start
         super().__init__(optimizer)
 
     def lr_at(self, n):
@@ -310,7 +310,7 @@ class CosineDecay(Schedule):
     """lr falls from base to `final` in `steps` steps, by half a cosine, and stays there."""
 
     def __init__(self, optimizer, steps, *, final=0.0):
-        self.steps, self.final = check_size("steps", steps), check_number("final", final)
+        self.steps, self.final = checks.size("steps", steps), checks.number("final", final)
         super().__init__(optimizer)
 
     def lr_at(self, n):
@@ -333,7 +333,7 @@ class WarmUp(Schedule):
     def __init__(self, optimizer, steps, *, then=None):
         if then is not None and (then.optimizer is not optimizer or not hasattr(then, "lr_at")):
             raise ValueError("then must be a StepDecay or CosineDecay of the same optimizer")
-        self.steps, self.then = check_size("steps", steps), then
+        self.steps, self.then = checks.size("steps", steps), then
         super().__init__(optimizer)
 
     def lr_at(self, n):
@@ -364,10 +364,10 @@ class Plateau:
     """
 
     def __init__(self, optimizer, *, factor=0.5, patience=0, threshold=1e-4, min_lr=0.0):
-        self.optimizer, self.factor = optimizer, _fraction("factor", factor)
-        self.patience = check_size("patience", patience, at_least=0)
-        self.threshold = check_number("threshold", threshold)
-        self.min_lr = check_number("min_lr", min_lr)
+        self.optimizer, self.factor = optimizer, checks.fraction("factor", factor)
+        self.patience = checks.size("patience", patience, at_least=0)
+        self.threshold = checks.number("threshold", threshold)
+        self.min_lr = checks.number("min_lr", min_lr)
         self.best, self.waited = None, 0
 
     def step(self, loss):
@@ -415,9 +415,3 @@ def _parameters_and_gradients(model):
 
 def _arrays(gradients):
     return list((gradients.gradients() if isinstance(gradients, Module) else gradients).values())
-
-
-def _fraction(name, value):
-    if not 0 <= check_number(name, value) < 1:
-        raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
-    return float(value)

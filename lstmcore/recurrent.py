@@ -11,9 +11,8 @@ from collections import namedtuple
 
 import numpy as np
 
-from lstmcore import dense, functional
-from lstmcore.module import (Module, check_dtype, check_probability, check_size, dropout_mask,
-                             float_dtype)
+from lstmcore import checks, dense, functional
+from lstmcore.module import Module, dropout_mask
 
 LSTMTrace = namedtuple("LSTMTrace", "i f g o c h")
 RNNTrace = namedtuple("RNNTrace", "h")
@@ -31,13 +30,13 @@ class _Recurrent(Module):
 
     def _build(self, input_size, hidden_size, num_layers, bias, batch_first, dropout,
                bidirectional, init, dtype, seed):
-        self.input_size = check_size("input_size", input_size)
-        self.hidden_size = check_size("hidden_size", hidden_size)
-        self.num_layers = check_size("num_layers", num_layers)
+        self.input_size = checks.size("input_size", input_size)
+        self.hidden_size = checks.size("hidden_size", hidden_size)
+        self.num_layers = checks.size("num_layers", num_layers)
         self.bias, self.batch_first = bool(bias), bool(batch_first)
         self.bidirectional, self.directions = bool(bidirectional), 1 + bool(bidirectional)
-        self.dropout = check_probability("dropout", dropout)
-        self.init, self.dtype = init, float_dtype(dtype)
+        self.dropout = checks.probability("dropout", dropout)
+        self.init, self.dtype = init, checks.float_dtype(dtype)
         self.rng = np.random.default_rng(seed)
         self.n_threads = None                       # handed on to lstmcore.functional
         draw = _initializer(init, self.hidden_size, self.rng)
@@ -168,7 +167,8 @@ class _Recurrent(Module):
         if embedding is None:
             return x, self._weights
         x, E = np.asarray(x), embedding.embedding_dim
-        check_dtype("embedding", embedding, self.dtype)
+        if embedding.dtype != self.dtype:
+            raise TypeError(f"embedding must be {self.dtype}, got {embedding.dtype}")
         if E != self.input_size:
             raise ValueError(f"embedding must have rows of I = {self.input_size} numbers, got {E}")
         if x.ndim != 2 or x.dtype.kind not in "iu" or embedding.num_embeddings >= x.size:
@@ -192,7 +192,7 @@ class _Recurrent(Module):
         """x time-major and the initial states, both checked."""
         x = np.asarray(x)
         if x.dtype.kind not in "iu":
-            check_dtype("x", x, self.dtype)
+            x = checks.floats("x", x, self.dtype)
             if x.ndim != 3 or x.shape[2] != self.input_size:
                 axes = "(B, T, I)" if self.batch_first else "(T, B, I)"
                 raise ValueError(f"x must be {axes} with I = {self.input_size}, got {x.shape}")
@@ -220,8 +220,7 @@ class _Recurrent(Module):
             if part is None:
                 columns.append([None] * N)
                 continue
-            part = np.asarray(part)
-            check_dtype(f"{letter} of {name}", part, self.dtype)
+            part = checks.floats(f"{letter} of {name}", part, self.dtype)
             if part.shape != (N, B, width):
                 raise ValueError(f"{letter} of {name} must be (L·D, B, {width}) = "
                                  f"{(N, B, width)}, got {part.shape}")
@@ -270,9 +269,9 @@ class LSTM(_Recurrent):
     def __init__(self, input_size, hidden_size, num_layers=1, *, bias=True, batch_first=False,
                  dropout=0.0, bidirectional=False, proj_size=0, peepholes=False, forget_bias=1.0,
                  init="uniform", dtype="float32", seed=None):
-        self.proj_size = check_size("proj_size", proj_size, at_least=0)
+        self.proj_size = checks.size("proj_size", proj_size, at_least=0)
         self.peepholes, self.forget_bias = bool(peepholes), float(forget_bias)
-        if self.proj_size > check_size("hidden_size", hidden_size):
+        if self.proj_size > checks.size("hidden_size", hidden_size):
             raise ValueError(f"proj_size must be at most hidden_size = {hidden_size}, "
                              f"got {proj_size}")
         self._build(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
@@ -365,7 +364,7 @@ class Stream:
         if layer.bidirectional:
             raise ValueError("a bidirectional layer cannot stream: its second half starts at the "
                              "end of the sequence")
-        self.layer, self.batch_size = layer, check_size("batch_size", batch_size)
+        self.layer, self.batch_size = layer, checks.size("batch_size", batch_size)
         self._steps = [functional.Step(layer._cell, self.batch_size, n_threads=layer.n_threads,
                                        **{letter: a for letter, a in w.items() if letter != "packed"})
                        for w in layer._weights]

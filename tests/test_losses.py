@@ -196,11 +196,37 @@ def test_cross_entropy_has_the_same_bits_for_any_rows_and_threads(dtype, isa):
     assert got[0] == want[69] and (found[0] == gradient[69]).all()
 
 
-def test_out_may_overlap_the_logits():
-    room = normal(6, 7)
-    z, target = room[:5], classes(5)
+def test_out_may_be_the_logits():
+    z, target = normal(5, 7), classes(5)
     want = softmax_cross_entropy(z.copy(), target)[1]
-    assert (softmax_cross_entropy(z, target, out=room[1:])[1] == want).all()
+    for out in z.copy(), z[:]:
+        assert softmax_cross_entropy(z, target, out=out)[1] is out
+        assert (out == want).all()
+    assert (z == want).all()
+
+
+def _read_only(a):
+    a.flags.writeable = False
+    return a
+
+
+@pytest.mark.parametrize("out, words", [
+    (lambda z, t, m: np.frombuffer(bytes(z.nbytes)).reshape(z.shape), "out must be writable"),
+    (lambda z, t, m: _read_only(z.copy()), "out must be writable"),
+    (lambda z, t, m: np.zeros(z.nbytes + 1, "i1")[1:].view(float).reshape(z.shape),
+     "out must be aligned"),
+    (lambda z, t, m: z.base[1:], "out must not share memory"),
+    (lambda z, t, m: t.base.view(float), "out must not share memory"),
+    (lambda z, t, m: m.base[:35].reshape(z.shape), "out must not share memory"),
+], ids=["bytes", "read-only", "unaligned", "logits", "targets", "mask"])
+def test_out_that_must_not_be_written_to_is_refused(out, words):
+    logits = normal(6, 7)[:5]
+    targets = np.zeros((5, 7), np.int64)[:, 3]
+    mask = normal(40)[33:38]
+    given = logits.copy(), targets.copy(), mask.copy()
+    with pytest.raises(ValueError, match=words):
+        softmax_cross_entropy(logits, targets, mask=mask, out=out(logits, targets, mask))
+    assert all((a == b).all() for a, b in zip(given, (logits, targets, mask)))
 
 
 def test_long_float32_sums_stay_exact():
@@ -225,7 +251,7 @@ def test_long_float32_sums_stay_exact():
     (lambda: softmax_cross_entropy(normal(2, 7), [1, 0], mask=[1]), ValueError,
      r"mask must be \(2,\), got \(1,\)"),
     (lambda: softmax_cross_entropy(normal(2, 7), [1, 0], out=np.zeros((2, 6))), ValueError,
-     r"out must be \(2, 7\), as logits, got \(2, 6\)"),
+     r"out must be \(2, 7\), got \(2, 6\)"),
     (lambda: softmax_cross_entropy(normal(2, 7), [1, 0], out=np.zeros((2, 7), "float32")),
      TypeError, "out must be float64, got float32"),
     (lambda: softmax_cross_entropy(normal(2, 7), [1, 0], out=normal(7, 2).T), ValueError,

@@ -7,12 +7,12 @@ list of strings; pandas objects too. A `Network` reads them; training is the loo
 
 import numpy as np
 
-from lstmcore import optim
+from lstmcore import checks, optim
 from lstmcore.layers import (LSTM, RNN, Dropout, Embedding, LastStep, Linear, MaxOverTime,
                              MeanOverTime, Sequential)
 from lstmcore.losses import mse_loss, softmax_cross_entropy
 from lstmcore.models import sequences
-from lstmcore.module import Module, check_number, check_probability, check_size
+from lstmcore.module import Module
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
@@ -160,13 +160,13 @@ class _SequenceEstimator(BaseEstimator):
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         for name in ("hidden_size", "num_layers", "embedding_size", "epochs", "batch_size",
                      "n_channels", "min_count", "patience"):
-            check_size(name, getattr(self, name))
+            checks.size(name, getattr(self, name))
         for name in ("learning_rate", "weight_decay"):
-            check_number(name, getattr(self, name))
+            checks.number(name, getattr(self, name))
         if self.clip_norm is not None:
-            check_number("clip_norm", self.clip_norm)
-        check_probability("dropout", self.dropout)
-        check_number("validation_fraction", self.validation_fraction)
+            checks.number("clip_norm", self.clip_norm)
+        checks.probability("dropout", self.dropout)
+        checks.number("validation_fraction", self.validation_fraction)
         if not 0 <= self.validation_fraction < 1:
             raise ValueError("validation_fraction must be at least 0 and below 1, "
                              f"got {self.validation_fraction}")

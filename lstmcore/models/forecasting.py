@@ -8,8 +8,8 @@ import warnings
 
 import numpy as np
 
+from lstmcore import checks
 from lstmcore.models.estimators import LSTMRegressor
-from lstmcore.module import check_size
 
 
 class Forecaster:
@@ -39,9 +39,9 @@ class Forecaster:
     """
 
     def __init__(self, window=24, horizon=1, *, season=1, anchored=True, regressor=None):
-        self.window = check_size("window", window)
-        self.horizon = check_size("horizon", horizon)
-        self.season = check_size("season", season)
+        self.window = checks.size("window", window)
+        self.horizon = checks.size("horizon", horizon)
+        self.season = checks.size("season", season)
         self.anchored = bool(anchored)
         self.regressor = regressor
         if self.season > self.window:
@@ -91,7 +91,7 @@ class Forecaster:
             rounded up to a multiple of `horizon`
         """
         self._check_fitted()
-        steps = check_size("steps", steps)
+        steps = checks.size("steps", steps)
         blocks = -(-steps // self.horizon)
         series, known = self._past, None
         if (exog is None) != (self._past_exog is None):

@@ -3,11 +3,9 @@
 Knows a network that maps tokens (T, B) and a state to logits and a state, and a vocabulary.
 """
 
-import math
-
 import numpy as np
 
-from lstmcore.module import check_number, check_size
+from lstmcore import checks
 
 
 def drawing(temperature=1.0, top_k=None, top_p=None, seed=None):
@@ -16,12 +14,12 @@ def drawing(temperature=1.0, top_k=None, top_p=None, seed=None):
     >>> drawing(temperature=0)(np.array([0.1, 3.0, 2.0]))
     1
     """
-    check_number("temperature", temperature)
+    checks.number("temperature", temperature)
     if top_k is not None:
-        check_size("top_k", top_k)
-    if top_p is not None and not 0 < check_number("top_p", top_p) <= 1:
+        checks.size("top_k", top_k)
+    if top_p is not None and not 0 < checks.number("top_p", top_p) <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
-    rng = np.random.default_rng(None if seed is None else check_size("seed", seed, at_least=0))
+    rng = np.random.default_rng(None if seed is None else checks.size("seed", seed, at_least=0))
 
     def draw(logits):
         z = logits.astype(np.float64)

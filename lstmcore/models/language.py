@@ -13,11 +13,12 @@ from collections import namedtuple
 
 import numpy as np
 
+from lstmcore import checks
 from lstmcore.formats import safetensors
 from lstmcore.layers import LSTM, RNN, Dropout, Embedding, Linear
 from lstmcore.models import generation, text
 from lstmcore.models.training import Budget, Settings, Trainer, total_nats
-from lstmcore.module import Module, check_number, check_probability, check_size, float_dtype
+from lstmcore.module import Module
 
 Evaluation = namedtuple("Evaluation", "nats bits_per_char perplexity tokens unknown")
 KEY, RUN = "lstmcore.language_model", "lstmcore.training"
@@ -112,14 +113,14 @@ class LanguageModel:
         if min_count is None:
             min_count = 2 if level == "word" else 1
         self.level, self.cell, self.peepholes = level, cell, bool(peepholes)
-        self.seed = None if seed is None else check_size("seed", seed, at_least=0)
-        self.hidden_size = check_size("hidden_size", hidden_size)
-        self.num_layers = check_size("num_layers", num_layers)
-        self.embed_size = check_size("embed_size", embed_size, at_least=0)
-        self.dropout = check_probability("dropout", dropout)
-        self.vocab_size = None if vocab_size is None else check_size("vocab_size", vocab_size, 2)
-        self.min_count = check_size("min_count", min_count)
-        self.dtype = str(float_dtype(dtype))
+        self.seed = None if seed is None else checks.size("seed", seed, at_least=0)
+        self.hidden_size = checks.size("hidden_size", hidden_size)
+        self.num_layers = checks.size("num_layers", num_layers)
+        self.embed_size = checks.size("embed_size", embed_size, at_least=0)
+        self.dropout = checks.probability("dropout", dropout)
+        self.vocab_size = None if vocab_size is None else checks.size("vocab_size", vocab_size, 2)
+        self.min_count = checks.size("min_count", min_count)
+        self.dtype = str(checks.float_dtype(dtype))
         self.network = self.vocabulary = self.outcome = None
         self.history = []
 
@@ -159,7 +160,7 @@ class LanguageModel:
         run = None if resume is None else self._load_run(resume)
         callbacks = (callbacks,) if callable(callbacks) else tuple(callbacks)
         if isinstance(validation, (int, float)):
-            settings["validation"] = check_number("validation", validation)
+            settings["validation"] = checks.number("validation", validation)
         settings = _settings({**(run[2]["settings"] if run else {}), **settings})
         if run and epochs is minutes is steps is None:
             budget = Budget(**run[2]["budget"])
@@ -231,7 +232,7 @@ class LanguageModel:
         prime = self.vocabulary.encode(self._check_prime(prime))
         draw = generation.drawing(temperature, top_k, top_p, seed)
         return generation.generate(self.network.eval(), self.vocabulary, prime,
-                                   check_size("length", length, 0), draw,
+                                   checks.size("length", length, 0), draw,
                                    generation.check_stop(stop))
 
     def sample(self, prime="", length=400, *, temperature=1.0, top_k=None, top_p=None, seed=None,
@@ -259,7 +260,7 @@ class LanguageModel:
         self._check_fitted()
         prime = self.vocabulary.encode(self._check_prime(prime))
         return generation.beam_search(self.network.eval(), self.vocabulary, prime,
-                                      check_size("length", length, 0), check_size("width", width),
+                                      checks.size("length", length, 0), checks.size("width", width),
                                       generation.check_stop(stop))
 
     def save(self, path):

@@ -17,9 +17,8 @@ import time
 
 import numpy as np
 
-from lstmcore import optim
+from lstmcore import checks, optim
 from lstmcore.losses import softmax_cross_entropy
-from lstmcore.module import check_number, check_size
 from lstmcore.threads import one_blas_thread
 
 CONTEXT = 100           # tokens that a stream of `total_nats` reads before it is scored
@@ -65,17 +64,17 @@ class Settings:
 
     def __post_init__(self):
         for name in ("seq_length", "batch_size"):
-            check_size(name, getattr(self, name))
+            checks.size(name, getattr(self, name))
         for name in ("warmup", "decay_after"):
-            check_size(name, getattr(self, name), at_least=0)
+            checks.size(name, getattr(self, name), at_least=0)
         for name in ("evaluate_every", "patience"):
             if getattr(self, name) is not None:
-                check_size(name, getattr(self, name))
+                checks.size(name, getattr(self, name))
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         if self.schedule is not None:
             _check_choice("schedule", self.schedule, SCHEDULES)
         for name in ("lr", "clip", "weight_decay", "momentum", "decay"):
-            check_number(name, getattr(self, name))
+            checks.number(name, getattr(self, name))
         if self.validation is not None and not 0 <= self.validation < 1:
             raise ValueError(f"validation must be at least 0 and below 1, got {self.validation}")
 
@@ -91,7 +90,7 @@ class Budget:
     def __post_init__(self):
         for name, value in vars(self).items():
             if value is not None:
-                check_number(name, value)
+                checks.number(name, value)
         if self.epochs is self.minutes is self.steps is None:
             self.epochs = 10
 
