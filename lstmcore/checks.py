@@ -69,14 +69,9 @@ def out(name, value, shape, dtype, *inputs, over=None):
         raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
     if value.shape != shape:
         raise ValueError(f"{name} must be {shape}, got {value.shape}")
-<<<<<<< HEAD
-    if not value.flags.carray:
-        raise ValueError(f"{name} must be writable, C-contiguous and aligned")
-=======
     for flag, word in ("C", "C-contiguous"), ("W", "writable"), ("A", "aligned"):
         if not value.flags[flag]:
             raise ValueError(f"{name} must be {word}")
->>>>>>> wt-p
     if over is not None and value.__array_interface__ != over.__array_interface__:
         inputs += (over,)
     for other in inputs:
@@ -102,13 +97,6 @@ def integers(name, value, shape=None):
     return value
 
 
-<<<<<<< HEAD
-def ids(value, name, size, shape=None):
-    """A copy of value as C-contiguous int64 in 0..size-1, of this shape."""
-    value = integers(name, value, shape)
-    if value.size and (value.min() < 0 or value.max() >= size):
-        raise ValueError(f"{name} must be in 0..{size - 1}, got {value.min()}..{value.max()}")
-=======
 def ids(value, name, size, shape=None, letter=None):
     """A copy of value as C-contiguous int64 in 0..size-1, of this shape; size is named by a letter."""
     value = integers(name, value, shape)
@@ -116,7 +104,6 @@ def ids(value, name, size, shape=None, letter=None):
         symbol = f"0..{letter}-1 = " if letter else ""
         raise ValueError(f"{name} must be in {symbol}0..{size - 1}, "
                          f"got {value.min()}..{value.max()}")
->>>>>>> wt-p
     return value.astype(np.int64, copy=False)
 
 
