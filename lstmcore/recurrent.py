@@ -178,7 +178,8 @@ class _Recurrent(Module):
         for w in self._weights[:D]:     # E W_ihᵀ + b        (V,E) (E,4H) -> (V,4H)
             rows = dense.linear_forward(table, w["W_ih"], w.get("b"), n_threads=self.n_threads)
             first.append({**w, "W_ih": functional.TokenTable(rows), "b": None})
-        return x, first + self._weights[D:]
+        ids = functional.TokenIds(self._swap(x), embedding.num_embeddings)
+        return ids, first + self._weights[D:]
 
     def _through_table(self, n, g, embedding):
         """The gradients g with those by W_ih Eᵀ taken apart: into W_ih's, and into the table's."""
@@ -189,7 +190,9 @@ class _Recurrent(Module):
         return g._replace(dW_ih=dW_ih)
 
     def _inputs(self, x, state):
-        """x time-major and the initial states, both checked."""
+        """x time-major, token ids checked once for all directions, and the initial states."""
+        if isinstance(x, functional.TokenIds):
+            return x, self._split(state, x.shape[1], "state")
         x = np.asarray(x)
         if x.dtype.kind not in "iu":
             x = checks.floats("x", x, self.dtype)
@@ -200,7 +203,8 @@ class _Recurrent(Module):
             axes = "(B, T)" if self.batch_first else "(T, B)"
             raise ValueError(f"x must be {axes} if it holds token ids ({x.dtype}), got {x.shape}; "
                              f"numbers must be {self.dtype}")
-        x = self._swap(x)
+        ids, x = x.ndim == 2, self._swap(x)
+        x = functional.TokenIds(x, self.input_size) if ids else x
         return x, self._split(state, x.shape[1], "state")
 
     def _swap(self, a):
