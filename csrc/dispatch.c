@@ -6,24 +6,24 @@
 #include <unistd.h>
 #endif
 
-extern const lstm_kernels *const lstm_tables_base[N_FORMATS];
+extern const lstm_kernels *const lstm_tables_base[];
 
 #if defined(__GNUC__) && defined(__x86_64__)
-extern const lstm_kernels *const lstm_tables_avx2[N_FORMATS], *const lstm_tables_avx512[N_FORMATS];
+extern const lstm_kernels *const lstm_tables_avx2[], *const lstm_tables_avx512[];
 static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 static int has_avx512(void) {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
 #elif defined(__GNUC__) && defined(__aarch64__)
-extern const lstm_kernels *const lstm_tables_neon[N_FORMATS];
+extern const lstm_kernels *const lstm_tables_neon[];
 #endif
 static int always(void) { return 1; }
 
 static const struct {
     const char *isa;
     int (*runs_here)(void);
-    const lstm_kernels *const *tables;  /* one per number format, or NULL where it has none */
+    const lstm_kernels *const *tables;  /* one per number format, then NULL */
 } known[] = {
 #if defined(__GNUC__) && defined(__x86_64__)
     {"avx512", has_avx512, lstm_tables_avx512},
@@ -41,11 +41,11 @@ const char *lstm_isa(int k) {
     return NULL;
 }
 
-const lstm_kernels *lstm_kernels_for(const char *isa, int format) {
-    if (format < 0 || format >= N_FORMATS) return NULL;
+const lstm_kernels *lstm_kernels_for(const char *isa, const char *format) {
     for (int q = 0; q < N_KNOWN; q++)
-        if (known[q].runs_here() && (!isa || strcmp(isa, known[q].isa) == 0) && known[q].tables[format])
-            return known[q].tables[format];
+        if (known[q].runs_here() && (!isa || strcmp(isa, known[q].isa) == 0))
+            for (const lstm_kernels *const *k = known[q].tables; *k; k++)
+                if (strcmp(format, (*k)->format) == 0) return *k;
     return NULL;
 }
 

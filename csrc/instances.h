@@ -23,8 +23,8 @@ PRAGMA(GCC target(TARGET))
 #include <arm_neon.h>
 #endif
 
-/* A number format: its place in the tables, the suffix of its names, and whether it computes in double. */
-#define FORMAT FORMAT_FLOAT32
+/* A number format: its name, the suffix of its names, and whether it computes in double. */
+#define FORMAT "float32"
 #define F(name) JOIN(name, _f32)
 #define DOUBLE 0
 #include "body.h"
@@ -32,17 +32,14 @@ PRAGMA(GCC target(TARGET))
 #undef F
 #undef DOUBLE
 
-#define FORMAT FORMAT_FLOAT64
+#define FORMAT "float64"
 #define F(name) JOIN(name, _f64)
 #define DOUBLE 1
 #include "body.h"
 
 #define TABLES_(isa) lstm_tables_##isa
 #define TABLES(isa) TABLES_(isa)
-const lstm_kernels *const TABLES(ISA)[N_FORMATS] = {
-    [FORMAT_FLOAT32] = &kernels_f32,
-    [FORMAT_FLOAT64] = &kernels_f64,
-};
+const lstm_kernels *const TABLES(ISA)[] = {&kernels_f32, &kernels_f64, NULL};
 
 #if defined(TARGET) && defined(__clang__)
 #pragma clang attribute pop

@@ -21,9 +21,6 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* The number formats, in the order of an instruction set's tables. */
-enum { FORMAT_FLOAT32, FORMAT_FLOAT64, N_FORMATS };
-
 /* The weights of a step, packed for the units from j0 on. */
 typedef struct {
     ptrdiff_t I, K, H;   /* I = 0: gates hold x W_ihᵀ + b already; K = 0: the recurrent part is zero */
@@ -124,7 +121,7 @@ typedef struct {
 
 typedef struct {
     const char *isa;
-    int format;
+    const char *format;  /* the number format of its products: "float32" or "float64" */
     ptrdiff_t item;      /* bytes of a number in the arrays */
     ptrdiff_t packed;    /* bytes of a number in a packed operand */
     ptrdiff_t VL;        /* lanes of a vector */
@@ -160,9 +157,9 @@ typedef struct {
     void (*tanh)(ptrdiff_t n, const void *x, void *out);
 } lstm_kernels;
 
-/* The table of this format for the best instruction set of this CPU, or the one named; NULL if that one
-   can't run here or has no such table. */
-const lstm_kernels *lstm_kernels_for(const char *isa, int format);
+/* The table of this number format for the best instruction set of this CPU, or the one named; NULL if
+   that one can't run here or has no such table. */
+const lstm_kernels *lstm_kernels_for(const char *isa, const char *format);
 /* Name k of the instruction sets that this CPU can run, best first; NULL past the last. */
 const char *lstm_isa(int k);
 /* The cell of this name, or NULL. */

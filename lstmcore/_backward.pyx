@@ -11,8 +11,8 @@ from lstmcore._grid cimport Grid, choose_grid
 from lstmcore._kernels cimport address, wait
 from lstmcore._lstm cimport START_ADD, START_ZERO, lstm_back_row, lstm_product, lstm_rows, lstm_weights
 from lstmcore._memory cimport Arena, take
-from lstmcore._products cimport (Operand, Part, Plan, Sums, Widths, engine_for, lay_out_operand,
-                                 operand, packed_at, run_plan, unit_range)
+from lstmcore._products cimport (Engine, Operand, Part, Plan, Sums, Widths, choose_engine,
+                                 lay_out_operand, operand, packed_at, run_plan, unit_range)
 from lstmcore._recurrence cimport (Group, Member, Problem, Steps, active, fill_problem, initial,
                                    lay_out_problem, loop_of, note_plan, place, rows_of, scratch_of)
 
@@ -292,15 +292,17 @@ def run(cell, weights, batch, tape, upstream, g, *, n_threads):
     on entry, takes the place of dW_ih.
     """
     cdef Backward f
-    fill_problem(&f.p, engine_for(weights.W_hh), cell, weights, batch, tape)
+    cdef Engine e
+    choose_engine(&e, weights.format)
+    fill_problem(&f.p, e, cell, weights, batch, tape)
     f.p.plan.lay_out, f.p.plan.work, f.p.plan.n_threads = lay_out, backward, n_threads
     f.apart = f.p.projected or not f.p.plan.e.by.in_step
     f.dy, f.dy_last, f.dx = address(upstream.dy), address(upstream.dy_last), address(g.dx)
     f.dtable, f.dW_ih, f.dW_hh = address(g.dtable), address(g.dW_ih), address(g.dW_hh)
     f.dW_hr, f.db, f.dpeepholes = address(g.dW_hr), address(g.db), address(g.dpeepholes)
     f.dh0, f.dc0 = address(g.dh0), address(g.dc0)
-    f.ih = operand(1, None if g.dx is None else weights.W_ih, f.p.I, True)
-    f.hh = operand(1, weights.W_hh, f.p.K, True)
-    f.hr = operand(1, weights.W_hr, f.p.H, True)
+    f.ih = operand(e.k, 1, None if g.dx is None else weights.W_ih, True)
+    f.hh = operand(e.k, 1, weights.W_hh, True)
+    f.hr = operand(e.k, 1, weights.W_hr, True)
     run_plan(<Plan *>&f)
     note_plan(&f.p, False)

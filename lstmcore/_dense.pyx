@@ -9,10 +9,10 @@ from libc.stdint cimport int64_t
 from libc.string cimport memset
 cimport numpy as cnp
 
-from lstmcore._kernels cimport address, kernels_of, run_team, team_barrier, wait
+from lstmcore._kernels cimport address, format_of, kernels_of, run_team, team_barrier, wait
 from lstmcore._lstm cimport START_BIAS, START_ZERO, lstm_adam, lstm_kernels, lstm_product, lstm_rows
 from lstmcore._memory cimport Arena, padded, take
-from lstmcore._products cimport (Operand, Packed, Part, Plan, Sums, Widths, engine_for,
+from lstmcore._products cimport (Operand, Packed, Part, Plan, Sums, Widths, choose_engine,
                                  lay_out_operand, operand, run_plan, unit_range)
 
 cnp.import_array()
@@ -106,7 +106,8 @@ cdef void backward(void *arg, int me, int team) noexcept nogil:
 
 cdef int fill(Linear *f, x, W, int n_threads) except -1:
     memset(f, 0, sizeof(Linear))
-    f.plan.e, f.plan.n_threads = engine_for(x), n_threads
+    choose_engine(&f.plan.e, format_of(x))
+    f.plan.n_threads = n_threads
     f.plan.lay_out, f.plan.prepare = lay_out, prepare
     f.n, f.I, f.O = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(W, 0)
     f.item, f.x = f.plan.e.k.item, address(x)
@@ -119,7 +120,7 @@ def run_forward(x, W, b, y, *, n_threads, Packed packed=None):
     fill(&f, x, W, n_threads)
     f.b, f.y, f.plan.work = address(b), address(y), forward
     if packed is None or f.plan.e.by.over_blas:
-        f.W = operand(1, W, f.O, False)
+        f.W = operand(f.plan.e.k, 1, W, False)
     else:
         f.plan.e, f.W = packed.e, packed.operands[0]
     run_plan(<Plan *>&f)
@@ -131,7 +132,7 @@ def run_backward(x, W, dy, g, *, n_threads):
     fill(&f, x, W, n_threads)
     f.dy, f.plan.work = address(dy), backward
     f.dx, f.dW, f.db = address(g.dx), address(g.dW), address(g.db)
-    f.W = operand(1, None if g.dx is None else W, f.I, True)
+    f.W = operand(f.plan.e.k, 1, None if g.dx is None else W, True)
     run_plan(<Plan *>&f)
 
 
@@ -160,7 +161,7 @@ def run_cross_entropy(z, targets, weights, out, *, n_threads):
     cdef Loss f
     cdef int team = n_threads
     losses, dz = out
-    f.n, f.V, f.k = cnp.PyArray_DIM(z, 0), cnp.PyArray_DIM(z, 1), kernels_of(z)
+    f.n, f.V, f.k = cnp.PyArray_DIM(z, 0), cnp.PyArray_DIM(z, 1), kernels_of(format_of(z))
     f.z, f.targets, f.weights = address(z), <int64_t *>address(targets), address(weights)
     f.losses, f.dz = address(losses), address(dz)
     with nogil:
@@ -194,7 +195,7 @@ def run_adam(p, g, m, v, rule, *, n_threads):
     """
     cdef AdamStep f
     cdef int team = n_threads
-    f.n, f.k, f.rule = cnp.PyArray_SIZE(p), kernels_of(p), rule
+    f.n, f.k, f.rule = cnp.PyArray_SIZE(p), kernels_of(format_of(p)), rule
     f.p, f.g, f.m, f.v = address(p), address(g), address(m), address(v)
     with nogil:
         run_team(team, adam, &f)

@@ -10,7 +10,7 @@ from lstmcore._grid cimport Grid, choose_chunk, choose_fused, choose_grid
 from lstmcore._kernels cimport address, forced_plan, overlap, wait
 from lstmcore._lstm cimport START_ADD, START_BIAS, START_ZERO, lstm_row, lstm_weights
 from lstmcore._memory cimport Arena, take
-from lstmcore._products cimport (Engine, Operand, Packed, Part, Plan, Widths, engine_for,
+from lstmcore._products cimport (Engine, Operand, Packed, Part, Plan, Widths, choose_engine,
                                  lay_out_operand, operand, packed_at, run_plan, unit_range)
 from lstmcore._recurrence cimport (Member, Problem, Steps, active, fill_problem, initial,
                                    lay_out_problem, loop_of, note_plan, place, rows_of, scratch_of)
@@ -200,8 +200,10 @@ cdef void project_outputs(const Forward *f, Py_ssize_t s, Py_ssize_t n, Member *
 
 cdef int fill(Forward *f, cell, weights, batch, room, Packed packed, int n_threads) except -1:
     """What one run needs, but for the memory."""
-    cdef Engine e = engine_for(weights.W_hh)
-    cdef bint prepacked = packed is not None and not e.by.over_blas
+    cdef Engine e
+    cdef bint prepacked
+    choose_engine(&e, weights.format)
+    prepacked = packed is not None and not e.by.over_blas
     fill_problem(&f.p, packed.e if prepacked else e, cell, weights, batch, room)
     f.p.plan.lay_out, f.p.plan.work, f.p.plan.n_threads = lay_out, forward, n_threads
     f.keep, f.descending = room.gates is not None, False
@@ -211,9 +213,9 @@ cdef int fill(Forward *f, cell, weights, batch, room, Packed packed, int n_threa
         f.ih, f.hh, f.hr = packed.operands[0], packed.operands[1], packed.operands[2]
     else:
         # token ids look their products up: W_ih is not read
-        f.ih = operand(cell.gates, weights.W_ih if f.p.ids == NULL else None, f.p.H, False)
-        f.hh = operand(cell.gates, weights.W_hh, f.p.H, False)
-        f.hr = operand(1, weights.W_hr, f.p.K, False)
+        f.ih = operand(e.k, cell.gates, weights.W_ih if f.p.ids == NULL else None, False)
+        f.hh = operand(e.k, cell.gates, weights.W_hh, False)
+        f.hr = operand(e.k, 1, weights.W_hr, False)
     f.fused = f.p.ids == NULL and f.p.plan.e.by.in_step
     if f.fused:
         forced = forced_plan()

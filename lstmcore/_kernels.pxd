@@ -7,7 +7,8 @@ from lstmcore._team cimport team_barrier, team_fn
 
 cdef enum: MAX_TEAM = 1024
 
-cdef const lstm_kernels *kernels_of(a)
+cdef const lstm_kernels *kernels_of(str format) except NULL
+cdef str format_of(a)
 cdef const lstm_cell *cell_of(const lstm_kernels *k, name)
 cdef Py_ssize_t cache_bytes() noexcept nogil
 cdef forced_plan()

@@ -12,8 +12,8 @@ import os
 
 import numpy as np
 
-from lstmcore._lstm cimport (FORMAT_FLOAT32, FORMAT_FLOAT64, N_FORMATS, lstm_cell, lstm_cell_of, lstm_isa,
-                             lstm_kernels, lstm_kernels_for, lstm_l2_bytes)
+from lstmcore._lstm cimport (lstm_cell, lstm_cell_of, lstm_isa, lstm_kernels, lstm_kernels_for,
+                             lstm_l2_bytes)
 from lstmcore._team cimport (team_barrier, team_fn, team_forked, team_has_openmp, team_regions,
                              team_run, team_wait)
 
@@ -31,7 +31,7 @@ cdef extern from *:
 
 cnp.import_array()
 
-cdef const lstm_kernels *tables[N_FORMATS]
+cdef bytes chosen = b""         # the instruction set in use
 cdef Py_ssize_t L2_BYTES = lstm_l2_bytes()
 
 plan = None                    # tests: force "tiles", "fused" (where it can be) or "blas"
@@ -51,14 +51,13 @@ def use_isa(name):
     """Choose the instruction set for all later calls; ValueError lists the available ones."""
     if name is not None and name not in available_isas():
         raise ValueError(f"instruction set must be one of {', '.join(available_isas())}, got {name!r}")
-    cdef bytes chosen = (name or available_isas()[0]).encode()
-    for format in range(N_FORMATS):
-        tables[format] = lstm_kernels_for(chosen, format)
+    global chosen
+    chosen = (name or available_isas()[0]).encode()
 
 
 def isa():
     """The instruction set in use."""
-    return tables[FORMAT_FLOAT32].isa.decode()
+    return chosen.decode()
 
 
 def compiler():
@@ -81,9 +80,17 @@ def regions():
 
 # ---- for the plans -----------------------------------------------------------------------------------
 
-cdef const lstm_kernels *kernels_of(a):
-    """The kernels for an array of floats or doubles."""
-    return tables[FORMAT_FLOAT64 if cnp.PyArray_TYPE(a) == cnp.NPY_DOUBLE else FORMAT_FLOAT32]
+cdef const lstm_kernels *kernels_of(str format) except NULL:
+    """The kernels of a number format, of the instruction set in use."""
+    cdef const lstm_kernels *k = lstm_kernels_for(chosen, format.encode())
+    if k == NULL:
+        raise ValueError(f"there are no {format} kernels for {isa()}")
+    return k
+
+
+cdef str format_of(a):
+    """The number format of an array of floats or doubles."""
+    return "float64" if cnp.PyArray_TYPE(a) == cnp.NPY_DOUBLE else "float32"
 
 
 cdef const lstm_cell *cell_of(const lstm_kernels *k, name):
@@ -134,7 +141,7 @@ def shares_memory(a, b):
 
 def _activation(x, bint tanh):
     out = np.empty_like(x)
-    cdef const lstm_kernels *k = kernels_of(x)
+    cdef const lstm_kernels *k = kernels_of(format_of(x))
     (k.tanh if tanh else k.sigmoid)(cnp.PyArray_SIZE(x), address(x), address(out))
     return out
 

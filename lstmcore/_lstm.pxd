@@ -10,9 +10,6 @@ cdef extern from *:
 
 
 cdef extern from "lstm.h" nogil:
-    enum: FORMAT_FLOAT32
-    enum: FORMAT_FLOAT64
-    enum: N_FORMATS
     enum: START_ZERO
     enum: START_BIAS
     enum: START_ADD
@@ -80,7 +77,7 @@ cdef extern from "lstm.h" nogil:
         double keep
     ctypedef struct lstm_kernels:
         const char *isa
-        int format
+        const char *format
         Py_ssize_t item
         Py_ssize_t packed
         Py_ssize_t VL
@@ -102,7 +99,7 @@ cdef extern from "lstm.h" nogil:
                      void *v) noexcept nogil
         void (*sigmoid)(Py_ssize_t n, const void *x, void *out) noexcept nogil
         void (*tanh)(Py_ssize_t n, const void *x, void *out) noexcept nogil
-    const lstm_kernels *lstm_kernels_for(const char *isa, int format)
+    const lstm_kernels *lstm_kernels_for(const char *isa, const char *format)
     const char *lstm_isa(int k)
     const lstm_cell *lstm_cell_of(const lstm_kernels *k, const char *name)
     Py_ssize_t lstm_l2_bytes()

@@ -56,8 +56,8 @@ cdef struct Plan:
     team_fn *work                  # what each thread does
 
 
-cdef Engine engine_for(a)
-cdef Operand operand(int gates, W, Py_ssize_t N, bint transposed)
+cdef int choose_engine(Engine *e, str format) except -1
+cdef Operand operand(const lstm_kernels *k, int gates, W, bint transposed)
 cdef int run_plan(Plan *plan) except -1
 
 
@@ -66,7 +66,7 @@ cdef class Packed:
     cdef Engine e
     cdef Operand operands[3]
     cdef bint descending           # which way the next single step goes through them
-    cdef readonly str cell
+    cdef readonly str cell, format
     cdef readonly tuple origin, shapes
 
 

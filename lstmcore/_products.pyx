@@ -13,29 +13,30 @@ cimport numpy as cnp
 from lstmcore.threads import look_for_blas, one_blas_thread
 
 from lstmcore._kernels cimport MAX_TEAM, address, forced_plan, kernels_of, run_team
-from lstmcore._lstm cimport (FORMAT_FLOAT64, START_ADD, START_BIAS, lstm_kernels, lstm_operand,
-                             lstm_product, lstm_rows)
+from lstmcore._lstm cimport (START_ADD, START_BIAS, lstm_kernels, lstm_operand, lstm_product,
+                             lstm_rows)
 from lstmcore._memory cimport Arena, Workspace, arena_of, give_back, take, take_workspace
 
 cnp.import_array()
 
 
-cdef Operand operand(int gates, W, Py_ssize_t N, bint transposed):
+cdef Operand operand(const lstm_kernels *k, int gates, W, bint transposed):
     """W (columns, K) as W[k, column] = W[column, k], or transposed: W (K, columns) as it stands.
 
-    N is the number of columns, of each gate if there are several. An absent W has no columns.
+    Of several gates each has its share of the columns. An absent W has none.
     """
     cdef Operand w
-    cdef Py_ssize_t columns
+    cdef Py_ssize_t rows, columns
     memset(&w, 0, sizeof(Operand))
     if W is None:
         return w
-    columns = cnp.PyArray_DIM(W, 1)
-    w.w.gates, w.w.N, w.w.W = gates, N, address(W)
-    w.w.K = cnp.PyArray_DIM(W, 0) if transposed else columns
-    w.w.k_stride = columns if transposed else 1
-    w.w.col_stride = 1 if transposed else columns
-    w.cut = kernels_of(W).VL
+    rows, columns = cnp.PyArray_DIM(W, 0), cnp.PyArray_DIM(W, 1)
+    w.w.gates, w.w.W, w.cut = gates, address(W), k.VL
+    w.w.K, w.w.N = columns, rows // gates
+    w.w.k_stride, w.w.col_stride = 1, columns
+    if transposed:
+        w.w.K, w.w.N = rows, columns // gates
+        w.w.k_stride, w.w.col_stride = columns, 1
     return w
 
 
@@ -128,7 +129,7 @@ cdef void blas_multiply(const lstm_kernels *k, const Operand *w, const Part *min
                 memset(out + r * N * item, 0, N * item)
         memset(A + m * K * item, 0, (BLAS_ROWS - m) * K * item)
         # out = out + A W        (32,N) (32,K) (K,N)
-        blas_gemm(k.format == FORMAT_FLOAT64, False, transposed, BLAS_ROWS, <int>N, <int>K, 1.0, A,
+        blas_gemm(item == 8, False, transposed, BLAS_ROWS, <int>N, <int>K, 1.0, A,
                   <int>K, w.w.W, <int>(w.w.col_stride if transposed else w.w.k_stride), 1.0, out,
                   <int>N)
         for r in range(m):
@@ -160,7 +161,7 @@ cdef void blas_weight_gradient(const lstm_kernels *k, const Sums *sums, const ls
             memcpy(A + t * m * item, <char *>sums.da[k0 + t] + m0 * item, m * item)
             memcpy(X + t * N * item, product.x[k0 + t], N * item)
         # dW[m0:m1] += Aᵀ X        (m,N) (kn,m)ᵀ (kn,N)
-        blas_gemm(k.format == FORMAT_FLOAT64, True, False, <int>m, <int>N, <int>kn, 1.0, A, <int>m, X,
+        blas_gemm(item == 8, True, False, <int>m, <int>N, <int>kn, 1.0, A, <int>m, X,
                   <int>N, 1.0 if k0 else 0.0, <char *>product.dW + m0 * N * item, <int>N)
         k0 += kn
 
@@ -181,18 +182,17 @@ blas.add_up, blas.scratch_bytes = blas_add_up, blas_scratch_bytes
 
 # ---- the choice, and what runs a plan ----------------------------------------------------------------
 
-cdef Engine engine_for(a):
-    """The kernels for arrays like a; BLAS instead of the tiles only where a vector has one lane.
+cdef int choose_engine(Engine *e, str format) except -1:
+    """The kernels of a number format; BLAS instead of the tiles only where a vector has one lane.
 
     Not by the shape, or a row's bits would depend on the other rows of its batch. Without fused
     multiply-adds the tiles win against a BLAS that has none either, by 1.1x to 1.4x from 50 rows on,
     and take 1.4x to 1.9x the time of one that has them (training, ten shapes from H = 64 to 650).
     """
-    cdef Engine e
     plan = forced_plan()
-    e.k = kernels_of(a)
+    e.k = kernels_of(format)
     e.by = &blas if (e.k.VL == 1 if plan is None else plan == "blas") else &tiles
-    return e
+    return 0
 
 
 cdef int run_plan(Plan *plan) except -1:
@@ -226,24 +226,22 @@ cdef class Packed:
     """The weights of one layer and direction, or of a dense layer (W_ih alone), as they were when this
     was made, packed by the tiles for many calls: packing costs more than one step, and 2 % of a batch.
 
-    It remembers of which arrays, `origin` (W_ih, W_hh, W_hr), and their `shapes` and strides then, for
+    It remembers of which arrays, `origin` (W_ih, W_hh, W_hr), and their shapes, strides and dtypes then, for
     calls to compare.
     """
 
-    def __init__(self, str cell, int gates, weights, origin):
+    def __init__(self, str cell, int gates, str format, weights, origin):
         """weights: W_ih, W_hh, W_hr, contiguous or None; origin: the arrays of the caller."""
         cdef Part whole
         cdef Arena arena
         cdef int q
         cdef Operand *w
         self.cell, self.origin = cell, tuple(origin)
-        self.shapes = tuple(None if a is None else (a.shape, a.strides) for a in self.origin)
-        self.e.k, self.e.by = kernels_of(weights[0]), &tiles
+        self.shapes = tuple(None if a is None else (a.shape, a.strides, a.dtype) for a in self.origin)
+        self.e.k, self.e.by, self.format = kernels_of(format), &tiles, format
         for q in range(3):
             # of W_hr (P, H) the columns are the P projected units, without gates
-            n_gates = gates if q < 2 else 1
-            N = 0 if weights[q] is None else cnp.PyArray_DIM(weights[q], 0) // n_gates
-            self.operands[q] = operand(n_gates, weights[q], N, False)
+            self.operands[q] = operand(self.e.k, gates if q < 2 else 1, weights[q], False)
         arena.base, arena.used = NULL, 0
         for q in range(3):
             take(&arena, self.e.by.packed_bytes(self.e.k, &self.operands[q]))

@@ -30,8 +30,6 @@ from lstmcore._lstm cimport lstm_cell
 from lstmcore._memory cimport Arena, padded, take
 from lstmcore._products cimport Engine, Plan, Widths
 
-import numpy as np
-
 cnp.import_array()
 
 Cell = namedtuple("Cell", "name gates keeps_gates has_c has_projection has_peepholes")
@@ -42,7 +40,7 @@ def cell(str name):
     """The row of a cell, as far as Python asks it; ValueError for a name that no row has."""
     cdef const lstm_cell *row
     if name not in cells:
-        row = cell_of(kernels_of(np.empty(0)), name)
+        row = cell_of(kernels_of("float64"), name)
         if row == NULL:
             raise ValueError(f"no cell is named {name!r}")
         cells[name] = Cell(name, row.gates, bool(row.keeps_gates), bool(row.has_c),

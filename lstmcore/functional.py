@@ -21,7 +21,7 @@ _SERIAL_WORK = 1_000_000  # multiply-adds that are done before a second thread p
 
 # What goes to the plans, by name.
 Sizes = namedtuple("Sizes", "T B I H K dtype")
-Weights = namedtuple("Weights", "W_ih W_hh b peepholes W_hr")
+Weights = namedtuple("Weights", "W_ih W_hh b peepholes W_hr format")
 Batch = namedtuple("Batch", "x h0 c0 order lengths reverse table")
 Room = namedtuple("Room", "y h_n c_n gates c")
 Upstream = namedtuple("Upstream", "dy dy_last")
@@ -140,7 +140,7 @@ def _x(x, sizes):
 
 def _weights(cell, sizes, W_ih, W_hh, b=None, peepholes=None, W_hr=None, looked_up=False):
     """The weights, found to be of these sizes. Those of tokens are only looked up: they stay strided."""
-    _, _, I, H, K, dtype = sizes
+    I, H, K, dtype = sizes[2:]
     G, rows = _letters(cell), cell.gates * H
     P = "H" if W_hr is None else "P"
     if isinstance(W_ih, TokenTable):
@@ -150,7 +150,8 @@ def _weights(cell, sizes, W_ih, W_hh, b=None, peepholes=None, W_hr=None, looked_
     return Weights(W_ih, checks.array(W_hh, "W_hh", f"({G}, {P})", (rows, K), dtype),
                    checks.optional(b, "b", f"({G},)", (rows,), dtype),
                    checks.optional(peepholes, "peepholes", "(3, H)", (3, H), dtype),
-                   checks.optional(W_hr, "W_hr", "(P, H)", (K, H), dtype))
+                   checks.optional(W_hr, "W_hr", "(P, H)", (K, H), dtype),
+                   dtype.name)
 
 
 def _states(cell, sizes, h, c, names, projected):
@@ -198,7 +199,7 @@ class _Tape:
         cell, sizes, batch = self.cell, self.sizes, self.batch
         T, B, _, _, K, dtype = sizes
         projected = self.weights.W_hr is not None
-        _weights(cell, sizes, *self.weights, looked_up=isinstance(batch.x, TokenIds))
+        _weights(cell, sizes, *self.weights[:5], looked_up=isinstance(batch.x, TokenIds))
         _x(batch.x, sizes)
         _states(cell, sizes, batch.h0, batch.c0, ("h0", "c0"), projected)
         checks.array(self.y, "y", "(T, B, P)" if projected else "(T, B, H)", (T, B, K), dtype)
@@ -323,7 +324,7 @@ def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, l
             ids, table = _looked_up(x, weights.W_ih, weights.b)
             run = batch._replace(x=ids, table=table)
         _forward.run(cell, weights, run, Room(y, h_n, c_n, gates, c), packed=packed,
-                     n_threads=_threads(n_threads, tokens, cell.gates * H, I + K))
+                     n_threads=_threads(n_threads, tokens, cell.gates * H, K if looked_up else I + K))
     else:
         for final, initial in (h_n, h0), (c_n, c0):
             if final is not None:
@@ -354,7 +355,7 @@ def _run_backward(tape, dy, dh_n, dc_n, n_threads, gates=None, c=None):
             batch = batch._replace(x=batch.x.array)
         _backward.run(cell, weights, batch, Room(y, None, None, gates, c),
                       Upstream(dy, _last_dy(batch, dy, dh_n)), g,
-                      n_threads=_threads(n_threads, tokens, G, I + K))
+                      n_threads=_threads(n_threads, tokens, G, K if looked_up else I + K))
     else:
         for d in g.dW_ih, g.dW_hh, g.db, g.dpeepholes, g.dW_hr:
             if d is not None:
@@ -547,7 +548,7 @@ def pack(cell, W_ih, W_hh=None, W_hr=None):
         if W.ndim != 2 or 0 in W.shape:
             raise ValueError(f"W_ih must be (O, I) with O, I >= 1, got {W.shape}")
         W = checks.array(W, "W_ih", "(O, I)", W.shape, F64 if W.dtype == F64 else F32)
-        return _products.Packed("linear", 1, (W, None, None), origin)
+        return _products.Packed("linear", 1, W.dtype.name, (W, None, None), origin)
     row = cell_row(cell)
     if W_hr is not None and not row.has_projection:
         raise ValueError(f"a {cell} cell has no projection, got W_hr")
@@ -555,7 +556,7 @@ def pack(cell, W_ih, W_hh=None, W_hr=None):
     x = np.empty((1, 1, *np.shape(W_ih)[1:2]), getattr(W_ih, "dtype", float))
     x, sizes = _sizes(row, x, W_ih, W_hh, W_hr)
     w = _weights(row, sizes, W_ih, W_hh, None, None, W_hr)
-    return _products.Packed(cell, row.gates, (w.W_ih, w.W_hh, w.W_hr), origin)
+    return _products.Packed(cell, row.gates, w.format, (w.W_ih, w.W_hh, w.W_hr), origin)
 
 
 def _found_packed(packed, cell, weights, looked_up=False):
@@ -571,7 +572,7 @@ def _found_packed(packed, cell, weights, looked_up=False):
     for name, now, then, shape in named:
         if name == "W_ih" and looked_up and isinstance(now, TokenTable):
             continue
-        if now is not then or (now is not None and (now.shape, now.strides) != shape):
+        if now is not then or (now is not None and (now.shape, now.strides, now.dtype) != shape):
             raise ValueError(f"packed must be of functional.pack with the {name} of this call")
     return packed
 
@@ -603,7 +604,8 @@ class Step:
             raise ValueError(f"a {cell} cell has neither projection nor peepholes")
         weights = _weights(row, self._sizes, W_ih, W_hh, b, peepholes, W_hr)
         self._cell = row
-        self._weights = Weights(*(None if a is None else a.copy() for a in weights))
+        self._weights = Weights(*(None if a is None else a.copy() for a in weights[:5]),
+                                weights.format)
         _, _, I, H, K, dtype = self._sizes
         self._h = np.zeros((B, K), dtype)
         self._c = np.zeros((B, H), dtype) if row.has_c else None
@@ -613,10 +615,10 @@ class Step:
     def _prepare(self):
         """Pack the weights, and all else that is made and not kept."""
         _, B, I, H, K, dtype = self._sizes
-        W_ih, W_hh, _, _, W_hr = self._weights
+        W_ih, W_hh, _, _, W_hr, format = self._weights
         self._x_shape, self._y_shape, self._is_double = (B, I), (B, K), dtype == F64
         self._table = None
-        packed = _products.Packed(self._cell.name, self._cell.gates, (W_ih, W_hh, W_hr), ())
+        packed = _products.Packed(self._cell.name, self._cell.gates, format, (W_ih, W_hh, W_hr), ())
         batch = Batch(np.zeros((1, B, I), dtype), None, None, None, None, False, None)
         room = Room(np.zeros((B, K), dtype), self._h, self._c, None, None)
         self._run = _forward.Stepper(self._cell, self._weights, batch, room, packed)
