@@ -15,7 +15,7 @@ from lstmcore.threads import look_for_blas, one_blas_thread
 from lstmcore._kernels cimport MAX_TEAM, address, forced_plan, kernels_of, run_team
 from lstmcore._lstm cimport (START_ADD, START_BIAS, lstm_kernels, lstm_operand, lstm_product,
                              lstm_rows)
-from lstmcore._memory cimport Arena, Workspace, arena_of, give_back, take, take_workspace
+from lstmcore._memory cimport Arena, Workspace, arena_of, give_back, padded, take, take_workspace
 
 cnp.import_array()
 
@@ -88,52 +88,129 @@ tiles.add_up, tiles.scratch_bytes = tile_add_up, tile_scratch_bytes
 
 
 # ---- BLAS --------------------------------------------------------------------------------------------
+# A row's bits may depend neither on the other rows nor on its place among them, but a BLAS sums a
+# row as the kernel does that the row's place in the matrix selects. OpenBLAS's float kernel for
+# Haswell and Zen takes rows by 12, then by 4. In the first and the last 8 of its columns, cut at 320,
+# 6 of the 12 rows sum odd and even k apart, the other 6 do not; of the 4 rows, all do. Its double
+# kernel for AVX-512 sums k in 2 or 4 parts for 12 rows, for the last columns if N is no multiple of
+# 8, and in one part for fewer rows. So every product has 36 rows, thus 12 at a time throughout, and
+# at most 256 columns, a multiple of 8, between two edges of zeros where the sums may differ.
+# `_blas.rows_are_alike` asks any other BLAS, and the tiles stand in for one that says no.
 
 ctypedef void gemm_fn(bint is_double, bint trans_a, bint trans_b, int m, int n, int k, double alpha,
                       const void *a, int lda, const void *b, int ldb, double beta, void *c,
                       int ldc) noexcept nogil
 
 cdef gemm_fn *blas_gemm = NULL
+_fit = {}                      # number format -> whether the BLAS may be used; once it was asked
 
-cdef enum: BLAS_ROWS = 32      # every BLAS product has this many rows: a row's bits depend on no other
+cdef enum: BLAS_ROWS = 36      # rows of every BLAS product, so that all are summed alike
+cdef enum: BLAS_WIDTH = 256    # most columns of a BLAS product, without its edges
+cdef enum: BLAS_EDGE = 8       # columns of zeros at each side, float only
 cdef enum: BLAS_COLUMNS = 64   # rows of a weight gradient per BLAS call, so that threads change no bit
 cdef enum: BLAS_TOKENS = 256   # tokens per BLAS call of a weight gradient
 
 
+cdef bint blas_is_fit(str format, Py_ssize_t item) except -1:
+    """Loads SciPy's BLAS and asks once whether a row's bits there depend on its place."""
+    global blas_gemm
+    if format not in _fit:
+        from lstmcore import _blas
+        look_for_blas()
+        with one_blas_thread():
+            _fit[format] = _blas.rows_are_alike(format, BLAS_ROWS, blas_edge(item), BLAS_WIDTH)
+        blas_gemm = <gemm_fn *><size_t>_blas.gemm_address()
+    return _fit[format]
+
+
+def blas_fits():
+    """Whether SciPy's BLAS may be used for every number format: whether it treats all rows alike."""
+    return bool(blas_is_fit("float32", 4)) and bool(blas_is_fit("float64", 8))
+
+
+cdef inline Py_ssize_t blas_edge(Py_ssize_t item) noexcept nogil:
+    return BLAS_EDGE if item == 4 else 0
+
+
+cdef inline Py_ssize_t blas_width(Py_ssize_t item, Py_ssize_t n) noexcept nogil:
+    """Columns of a product of which n are wanted."""
+    return (n + 7) // 8 * 8 + 2 * blas_edge(item)
+
+
+cdef inline Py_ssize_t blas_rows_bytes(Py_ssize_t item, Py_ssize_t n) noexcept nogil:
+    return padded(BLAS_ROWS * n * item)
+
+
+cdef inline bint lies_transposed(const Operand *w) noexcept nogil:
+    return w.w.k_stride == 1 and w.w.col_stride >= w.w.K
+
+
 cdef Py_ssize_t blas_packed_bytes(const lstm_kernels *k, const Operand *w) noexcept nogil:
-    return 0
+    cdef Py_ssize_t N = w.w.gates * w.w.N, item = k.item
+    return (N // BLAS_WIDTH * blas_width(item, BLAS_WIDTH) + blas_width(item, N % BLAS_WIDTH)) \
+        * w.w.K * item
 
 
 cdef void blas_pack(const lstm_kernels *k, const Operand *w, const Part *mine, int share,
                     int shares) noexcept nogil:
-    pass
+    """Every shares-th block of columns, with its edges: (width, K) if W lies so, or (K, width)."""
+    cdef Py_ssize_t N = w.w.gates * w.w.N, K = w.w.K, item = k.item, edge = blas_edge(item)
+    cdef Py_ssize_t j = share * BLAS_WIDTH, n, width, t
+    cdef const char *W = <const char *>w.w.W
+    cdef char *block
+    if W == NULL:
+        return
+    while j < N:
+        n = min(<Py_ssize_t>BLAS_WIDTH, N - j)
+        width = blas_width(item, n)
+        block = <char *>w.w.packed + j // BLAS_WIDTH * blas_width(item, BLAS_WIDTH) * K * item
+        memset(block, 0, width * K * item)
+        if lies_transposed(w):
+            for t in range(n):
+                memcpy(block + (edge + t) * K * item, W + (j + t) * w.w.col_stride * item, K * item)
+        else:
+            for t in range(K):
+                memcpy(block + (t * width + edge) * item, W + (t * w.w.k_stride + j) * item, n * item)
+        j += shares * BLAS_WIDTH
 
 
 cdef void blas_multiply(const lstm_kernels *k, const Operand *w, const Part *mine,
                         const lstm_rows *rows) noexcept nogil:
     """All columns: `mine` is the whole."""
-    cdef Py_ssize_t r, m, r0 = -BLAS_ROWS, K = w.w.K, N = w.w.gates * w.w.N, item = k.item
+    cdef Py_ssize_t N = w.w.gates * w.w.N, K = w.w.K, item = k.item, edge = blas_edge(item)
+    cdef Py_ssize_t r0 = 0, j, r, m, width, columns
+    cdef bint transposed = lies_transposed(w)
     cdef char *A = mine.scratch
-    cdef char *out = A + BLAS_ROWS * K * item
-    cdef bint transposed = w.w.k_stride == 1 and w.w.col_stride >= K
-    while r0 + BLAS_ROWS < rows.n:
-        r0 += BLAS_ROWS
+    cdef char *out = A + blas_rows_bytes(item, K)
+    cdef char *row
+    cdef char *W
+    memset(out, 0, blas_rows_bytes(item, blas_width(item, BLAS_WIDTH)))  # no row of it is random
+    while r0 < rows.n:
         m = min(<Py_ssize_t>BLAS_ROWS, rows.n - r0)
         for r in range(m):
             memcpy(A + r * K * item, rows.a[r0 + r], K * item)
-            if rows.start == START_ADD:
-                memcpy(out + r * N * item, rows.C[r0 + r], N * item)
-            elif rows.start == START_BIAS:
-                memcpy(out + r * N * item, rows.bias, N * item)
-            else:
-                memset(out + r * N * item, 0, N * item)
         memset(A + m * K * item, 0, (BLAS_ROWS - m) * K * item)
-        # out = out + A W        (32,N) (32,K) (K,N)
-        blas_gemm(item == 8, False, transposed, BLAS_ROWS, <int>N, <int>K, 1.0, A,
-                  <int>K, w.w.W, <int>(w.w.col_stride if transposed else w.w.k_stride), 1.0, out,
-                  <int>N)
-        for r in range(m):
-            memcpy(rows.C[r0 + r], out + r * N * item, N * item)
+        W, j = <char *>w.w.packed, 0
+        while j < N:
+            columns = min(<Py_ssize_t>BLAS_WIDTH, N - j)
+            width = blas_width(item, columns)
+            for r in range(m):
+                row = out + (r * width + edge) * item
+                if rows.start == START_ADD:
+                    memcpy(row, <char *>rows.C[r0 + r] + j * item, columns * item)
+                elif rows.start == START_BIAS:
+                    memcpy(row, <const char *>rows.bias + j * item, columns * item)
+                else:
+                    memset(row, 0, columns * item)
+            # out = out + A W        (36,width) (36,K) (K,width)
+            blas_gemm(item == 8, False, transposed, BLAS_ROWS, <int>width, <int>K, 1.0, A, <int>K, W,
+                      <int>(K if transposed else width), 1.0, out, <int>width)
+            for r in range(m):
+                memcpy(<char *>rows.C[r0 + r] + j * item, out + (r * width + edge) * item,
+                       columns * item)
+            W += width * K * item
+            j += BLAS_WIDTH
+        r0 += BLAS_ROWS
 
 
 cdef void blas_add_up(const lstm_kernels *k, const Sums *sums, const Part *mine) noexcept nogil:
@@ -167,7 +244,8 @@ cdef void blas_weight_gradient(const lstm_kernels *k, const Sums *sums, const ls
 
 
 cdef Py_ssize_t blas_scratch_bytes(const lstm_kernels *k, const Widths *widths) noexcept nogil:
-    cdef Py_ssize_t bytes = 2 * BLAS_ROWS * widths.row * k.item
+    cdef Py_ssize_t bytes = blas_rows_bytes(k.item, widths.row) \
+        + blas_rows_bytes(k.item, blas_width(k.item, BLAS_WIDTH))
     if widths.M:
         bytes = max(bytes, BLAS_TOKENS * (BLAS_COLUMNS + widths.row) * k.item)
         bytes = max(bytes, k.weight_gradient_work(BLAS_COLUMNS))
@@ -183,7 +261,8 @@ blas.add_up, blas.scratch_bytes = blas_add_up, blas_scratch_bytes
 # ---- the choice, and what runs a plan ----------------------------------------------------------------
 
 cdef int choose_engine(Engine *e, str format) except -1:
-    """The kernels of a number format; BLAS instead of the tiles only where a vector has one lane.
+    """The kernels of a number format; BLAS instead of the tiles only where a vector has one lane, and
+    never a BLAS whose rows differ by their place.
 
     Not by the shape, or a row's bits would depend on the other rows of its batch. Without fused
     multiply-adds the tiles win against a BLAS that has none either, by 1.1x to 1.4x from 50 rows on,
@@ -191,13 +270,14 @@ cdef int choose_engine(Engine *e, str format) except -1:
     """
     plan = forced_plan()
     e.k = kernels_of(format)
-    e.by = &blas if (e.k.VL == 1 if plan is None else plan == "blas") else &tiles
+    e.by = &tiles
+    if (e.k.VL == 1 if plan is None else plan == "blas") and blas_is_fit(format, e.k.item):
+        e.by = &blas
     return 0
 
 
 cdef int run_plan(Plan *plan) except -1:
     """Finds memory for the plan and lets the team loose on it."""
-    global blas_gemm
     cdef Workspace work
     cdef Arena arena
     arena.base, arena.used = NULL, 0
@@ -207,10 +287,6 @@ cdef int run_plan(Plan *plan) except -1:
     arena = arena_of(work)
     plan.lay_out(plan, &arena)
     if plan.e.by.over_blas:
-        if blas_gemm == NULL:
-            from lstmcore import _blas
-            blas_gemm = <gemm_fn *><size_t>_blas.gemm_address()
-            look_for_blas()
         with one_blas_thread(), nogil:
             plan.prepare(plan)
             run_team(plan.n_threads, plan.work, plan)

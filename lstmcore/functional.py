@@ -684,6 +684,9 @@ class Step:
 def info():
     """What runs here: version, instruction sets, BLAS, threads and OpenMP, as a dict.
 
+    blas: also whether SciPy's may be used at all, where the compiler has no vectors: only if the bits of
+    a row do not depend on its place among others there.
+
     forked: whether this is a child of fork(), where every call runs on one thread.
 
     >>> import lstmcore
@@ -697,7 +700,10 @@ def info():
 
     blas = sorted({f"{pool['internal_api']} {pool['version']} ({pool.get('architecture', '?')})"
                    for pool in threadpool_info() if pool["user_api"] == "blas"})
+    blas = ", ".join(blas) or "unknown"
+    if not _products.blas_fits():
+        blas += "; not used: a row's bits depend on its place"
     return {"version": __version__, "isa": _kernels.isa(),
-            "available_isas": _kernels.available_isas(), "blas": ", ".join(blas) or "unknown",
+            "available_isas": _kernels.available_isas(), "blas": blas,
             "n_threads": get_num_threads(), "compiler": _kernels.compiler(),
             "openmp": _kernels.has_openmp(), "forked": _kernels.is_forked()}

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from problems import backward, forward, in_float64, lstm_problem, rnn_problem
 
-from lstmcore import _kernels, functional, reference
+from lstmcore import _kernels, _products, functional, reference
+from lstmcore.dense import linear_backward, linear_forward
 
 # (T, B, I, H): what the shape is there for
 SHAPES = {
@@ -182,6 +183,44 @@ def test_blas_shim_is_a_row_major_product(trans_a, trans_b, dtype, close):
     want = 2.5 * np.dot(a.T if trans_a else a, b.T if trans_b else b) - 0.5 * c
     _blas.matrix_product(2.5, a, trans_a, b, trans_b, -0.5, c)
     close(c, want, "kernel")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("inputs, outputs",
+                         [(9, 1), (40, 12), (257, 70), (64, 256), (33, 265), (700, 513)])
+def test_a_row_has_the_same_bits_at_every_place(inputs, outputs, dtype, plan):
+    rng = np.random.default_rng(inputs)
+    W = rng.standard_normal((outputs, inputs)).astype(dtype)
+    for width, product in (inputs, lambda x: linear_forward(x, W)), \
+            (outputs, lambda dy: linear_backward(np.empty((len(dy), inputs), dtype), W, dy)[0]):
+        rows = rng.standard_normal((3, width)).astype(dtype)[np.arange(76) % 3]
+        rows[1::3] = rng.standard_normal((25, width))
+        got = product(rows)
+        assert (got[::3] == product(rows[:1])).all() and (got[2::3] == got[2]).all()
+
+
+def test_a_blas_is_used_where_its_rows_are_alike(monkeypatch):
+    from lstmcore import _blas
+
+    def by_place(alpha, a, trans_a, b, trans_b, beta, c):
+        b = b.T if trans_b else b
+        c[:12] += a[:12] @ b
+        c[12:] += a[12:, ::-1] @ b[::-1]
+
+    x, W = np.ones((5, 3)), np.ones((2, 3))
+    monkeypatch.setattr(_kernels, "plan", "blas")
+    monkeypatch.setattr(_products, "_fit", {})
+    linear_forward(x, W)
+    fit = dict(_products._fit)
+    assert list(fit) == ["float64"]
+    monkeypatch.setattr(_blas, "matrix_product", by_place)
+    _products._fit.clear()
+    weights = np.ones((8, 3)), np.ones((8, 2))
+    functional.lstm_forward(np.ones((1, 5, 3)), *weights)
+    assert _products._fit == {"float64": False} and _kernels.last_plan[0] == "tiles"
+    _products._fit.update(fit)
+    functional.lstm_forward(np.ones((1, 5, 3)), *weights)
+    assert _kernels.last_plan[0] == ("blas" if fit["float64"] else "tiles")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
