@@ -283,13 +283,13 @@ cdef void add_up_gradients(Backward *f, const Part *share) noexcept nogil:
 
 # ---- entry point -------------------------------------------------------------------------------------
 
-def run(cell, weights, batch, tape, upstream, g, *, n_threads):
+def run(cell, weights, batch, tape, upstream, g, *, n_threads, dtable=None):
     """Fills the gradients g from a tape (y, gates, c), whose gates become da.
 
     See fill_problem for weights and batch. upstream: dy and dy_last (B, K), dy of each row's last step
     plus dh_n, or None if there is no dh_n. g: dx, dW_ih, dW_hh, db, dpeepholes, dh0, dc0, dW_hr, of
-    which dh0 and dc0 hold dh_n and dc_n on entry. For token ids g.dx is None, and g.dtable (V, G), zero
-    on entry, takes the place of dW_ih.
+    which dh0 and dc0 hold dh_n and dc_n on entry. For token ids g.dx is None, and dtable (V, G), zero on
+    entry, takes the place of g.dW_ih.
     """
     cdef Backward f
     cdef Engine e
@@ -298,7 +298,7 @@ def run(cell, weights, batch, tape, upstream, g, *, n_threads):
     f.p.plan.lay_out, f.p.plan.work, f.p.plan.n_threads = lay_out, backward, n_threads
     f.apart = f.p.projected or not f.p.plan.e.by.in_step
     f.dy, f.dy_last, f.dx = address(upstream.dy), address(upstream.dy_last), address(g.dx)
-    f.dtable, f.dW_ih, f.dW_hh = address(g.dtable), address(g.dW_ih), address(g.dW_hh)
+    f.dtable, f.dW_ih, f.dW_hh = address(dtable), address(g.dW_ih), address(g.dW_hh)
     f.dW_hr, f.db, f.dpeepholes = address(g.dW_hr), address(g.db), address(g.dpeepholes)
     f.dh0, f.dc0 = address(g.dh0), address(g.dc0)
     f.ih = operand(e.k, 1, None if g.dx is None else weights.W_ih, True)

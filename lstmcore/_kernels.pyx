@@ -132,6 +132,14 @@ def fits(a, shape, bint is_double):
     return True
 
 
+def all_fit(pairs, bint is_double):
+    """Whether every one of the (name, array, shape) fits, as above."""
+    for _, a, shape in pairs:
+        if not fits(a, shape, is_double):
+            return False
+    return True
+
+
 def shares_memory(a, b):
     """Whether two contiguous arrays have memory in common."""
     return overlap(a, b)

@@ -5,6 +5,7 @@ nothing is cast, no argument is written to, and no result aliases an argument. W
 later one (a tape, packed weights, a step) remembers what it was made of, and is compared with it.
 """
 
+import functools
 import threading
 from collections import namedtuple
 
@@ -25,7 +26,6 @@ Weights = namedtuple("Weights", "W_ih W_hh b peepholes W_hr format")
 Batch = namedtuple("Batch", "x h0 c0 order lengths reverse table")
 Room = namedtuple("Room", "y h_n c_n gates c")
 Upstream = namedtuple("Upstream", "dy dy_last")
-Room_for_gradients = namedtuple("Room_for_gradients", (*Gradients._fields, "dtable"))
 
 
 # ---- token ids ---------------------------------------------------------------------------------------
@@ -88,38 +88,46 @@ def _projected(rows, b):
 
 # ---- checks ------------------------------------------------------------------------------------------
 
-def _letters(cell):
-    """How the error messages write the rows of the weights: 4H, or H for one gate."""
-    return "H" if cell.gates == 1 else f"{cell.gates}H"
+# How the error messages write the shapes of a cell's arrays.
+Letters = namedtuple("Letters", "W_ih W_hh b h table")
+
+
+@functools.cache
+def _letters(gates, projected):
+    G, P = "H" if gates == 1 else f"{gates}H", "P" if projected else "H"
+    return Letters(f"({G}, I)", f"({G}, {P})", f"({G},)", f"(B, {P})", f"(V, {G})")
 
 
 def _sizes(cell, x, W_ih, W_hh, W_hr=None):
-    """The sizes and the dtype that x, W_ih, W_hh and W_hr are of, not yet compared; x is TokenIds if it
-    holds token ids."""
-    table = W_ih.rows if isinstance(W_ih, TokenTable) else None
-    first = W_ih if table is None else table
-    ids = isinstance(x, TokenIds)
-    for name, value, ndim in (("x", x, 0), ("W_ih", first, 2), ("W_hh", W_hh, 2)):
-        if not isinstance(value, np.ndarray) and not (ids and name == "x"):
-            raise TypeError(f"{name} must be a NumPy array, got {type(value).__module__}."
-                            f"{type(value).__qualname__}")
-        if ndim and value.ndim != ndim:
-            raise ValueError(f"{name} must be a matrix, got shape {value.shape}")
+    """The sizes and the dtype that x, W_ih, W_hh and W_hr are of, not yet compared.
+
+    Also x: `TokenIds`, if it holds token ids.
+    """
+    is_table = type(W_ih) is TokenTable
+    first = W_ih.rows if is_table else W_ih
+    ids = type(x) is TokenIds
+    if not (ids or isinstance(x, np.ndarray)):
+        _refuse("x", x)
+    if not isinstance(first, np.ndarray) or first.ndim != 2:
+        _refuse("W_ih", first)
+    if not isinstance(W_hh, np.ndarray) or W_hh.ndim != 2:
+        _refuse("W_hh", W_hh)
     ids = ids or x.dtype.kind in "iu"
     dtype = W_hh.dtype if ids else x.dtype
-    if dtype != F32 and dtype != F64:
+    if dtype is not F32 and dtype is not F64 and dtype != F32 and dtype != F64:
         raise TypeError(f"{'W_hh' if ids else 'x'} must be float32 or float64, got {dtype}")
-    if len(x.shape) != (2 if ids else 3):
+    shape, (rows, K) = x.shape, W_hh.shape
+    if len(shape) != (2 if ids else 3):
         raise ValueError(f"x must be {'(T, B) of token ids' if ids else '(T, B, I)'}, got shape "
-                         f"{x.shape}")
-    if W_hh.shape[0] % cell.gates or 0 in W_hh.shape:
-        raise ValueError(f"W_hh must be ({_letters(cell)}, H), got {W_hh.shape}")
-    T, B = x.shape[:2]
-    I, H = first.shape[table is None] if ids else x.shape[2], W_hh.shape[0] // cell.gates
-    if table is not None and not ids:
+                         f"{shape}")
+    if rows % cell.gates or not rows or not K:
+        letters = _letters(cell.gates, False).W_hh
+        raise ValueError(f"W_hh must be {letters}, got {W_hh.shape}")
+    if is_table and not ids:
         raise TypeError(f"a table of tokens needs x to be token ids, got {x.dtype}")
+    I, H = first.shape[not is_table] if ids else shape[2], rows // cell.gates
     if I == 0:
-        raise ValueError(f"x must have I >= 1 inputs, got x {x.shape} and W_ih {first.shape}")
+        raise ValueError(f"x must have I >= 1 inputs, got x {shape} and W_ih {first.shape}")
     if W_hr is None:
         K = H
     elif isinstance(W_hr, np.ndarray) and W_hr.ndim == 2 and W_hr.shape[1] == H and W_hr.shape[0]:
@@ -127,38 +135,49 @@ def _sizes(cell, x, W_ih, W_hh, W_hr=None):
     else:
         raise ValueError(f"W_hr must be a (P, H) = (P, {H}) array, got "
                          f"{getattr(W_hr, 'shape', type(W_hr).__qualname__)}")
-    if ids and not isinstance(x, TokenIds):
+    if ids and type(x) is not TokenIds:
         x = TokenIds(x, I)
     elif ids and x.size != I:
         raise ValueError(f"token ids must be of I = {I} tokens, got of {x.size}")
-    return x, Sizes(T, B, I, H, K, F64 if dtype == F64 else F32)
+    return x, Sizes(shape[0], shape[1], I, H, K, F64 if dtype == F64 else F32)
+
+
+def _refuse(name, value):
+    """Say why this is no matrix."""
+    if isinstance(value, np.ndarray):
+        raise ValueError(f"{name} must be a matrix, got shape {value.shape}")
+    raise TypeError(f"{name} must be a NumPy array, got {type(value).__module__}."
+                    f"{type(value).__qualname__}")
 
 
 def _x(x, sizes):
-    return x if isinstance(x, TokenIds) else checks.array(x, "x", "(T, B, I)", sizes[:3], sizes.dtype)
+    return x if type(x) is TokenIds else checks.array(x, "x", "(T, B, I)", sizes[:3], sizes[5])
 
 
 def _weights(cell, sizes, W_ih, W_hh, b=None, peepholes=None, W_hr=None, looked_up=False):
     """The weights, found to be of these sizes. Those of tokens are only looked up: they stay strided."""
-    I, H, K, dtype = sizes[2:]
-    G, rows = _letters(cell), cell.gates * H
-    P = "H" if W_hr is None else "P"
-    if isinstance(W_ih, TokenTable):
-        W_ih = TokenTable(checks.array(W_ih.rows, "rows of the table", f"(V, {G})", (I, rows), dtype))
+    _, _, I, H, K, dtype = sizes
+    rows, letters = cell.gates * H, _letters(cell.gates, W_hr is not None)
+    array = checks.array
+    if type(W_ih) is TokenTable:
+        W_ih = TokenTable(array(W_ih.rows, "rows of the table", letters.table, (I, rows), dtype))
     elif not (looked_up and checks.unmasked("W_ih", W_ih).shape == (rows, I) and W_ih.dtype == dtype):
-        W_ih = checks.array(W_ih, "W_ih", f"({G}, I)", (rows, I), dtype)
-    return Weights(W_ih, checks.array(W_hh, "W_hh", f"({G}, {P})", (rows, K), dtype),
-                   checks.optional(b, "b", f"({G},)", (rows,), dtype),
-                   checks.optional(peepholes, "peepholes", "(3, H)", (3, H), dtype),
-                   checks.optional(W_hr, "W_hr", "(P, H)", (K, H), dtype),
-                   dtype.name)
+        W_ih = array(W_ih, "W_ih", letters.W_ih, (rows, I), dtype)
+    return Weights(
+        W_ih, array(W_hh, "W_hh", letters.W_hh, (rows, K), dtype),
+        None if b is None else array(b, "b", letters.b, (rows,), dtype),
+        None if peepholes is None else array(peepholes, "peepholes", "(3, H)", (3, H), dtype),
+        None if W_hr is None else array(W_hr, "W_hr", "(P, H)", (K, H), dtype),
+        "float64" if dtype is F64 else "float32")
 
 
 def _states(cell, sizes, h, c, names, projected):
     """h (B, K) and c (B, H), or None each; a cell without c takes none."""
-    B, H, K = sizes.B, sizes.H, sizes.K
-    h = checks.optional(h, names[0], "(B, P)" if projected else "(B, H)", (B, K), sizes.dtype)
-    return h, checks.optional(c, names[1], "(B, H)", (B, H), sizes.dtype) if cell.has_c else None
+    if h is not None:
+        h = checks.array(h, names[0], _letters(cell.gates, projected).h, (sizes.B, sizes.K), sizes.dtype)
+    if c is not None:
+        c = checks.array(c, names[1], "(B, H)", (sizes.B, sizes.H), sizes.dtype)
+    return h, c
 
 
 def _order(lengths, T, B):
@@ -172,8 +191,10 @@ def _order(lengths, T, B):
 
 def _threads(n_threads, tokens, G, width):
     """Threads for a call: one, if the work is too small to share."""
-    n = get_num_threads() if n_threads is None else resolve(n_threads)
-    return n if n == 1 or tokens * G * width > _SERIAL_WORK else 1
+    n = None if n_threads is None else resolve(n_threads)
+    if tokens * G * width <= _SERIAL_WORK:
+        return 1
+    return get_num_threads() if n is None else n
 
 
 # ---- tapes -------------------------------------------------------------------------------------------
@@ -181,28 +202,39 @@ def _threads(n_threads, tokens, G, width):
 class _Tape:
     """What the forward pass keeps for the backward pass, and the sizes that all of it had then."""
 
-    __slots__ = ("cell", "sizes", "weights", "batch", "y")
+    # tokens: steps that were computed, T·B or the sum of the lengths
+    __slots__ = ("cell", "sizes", "weights", "batch", "tokens", "y")
 
-    def __init__(self, cell, sizes, weights, batch, y):
-        self.cell, self.sizes, self.weights, self.batch, self.y = cell, sizes, weights, batch, y
+    def __init__(self, cell, sizes, weights, batch, tokens, y):
+        self.cell, self.sizes, self.weights, self.batch = cell, sizes, weights, batch
+        self.tokens, self.y = tokens, y
 
     x = property(lambda self: self.batch.x)
     lengths = property(lambda self: self.batch.lengths)
 
-    @property
-    def tokens(self):
-        """Steps that were computed: T·B, or the sum of the lengths."""
-        return self.sizes.T * self.sizes.B if self.lengths is None else int(self.lengths.sum())
-
     def check(self):
-        """An error unless every array is still what it was: they are the caller's, and y is."""
-        cell, sizes, batch = self.cell, self.sizes, self.batch
-        T, B, _, _, K, dtype = sizes
-        projected = self.weights.W_hr is not None
-        _weights(cell, sizes, *self.weights[:5], looked_up=isinstance(batch.x, TokenIds))
-        _x(batch.x, sizes)
-        _states(cell, sizes, batch.h0, batch.c0, ("h0", "c0"), projected)
-        checks.array(self.y, "y", "(T, B, P)" if projected else "(T, B, H)", (T, B, K), dtype)
+        """An error unless every array is still what it was: most are the caller's."""
+        T, B, I, H, K, dtype = self.sizes
+        rows, is_double = self.cell.gates * H, dtype is F64
+        W_ih, W_hh, _, peepholes, W_hr, _ = self.weights
+        x, h0, c0 = self.batch[:3]
+        kept = [("y", self.y, (T, B, K)), ("W_hh", W_hh, (rows, K)), *self._kept()]
+        if type(x) is not TokenIds:         # of token ids neither is read again
+            kept += ("x", x, (T, B, I)), ("W_ih", W_ih, (rows, I))
+        if h0 is not None:
+            kept.append(("h0", h0, (B, K)))
+        if c0 is not None:
+            kept.append(("c0", c0, (B, H)))
+        if peepholes is not None:
+            kept.append(("peepholes", peepholes, (3, H)))
+        if W_hr is not None:
+            kept.append(("W_hr", W_hr, (K, H)))
+        if not _kernels.all_fit(kept, is_double):
+            for name, a, shape in kept:
+                checks.array(a, f"{name} of the tape", "as in the forward pass", shape, dtype)
+
+    def _kept(self):
+        return ()
 
 
 class Tape(_Tape):
@@ -215,9 +247,9 @@ class Tape(_Tape):
 
     __slots__ = ("raw_gates", "raw_c", "_turn")
 
-    def __init__(self, cell, sizes, weights, batch, y, raw_gates, raw_c):
-        super().__init__(cell, sizes, weights, batch, y)
-        self.raw_gates, self.raw_c = raw_gates, raw_c
+    def __init__(self, cell, sizes, weights, batch, tokens, y, raw_gates, raw_c):
+        self.cell, self.sizes, self.weights, self.batch = cell, sizes, weights, batch
+        self.tokens, self.y, self.raw_gates, self.raw_c = tokens, y, raw_gates, raw_c
         self._turn = [True]        # popping it is one step, for threads that race for the tape too
 
     @property
@@ -239,9 +271,12 @@ class Tape(_Tape):
         if not self._turn:
             self._refuse()
         super().check()
-        H, dtype, N = self.sizes.H, self.sizes.dtype, self.tokens
-        checks.out("raw_gates", self.raw_gates, (N, self.cell.gates * H), dtype, self.y, self.raw_c)
-        checks.array(self.raw_c, "raw_c", "(tokens, H)", (N, H), dtype)
+        if not self.raw_gates.flags.writeable:
+            raise ValueError("raw_gates of the tape must be writable: they become their gradients")
+
+    def _kept(self):
+        N, H = self.tokens, self.sizes.H
+        return (("raw_gates", self.raw_gates, (N, self.cell.gates * H)), ("raw_c", self.raw_c, (N, H)))
 
     def take(self):
         """The tape is used now; an error if it was before."""
@@ -252,8 +287,8 @@ class Tape(_Tape):
 
     def again(self):
         """This tape with gates of its own, to be used one time more."""
-        return Tape(self.cell, self.sizes, self.weights, self.batch, self.y, self.raw_gates.copy(),
-                    self.raw_c)
+        return Tape(self.cell, self.sizes, self.weights, self.batch, self.tokens, self.y,
+                    self.raw_gates.copy(), self.raw_c)
 
     def _refuse(self):
         raise ValueError("this tape was used by an earlier backward pass, which overwrote its "
@@ -283,15 +318,21 @@ def tape_from(*, x, W_ih, W_hh, peepholes=None, W_hr=None, h0=None, c0=None, len
               reverse=False, y, raw_gates, raw_c):
     """A tape from the arrays of an earlier one, for those who must store it as plain arrays.
 
-    raw_gates (tokens, 4H) is written to by `lstm_backward`.
+    raw_gates (tokens, 4H) is written to by `lstm_backward`, so it shares no memory with the others.
     """
     cell = cell_row("lstm")
     x, sizes = _sizes(cell, x, W_ih, W_hh, W_hr)
     weights = _weights(cell, sizes, W_ih, W_hh, None, peepholes, W_hr, isinstance(x, TokenIds))
     h0, c0 = _states(cell, sizes, h0, c0, ("h0", "c0"), W_hr is not None)
-    batch = Batch(_x(x, sizes), h0, c0, *_order(lengths, sizes.T, sizes.B), bool(reverse), None)
-    tape = Tape(cell, sizes, weights, batch, y, raw_gates, raw_c)
+    order, lengths = _order(lengths, sizes.T, sizes.B)
+    batch = Batch(_x(x, sizes), h0, c0, order, lengths, bool(reverse), None)
+    tokens = sizes.T * sizes.B if order is None else int(lengths.sum())
+    tape = Tape(cell, sizes, weights, batch, tokens, y, raw_gates, raw_c)
+    for name, a in ("y", y), ("raw_gates", raw_gates), ("raw_c", raw_c):
+        checks.floats(name, a, sizes.dtype)
     tape.check()
+    for name, a, shape in tape._kept()[:1]:
+        checks.out(name, a, shape, sizes.dtype, y, raw_c, x, *weights[1:5], h0, c0)
     return tape
 
 
@@ -329,39 +370,39 @@ def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, l
         for final, initial in (h_n, h0), (c_n, c0):
             if final is not None:
                 final[...] = 0 if initial is None else initial
-    return y, h_n, c_n, (cell, sizes, weights._replace(b=None), batch, y), (gates, c)
+    return y, h_n, c_n, (cell, sizes, weights, batch, tokens, y), (gates, c)
 
 
 def _run_backward(tape, dy, dh_n, dc_n, n_threads, gates=None, c=None):
-    """What the backward passes of all cells have in common: a `Room_for_gradients`, filled."""
+    """What the backward passes of all cells have in common: `Gradients`."""
     cell, sizes, weights, batch, y = tape.cell, tape.sizes, tape.weights, tape.batch, tape.y
     T, B, I, H, K, dtype = sizes
     looked_up = isinstance(batch.x, TokenIds)
     tokens, G = tape.tokens, cell.gates * H
     ragged = batch.order is not None
-    dx = None if looked_up else (np.zeros if ragged else empty)((T, B, I), dtype)
-    dtable = None
+    dx = dW_ih = dtable = None
     if looked_up:
         dtable = empty((I, G), dtype)
         dtable.fill(0)
-    g = Room_for_gradients(
-        dx, None if looked_up else empty((G, I), dtype), empty((G, K), dtype), np.empty(G, dtype),
+        dW_ih = dtable if type(weights.W_ih) is TokenTable else dtable.T
+    else:
+        dx, dW_ih = (np.zeros if ragged else empty)((T, B, I), dtype), empty((G, I), dtype)
+    g = Gradients(
+        dx, dW_ih, empty((G, K), dtype), np.empty(G, dtype),
         None if weights.peepholes is None else np.empty((3, H), dtype),
         np.zeros((B, K), dtype) if dh_n is None else dh_n.copy(),
         None if not cell.has_c else np.zeros((B, H), dtype) if dc_n is None else dc_n.copy(),
-        None if weights.W_hr is None else np.empty((K, H), dtype), dtable)
+        None if weights.W_hr is None else np.empty((K, H), dtype))
     if tokens:
         if looked_up:
             batch = batch._replace(x=batch.x.array)
         _backward.run(cell, weights, batch, Room(y, None, None, gates, c),
-                      Upstream(dy, _last_dy(batch, dy, dh_n)), g,
+                      Upstream(dy, _last_dy(batch, dy, dh_n)), g, dtable=dtable,
                       n_threads=_threads(n_threads, tokens, G, K if looked_up else I + K))
     else:
         for d in g.dW_ih, g.dW_hh, g.db, g.dpeepholes, g.dW_hr:
             if d is not None:
                 d[...] = 0
-    if looked_up:
-        g = g._replace(dW_ih=dtable if isinstance(weights.W_ih, TokenTable) else dtable.T)
     return g
 
 
@@ -381,9 +422,9 @@ def _last_dy(batch, dy, dh_n):
 def _checked_upstream(tape, dy, dh_n, dc_n):
     """The gradients that come from above, found to fit the tape, which is still what it was."""
     tape.check()
-    sizes, P = tape.sizes, "H" if tape.weights.W_hr is None else "P"
-    dy = checks.array(dy, "dy", f"(T, B, {P})", (sizes.T, sizes.B, sizes.K), sizes.dtype)
-    return dy, *_states(tape.cell, sizes, dh_n, dc_n, ("dh_n", "dc_n"), P == "P")
+    (T, B, _, _, K, dtype), projected = tape.sizes, tape.weights.W_hr is not None
+    dy = checks.array(dy, "dy", "(T, B, P)" if projected else "(T, B, H)", (T, B, K), dtype)
+    return dy, *_states(tape.cell, tape.sizes, dh_n, dc_n, ("dh_n", "dc_n"), projected)
 
 
 # ---- LSTM --------------------------------------------------------------------------------------------
@@ -471,10 +512,10 @@ def lstm_backward(tape, dy, dh_n=None, dc_n=None, *, n_threads=None):
     if not isinstance(tape, Tape):
         raise TypeError(f"tape must be one of lstm_forward, got {type(tape).__qualname__}")
     dy, dh_n, dc_n = _checked_upstream(tape, dy, dh_n, dc_n)
-    n_threads = resolve(n_threads)
+    if n_threads is not None:
+        resolve(n_threads)
     tape.take()
-    g = _run_backward(tape, dy, dh_n, dc_n, n_threads, tape.raw_gates, tape.raw_c)
-    return Gradients(*g[:len(Gradients._fields)])
+    return _run_backward(tape, dy, dh_n, dc_n, n_threads, tape.raw_gates, tape.raw_c)
 
 
 # ---- vanilla RNN -------------------------------------------------------------------------------------

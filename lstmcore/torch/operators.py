@@ -261,8 +261,7 @@ def _eager_gradients(ctx, _, dy, dh_n, dc_n):
     """From the tape, which is spent unless autograd keeps the graph."""
     tape = ctx.tape
     if torch._C._autograd._get_current_graph_task_keep_graph():
-        tape = copy.copy(tape)
-        tape.raw_gates = tape.raw_gates.copy()
+        tape = tape.again()
     else:
         ctx.tape = None
     dx, dW_ih, dW_hh, db, dh0, dc0, dpeepholes, dW_hr = _run_backward(
