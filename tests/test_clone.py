@@ -6,7 +6,6 @@ import subprocess
 import sys
 import zipfile
 from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 
 import pytest
 
