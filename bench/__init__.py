@@ -5,6 +5,7 @@
     python -m bench.roofline           what this machine can do: FMA peak, bandwidths, barriers
     python -m bench.compare            lstmcore against torch, ONNX Runtime, OpenVINO and JAX
     python -m bench.gate BASE HEAD     is HEAD slower than BASE? Exit code 1 says yes
+    python -m bench.bits BASE HEAD     do they compute the same bits? Exit code 1 says no
 
 Every module's docstring says what its numbers mean. Nothing here is part of the installed package.
 """

@@ -180,7 +180,8 @@ class Arena:
 
     def import_seconds(self, library, times=5):
         """The median time of importing the library after NumPy, or None."""
-        code = (f"import numpy, time; begin = time.perf_counter(); {PEERS[library].load}; "
+        code = ("import sys; sys.path.append(sys.path.pop(0)); "  # the tree last, as in workers
+                f"import numpy, time; begin = time.perf_counter(); {PEERS[library].load}; "
                 "print(time.perf_counter() - begin)")
         taken = []
         for _ in range(times):

@@ -14,11 +14,8 @@ Exit code 2: something did not build or gave wrong results. Timings never travel
 """
 
 import argparse
-import io
 import statistics
-import subprocess
 import sys
-import tarfile
 import tempfile
 from collections import namedtuple
 from contextlib import ExitStack
@@ -26,45 +23,14 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.builds import build
 from bench.cases import CASES, TOLERANCE, expected, make_data
 from bench.report import table
-from bench.worker import ROOT, Failure, Worker
+from bench.worker import Failure, Worker
 
 GATED = ("char-rnn", "char-512", "small", "seq-b1", "tiny", "ragged")
 TURN = 0.2  # s
 Verdict = namedtuple("Verdict", "name ratio noise milliseconds")
-
-
-def export(revision, folder):
-    """The files of a revision, or of the working tree, in `folder`."""
-    git = ["git", "-C", str(ROOT)]
-    if revision:
-        archive = subprocess.run([*git, "archive", revision], check=True, capture_output=True)
-        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
-            files.extractall(folder, filter="data")
-        return
-    listed = subprocess.run([*git, "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-                            check=True, capture_output=True, text=True).stdout
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes((ROOT / name).read_bytes())
-
-
-def build(revision, folder):
-    """Build and install one revision into folder/installed and return that."""
-    source, installed = folder / "source", folder / "installed"
-    source.mkdir(parents=True)
-    try:
-        export(revision, source)
-        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps",
-                        "--no-build-isolation", "--target", str(installed), str(source)],
-                       check=True, capture_output=True)
-    except subprocess.CalledProcessError as error:
-        output = (error.stderr or error.stdout or b"")
-        output = output.decode(errors="replace") if isinstance(output, bytes) else output
-        raise Failure(f"{revision or 'the working tree'} does not build:\n{output.strip()}")
-    return installed
 
 
 def judge(workers, name, job, rounds, folder):

@@ -21,6 +21,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+# The tree comes last: an lstmcore that is installed is found before the tree's.
+SERVE = ("import sys; sys.path.append(sys.argv[1]); from bench.worker import serve; "
+         "serve(sys.argv[2], int(sys.argv[3]))")
 WARM_UP = 0.05  # s after other processes have run: caches, clocks and thread pools come back
 
 
@@ -34,11 +37,11 @@ class Worker:
     def __init__(self, library, threads, python=sys.executable, path=(), patience=120):
         """`path` comes first on the process's sys.path; `patience` is in seconds per command."""
         self.library, self.patience, self._process = library, patience, None
-        self._command = [python, "-m", "bench.worker", library, str(threads)]
+        self._command = [python, "-c", SERVE, str(ROOT), library, str(threads)]
         limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS",
                                 "LSTMCORE_NUM_THREADS"), str(threads))
-        paths = os.pathsep.join(map(str, [*path, ROOT]))
-        self._environment = {**os.environ, **limits, "PYTHONPATH": paths}
+        self._environment = {**os.environ, **limits,
+                             "PYTHONPATH": os.pathsep.join(map(str, path))}
 
     def __enter__(self):
         return self
@@ -245,7 +248,3 @@ def serve(library, threads):
         except Exception as error:  # a peer may raise anything; the table says what it was
             answer = {"failed": f"{type(error).__name__}: {_one_line(error)}"}
         print(json.dumps(answer), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]))

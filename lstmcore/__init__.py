@@ -2,11 +2,16 @@
 
 import importlib
 import importlib.util
+import os
+
+__version__ = "0.1.0"
+
+if os.path.exists(os.path.join(os.path.dirname(__path__[0]), "csrc", "lstm.h")):
+    from lstmcore import _source_tree
+    _source_tree.settle(__path__, __version__)
 
 # Not lazy: importing the module `threads` later would put it in place of the context manager.
 from lstmcore.threads import get_num_threads, set_num_threads, threads
-
-__version__ = "0.1.0"
 
 _HOME = {  # module: the public names that live there
     "functional": "lstm_forward lstm_backward rnn_forward rnn_backward info",
