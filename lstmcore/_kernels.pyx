@@ -25,7 +25,7 @@ import os
 
 import numpy as np
 
-from lstmcore.threads import look_for_blas, one_blas_thread
+from lstmcore.threads import cpus, look_for_blas, one_blas_thread
 
 cdef extern from *:
     """
@@ -128,6 +128,7 @@ cdef extern from "team.h" nogil:
     long team_regions()
     int team_has_openmp()
     int team_forked()
+    void team_set_cpus(int n)
 
 
 # ---- the machine -----------------------------------------------------------------------------------
@@ -180,6 +181,11 @@ def has_openmp():
 
 def is_forked():
     return bool(team_forked())
+
+
+def share_cpus(int n):
+    """Calls that run at once divide n CPUs among them; 0: each gets the threads that it asks for."""
+    team_set_cpus(n)
 
 
 def regions():
@@ -573,3 +579,4 @@ def run_adam(p, g, m, v, double b1, double b2, double rate, double eps, double d
 
 use_isa(os.environ.get("LSTMCORE_ISA") or None)
 L2_BYTES = lstm_l2_bytes()
+share_cpus(cpus())
