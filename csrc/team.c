@@ -25,6 +25,7 @@
 #endif
 
 static int forked, cpus;
+static int running;  /* threads of all calls in flight */
 
 int team_forked(void) { return forked; }
 void team_set_cpus(int n) { cpus = n; }
@@ -36,66 +37,9 @@ __attribute__((constructor)) static void watch_forks(void) {
 }
 #endif
 
-/* ---- calls in flight --------------------------------------------------------------------------- */
+/* ---- the barrier ------------------------------------------------------------------------------- */
 
 #ifdef POSIX
-
-static struct {
-    pthread_mutex_t lock;
-    int calls, threads;      /* in flight */
-    int sharers;             /* by how many a call divides the CPUs: seen, rounded, in no hurry */
-    double seen[2];          /* decayed integrals of calls and calls² over time (ns) */
-    double since;            /* when calls last changed */
-} flight __attribute__((aligned(128))) = {.lock = PTHREAD_MUTEX_INITIALIZER, .sharers = 1};
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1e9 + t.tv_nsec;
-}
-
-/* One call more or less. The number of calls that a call sees beside it, itself included, is
-   Σ calls² / Σ calls: 1 for a lone caller however long its pauses, 1.05 for a long call beside short
-   ones that fill a fortieth of the time (whose peak would be 2), 1.8 for two callers that are at it
-   four fifths of the time (whose mean would be 1.6). */
-static void count(int calls, int threads) {
-    const double MEMORY = 50e6, PRIOR = 1e6;  /* ns; a lone call is what was never seen */
-    double time = now(), spent = time - flight.since, keep = MEMORY / (MEMORY + spent), sees;
-    flight.since = time;
-    flight.seen[0] = keep * (flight.seen[0] + spent * flight.calls);
-    flight.seen[1] = keep * (flight.seen[1] + spent * flight.calls * flight.calls);
-    sees = (flight.seen[1] + PRIOR) / (flight.seen[0] + PRIOR);
-    if (sees > flight.sharers + 0.6 || sees < flight.sharers - 0.6)
-        flight.sharers = (int)(sees + 0.5);
-    flight.calls += calls;
-    __atomic_store_n(&flight.threads, flight.threads + threads, __ATOMIC_RELAXED);
-}
-
-/* The team of a call that wants n threads. One size for as long as the load stays the same, or the
-   pools of libgomp would start and end threads at every call. */
-static int enter(int n) {
-    int most = n;
-    pthread_mutex_lock(&flight.lock);
-    count(1, 0);
-    if (cpus && flight.sharers > 1) most = cpus / flight.sharers;
-    if (cpus && flight.calls > 1) {
-        int idle = cpus - flight.threads, fair = cpus / flight.calls;
-        int room = idle > fair ? idle : fair;
-        if (most > room) most = room;
-    }
-    n = n < most ? n : most > 1 ? most : 1;
-    flight.threads += n;
-    pthread_mutex_unlock(&flight.lock);
-    return n;
-}
-
-static void leave(int n) {
-    pthread_mutex_lock(&flight.lock);
-    count(-1, -n);
-    pthread_mutex_unlock(&flight.lock);
-}
-
-/* ---- the barrier ------------------------------------------------------------------------------- */
 
 static inline void pause_cpu(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -138,7 +82,8 @@ void team_wait(team_barrier *barrier, int size) {
         if (__atomic_load_n(&barrier->asleep, __ATOMIC_SEQ_CST)) wake_all(&barrier->phase);
         return;
     }
-    int crowded = cpus && __atomic_load_n(&flight.threads, __ATOMIC_RELAXED) > cpus;
+    int threads = __atomic_load_n(&running, __ATOMIC_RELAXED);
+    int crowded = cpus && (threads > cpus || size > cpus);
     for (int spins = crowded ? SPINS_CROWDED : SPINS; spins; spins--) {
         if (__atomic_load_n(&barrier->phase, __ATOMIC_ACQUIRE) != phase) return;
         pause_cpu();
@@ -155,9 +100,66 @@ void team_wait(team_barrier *barrier, int size) { (void)barrier; (void)size; }
 
 #endif
 
-/* ---- the region -------------------------------------------------------------------------------- */
+/* ---- calls in flight --------------------------------------------------------------------------- */
 
 #ifdef THREADS
+
+static struct {
+    pthread_mutex_t lock;
+    int calls;               /* in flight */
+    int sharers;             /* by how many a call divides the CPUs: seen, rounded, in no hurry */
+    double seen[2];          /* decayed integrals of calls and calls² over time (ns) */
+    double since;            /* when calls last changed */
+} flight __attribute__((aligned(128))) = {.lock = PTHREAD_MUTEX_INITIALIZER, .sharers = 1};
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1e9 + t.tv_nsec;
+}
+
+/* One call more or less. The number of calls that a call sees beside it, itself included, is
+   Σ calls² / Σ calls: 1 for a lone caller however long its pauses, 1.05 for a long call beside short
+   ones that fill a fortieth of the time (whose peak would be 2), 1.8 for two callers that are at it
+   four fifths of the time (whose mean would be 1.6). */
+static void count(int calls) {
+    const double MEMORY = 50e6, PRIOR = 1e6;  /* ns; a lone call is what was never seen */
+    double time = now(), spent = time - flight.since, keep = MEMORY / (MEMORY + spent), sees;
+    flight.since = time;
+    flight.seen[0] = keep * (flight.seen[0] + spent * flight.calls);
+    flight.seen[1] = keep * (flight.seen[1] + spent * flight.calls * flight.calls);
+    sees = (flight.seen[1] + PRIOR) / (flight.seen[0] + PRIOR);
+    if (sees > flight.sharers + 0.6 || sees < flight.sharers - 0.6)
+        flight.sharers = (int)(sees + 0.5);
+    flight.calls += calls;
+}
+
+/* The team of a call that wants n threads. One size for as long as the load stays the same, or the
+   pools of libgomp would start and end threads at every call. */
+static int enter(int n) {
+    int most = n;
+    pthread_mutex_lock(&flight.lock);
+    count(1);
+    if (cpus && flight.sharers > 1) most = cpus / flight.sharers;
+    if (cpus && flight.calls > 1) {
+        int idle = cpus - running, fair = cpus / flight.calls;
+        int room = idle > fair ? idle : fair;
+        if (most > room) most = room;
+    }
+    if (n > most) n = most > 1 ? most : 1;
+    __atomic_add_fetch(&running, n, __ATOMIC_RELAXED);
+    pthread_mutex_unlock(&flight.lock);
+    return n;
+}
+
+static void leave(int n) {
+    pthread_mutex_lock(&flight.lock);
+    count(-1);
+    __atomic_sub_fetch(&running, n, __ATOMIC_RELAXED);
+    pthread_mutex_unlock(&flight.lock);
+}
+
+/* ---- the region -------------------------------------------------------------------------------- */
 
 static long regions;
 static size_t stack_bytes;                    /* of libgomp's threads; 0: the system's default */
@@ -205,6 +207,11 @@ static void *live(void *arg) {
     return NULL;
 }
 
+static void refuse(int n) {
+    pool.most = n;
+    pool.refused = now();
+}
+
 /* How many of n more threads to start: all if they can live at once, else half of those that can: the
    process needs something else than threads, too. */
 static int startable(int n) {
@@ -241,10 +248,7 @@ static int grow(int n) {
     if (pool.most && now() - pool.refused < RETRY && n > pool.most) n = pool.most;
     if (n <= size) return n;
     int more = startable(n - size);
-    if (more < n - size) {
-        pool.most = size + more;
-        pool.refused = now();
-    }
+    if (more < n - size) refuse(size + more);
     return size + more;
 }
 
@@ -258,7 +262,8 @@ static void open_region(int n, team_fn *fn, void *arg) {
 #pragma omp parallel num_threads(n)
     {
         int me = omp_get_thread_num(), team = omp_get_num_threads();
-        if (me == 0) {                        /* the thread that called */
+        if (me == 0) {                        /* the thread that called; by now the others exist */
+            if (team < n) refuse(team);       /* OMP_THREAD_LIMIT, OMP_DYNAMIC */
             if (team > 1) pool.size = team;
             if (outgrown) pthread_mutex_unlock(&growing);
         }
@@ -267,7 +272,7 @@ static void open_region(int n, team_fn *fn, void *arg) {
 }
 
 void team_run(int n, team_fn *fn, void *arg) {
-    if (forked) {
+    if (forked || omp_in_parallel()) {
         fn(arg, 0, 1);
         return;
     }
