@@ -17,8 +17,8 @@ void team_set_cpus(int n);
 typedef struct {
     int waiting;
     unsigned phase;
-    int asleep;
-    char line[116];  /* a pair of cache lines of its own */
+    int asleep, tired;
+    char line[112];  /* a pair of cache lines of its own */
 } team_barrier;
 void team_wait(team_barrier *barrier, int size);
 
