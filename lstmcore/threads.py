@@ -58,14 +58,12 @@ def _quotas(groups, mounts, root="/"):
     groups and mounts are the texts of /proc/self/cgroup and /proc/self/mountinfo; root is where the
     mount points are found.
     """
-    for mount in mounts.splitlines():
-        fields, _, system = mount.partition(" - ")
-        (top, point), (kind, _, options) = fields.split()[3:5], system.split()[:3]
-        controller = {"cgroup2": "", "cgroup": "cpu"}.get(kind)
-        if controller is None or controller not in ["", *options.split(",")]:
+    for top, point, kind, options in re.findall(r"^\S+ \S+ \S+ (\S+) (\S+) .*- (cgroup2?) \S* (\S+)$",
+                                                mounts, re.MULTILINE):
+        controller = "" if kind == "cgroup2" else "cpu"
+        if controller and controller not in options.split(","):
             continue
-        for group in groups.splitlines():
-            _, controllers, path = group.split(":", 2)
+        for controllers, path in re.findall(r"^\d+:([^:]*):(.*)$", groups, re.MULTILINE):
             if controller in controllers.split(","):
                 yield from _quotas_up(os.path.join(root, _plain(point)[1:]), _below(path, _plain(top)))
 
