@@ -1,8 +1,8 @@
 /* team.c: see team.h.
 
-   A region of libgomp keeps a pool for each calling thread, as large as its last team of two or more;
-   a larger team starts the missing threads, and where one cannot be started, libgomp ends the process.
-   So a team that outgrows its pool is tried out first with plain threads (startable). */
+   libgomp keeps a pool for each calling thread, as large as its last team of two or more; a larger
+   team starts the missing threads, and where one cannot be started, libgomp ends the process. So a
+   team that outgrows its pool is tried out first with plain threads (startable). */
 
 #include "team.h"
 
@@ -25,7 +25,6 @@
 #endif
 
 static int forked, cpus;
-static int running;  /* threads of all calls in flight */
 
 int team_forked(void) { return forked; }
 void team_set_cpus(int n) { cpus = n; }
@@ -40,6 +39,8 @@ __attribute__((constructor)) static void watch_forks(void) {
 /* ---- the barrier ------------------------------------------------------------------------------- */
 
 #ifdef POSIX
+
+static int running;  /* threads of all calls in flight */
 
 static inline void pause_cpu(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -66,11 +67,11 @@ static void wake_all(unsigned *word) {
 #endif
 }
 
-/* Spins, then sleeps. A spin is 25 to 50 ns, and to sleep and be woken costs 5 to 50 µs. Next to nothing is
-   spun where there are more threads than CPUs, one of which a spinning thread keeps from the others, nor
-   for some waits after spinning was in vain, since other programs may keep the CPUs, too. Two threads on
-   two CPUs with a busy process beside, ten times 100 phases of 60 µs: 48 ms; 79 ms with 1000 spins at
-   every wait, 59 with 100; and sched_yield() in place of sleep 177. */
+/* Spins, then sleeps. A spin is 25 to 50 ns, and to sleep and be woken costs 5 to 50 µs. Next to
+   nothing is spun where there are more threads than CPUs, one of which a spinning thread keeps from
+   the others, nor for some waits after spinning was in vain: other programs may keep the CPUs, too.
+   Two threads on two CPUs with a busy process beside, 100 phases of 60 µs: 48 ms; with 1000 spins at
+   every wait 79, with 100 59, and with sched_yield() in place of sleep 177. */
 void team_wait(team_barrier *barrier, int size) {
     enum { SPINS = 4000, FEW = 20, TIRED = 8 };
     unsigned phase = __atomic_load_n(&barrier->phase, __ATOMIC_ACQUIRE);
@@ -122,9 +123,9 @@ static double now(void) {
 }
 
 /* One call more or less. The number of calls that a call sees beside it, itself included, is
-   Σ calls² / Σ calls: 1 for a lone caller however long its pauses, 1.05 for a long call beside short
-   ones that fill a fortieth of the time (whose peak would be 2), 1.8 for two callers that are at it
-   four fifths of the time (whose mean would be 1.6). */
+   Σ calls² / Σ calls: 1 for a lone caller however long its pauses, 1.05 for a long call beside
+   short ones that fill a fortieth of the time (whose peak would be 2), 1.8 for two callers that are
+   at it four fifths of the time (whose mean would be 1.6). */
 static void count(int calls) {
     const double MEMORY = 50e6, PRIOR = 1e6;  /* ns; a lone call is what was never seen */
     double time = now(), spent = time - flight.since, keep = MEMORY / (MEMORY + spent), sees;
@@ -168,9 +169,9 @@ static long regions;
 static size_t stack_bytes;                    /* of libgomp's threads; 0: the system's default */
 static pthread_mutex_t growing = PTHREAD_MUTEX_INITIALIZER;
 static _Thread_local struct {
-    int size;                                 /* of this thread's pool, itself included; 0: none yet */
-    int most;                                 /* what could be started at the last refusal; 0: none */
-    double refused;                           /* when that was */
+    int size;         /* of this thread's pool, itself included; 0: none yet */
+    int most;         /* what could be started at the last refusal; 0: none */
+    double refused;   /* when that was */
 } pool;
 
 int team_has_openmp(void) { return 1; }
@@ -215,8 +216,8 @@ static void refuse(int n) {
     pool.refused = now();
 }
 
-/* How many of n more threads to start: all if they can live at once, else half of those that can: the
-   process needs something else than threads, too. */
+/* How many of n more threads to start: all if they can live at once, else half of those that can:
+   the process needs something else than threads, too. */
 static int startable(int n) {
     pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
     pthread_attr_t attributes;

@@ -1,8 +1,8 @@
 """How many threads a call uses, and holding BLAS to one while our own threads call it.
 
 The number is resolved as: argument > `threads` context > `set_num_threads` > LSTMCORE_NUM_THREADS >
-OMP_NUM_THREADS (where it is valid: what libgomp passes over, so do we) > the CPUs that affinity and the
-cgroups' quotas leave to this process.
+OMP_NUM_THREADS (where it is valid: what libgomp passes over, so do we) > the CPUs that affinity and
+the cgroups' quotas leave to this process.
 """
 
 import contextlib
@@ -53,19 +53,20 @@ def cpus():
 
 
 def _quotas(groups, mounts, root="/"):
-    """The quotas, in CPUs rounded up, of the cgroups of a process and of all above them that it sees.
+    """The quotas, in CPUs rounded up, of a process's cgroups and of those above that it sees.
 
     groups and mounts are the texts of /proc/self/cgroup and /proc/self/mountinfo; root is where the
     mount points are found.
     """
-    for top, point, kind, options in re.findall(r"^\S+ \S+ \S+ (\S+) (\S+) .*- (cgroup2?) \S* (\S+)$",
-                                                mounts, re.MULTILINE):
+    mount = re.compile(r"^\S+ \S+ \S+ (\S+) (\S+) .*- (cgroup2?) \S* (\S+)$", re.MULTILINE)
+    for top, point, kind, options in mount.findall(mounts):
         controller = "" if kind == "cgroup2" else "cpu"
         if controller and controller not in options.split(","):
             continue
         for controllers, path in re.findall(r"^\d+:([^:]*):(.*)$", groups, re.MULTILINE):
             if controller in controllers.split(","):
-                yield from _quotas_up(os.path.join(root, _plain(point)[1:]), _below(path, _plain(top)))
+                folder = os.path.join(root, _plain(point)[1:])
+                yield from _quotas_up(folder, _below(path, _plain(top)))
 
 
 def _plain(path):

@@ -19,9 +19,9 @@ from lstmcore import _kernels, functional
 from lstmcore.threads import one_blas_thread
 
 needs_openmp = pytest.mark.skipif(not _kernels.has_openmp(), reason="this build has one thread")
-needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's counters or limits of Linux")
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="counts or limits as Linux does")
 threads_module = sys.modules["lstmcore.threads"]  # the package's name `threads` is the context
-needs_two_cpus = pytest.mark.skipif(threads_module.cpus() < 2, reason="one CPU has nothing to share")
+needs_two_cpus = pytest.mark.skipif(threads_module.cpus() < 2, reason="one CPU is not shared")
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(),
                                 reason="this system has no fork")
 
@@ -95,7 +95,8 @@ def test_environment_sets_the_default(environment, want):
 
 
 @pytest.mark.parametrize("text, want", [     # libgomp 12, by its omp_get_max_threads()
-    ("4", 4), (" 4 ", 4), ("+4", 4), ("04", 4), ("4,2", 4), ("4 , 2", 4), ("5\n", 5), ("100000", 1024),
+    ("4", 4), (" 4 ", 4), ("+4", 4), ("04", 4), ("4,2", 4), ("4 , 2", 4), ("5\n", 5),
+    ("100000", 1024),
     ("", None), (" ", None), ("0", None), ("1.0", None), ("-3", None), ("auto", None), ("0x4", None),
     ("4 2", None), ("4,", None), (",4", None), ("4,0", None), ("4,x", None), ("٤", None), ("²", None),
     ("9" * 23, None), ("9" * 5000, None)], ids=lambda value: repr(value)[:12])
@@ -109,7 +110,7 @@ def test_omp_num_threads_counts_where_libgomp_counts_it(monkeypatch, text, want)
 @pytest.mark.parametrize("text", ["4,2", "1.0", "-3", "auto", "٤", "²"])
 def test_our_own_variable_is_an_integer_or_an_error(monkeypatch, text):
     monkeypatch.setenv("LSTMCORE_NUM_THREADS", text)
-    with pytest.raises(ValueError, match=f"LSTMCORE_NUM_THREADS must be an integer >= 1, got '{text}'"):
+    with pytest.raises(ValueError, match=f"_THREADS must be an integer >= 1, got '{text}'"):
         threads_module._from_environment()
 
 
@@ -125,10 +126,11 @@ V2 = "30 23 0:29 {top} {point} rw,relatime - cgroup2 none rw,nsdelegate\n"
 @pytest.mark.parametrize("groups, mounts, files, want", [
     # version 2: nested groups, of which the smallest counts; one and a half CPUs are two
     ("0::/a/b", V2.format(top="/", point="/cg"),
-     {"cg/a/cpu.max": "150000 100000", "cg/a/b/cpu.max": "max 100000", "cg/c/cpu.max": "10000 100000"}, [2]),
+     {"cg/a/cpu.max": "150000 100000", "cg/a/b/cpu.max": "max 100000",
+      "cg/c/cpu.max": "10000 100000"}, [2]),
     ("0::/a/b", V2.format(top="/", point="/cg"),
-     {"cg/cpu.max": "800000 100000", "cg/a/cpu.max": "50000 100000", "cg/a/b/cpu.max": "200000 100000\n"},
-     [8, 1, 2]),
+     {"cg/cpu.max": "800000 100000", "cg/a/cpu.max": "50000 100000",
+      "cg/a/b/cpu.max": "200000 100000\n"}, [8, 1, 2]),
     ("0::/", V2.format(top="/", point="/cg"), {"cg/cpu.max": "300000 100000"}, [3]),
     # a container whose own group is the mount, by either name, or lies outside of what it sees
     ("0::/docker/f00", V2.format(top="/docker/f00", point="/cg"), {"cg/cpu.max": "400000 100000"}, [4]),
@@ -362,7 +364,7 @@ def test_threads_beyond_the_cpus_do_not_burn_them():
 @needs_linux
 @needs_two_cpus
 def test_threads_sleep_while_another_has_no_cpu():
-    """Two threads that find one CPU, as beside a busy program: each of the 100 steps puts one to sleep
+    """Two threads that find one CPU, as beside a busy program: each of 100 steps puts one to sleep
     (a voluntary switch; a yield is none)."""
     code, said = python(COST.format(n=2, setting=ONE_CPU))
     assert code == 0, said

@@ -31,7 +31,7 @@ enum { MOST = 8, PHASES = 1000 };
 
 static struct {
     team_barrier barrier;
-    int size, late;             /* late: who sleeps in some phases, so that the others do, too; -1 none */
+    int size, late;             /* late: who lets the others wait in some phases; -1 nobody */
     long place[2][MOST];        /* by parity: a second barrier between would hide a lost phase */
 } meeting;
 
@@ -53,7 +53,8 @@ static void check_barrier(int size, int late) {
     pthread_t thread[MOST];
     memset(&meeting, 0, sizeof meeting);
     meeting.size = size, meeting.late = late;
-    for (long k = 1; k < size; k++) CHECK(!pthread_create(&thread[k], NULL, meet_thread, (void *)k));
+    for (long k = 1; k < size; k++)
+        CHECK(!pthread_create(&thread[k], NULL, meet_thread, (void *)k));
     meet(0);
     for (int k = 1; k < size; k++) CHECK(!pthread_join(thread[k], NULL));
     CHECK(meeting.barrier.waiting == 0 && meeting.barrier.asleep == 0);
@@ -94,7 +95,7 @@ static int granted(int n, void (*inside)(void)) {
 
 #ifdef _OPENMP
 
-static int tried, alive, limit = 1 << 20;   /* of threads beside the first; above it the system refuses */
+static int tried, alive, limit = 1 << 20;   /* threads; above the limit the system refuses more */
 
 typedef struct {
     void *(*fn)(void *);
@@ -110,7 +111,8 @@ static void *count_and_run(void *arg) {
 }
 
 /* In place of the C library's, for team.c and libgomp alike; libgomp ends the process if it fails. */
-int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*fn)(void *), void *arg) {
+int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*fn)(void *),
+                   void *arg) {
     static int (*real)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
     if (!real) *(void **)&real = dlsym(RTLD_NEXT, "pthread_create");
     tried++;
@@ -171,7 +173,7 @@ static void check_refusals(void) {
     tried = 0;
     CHECK(granted(4, NULL) == 4 && granted(1, NULL) == 1 && granted(4, NULL) == 4 && tried == 0);
     limit = alive + 60;
-    CHECK(granted(1000, NULL) == 4 + 30);           /* 60 could live, half of them are left to others */
+    CHECK(granted(1000, NULL) == 4 + 30);           /* 60 could live, half are left to others */
     limit = 0, tried = 0;
     CHECK(granted(1000, NULL) == 34 && tried == 0); /* the refusal is remembered */
     CHECK(granted(2, NULL) == 2 && tried == 0);     /* this ends 32 threads of the pool, */
