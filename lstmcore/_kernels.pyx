@@ -12,10 +12,12 @@ import os
 
 import numpy as np
 
+from lstmcore.threads import cpus
+
 from lstmcore._lstm cimport (lstm_cell, lstm_cell_of, lstm_isa, lstm_kernels, lstm_kernels_for,
                              lstm_l2_bytes)
 from lstmcore._team cimport (team_barrier, team_fn, team_forked, team_has_openmp, team_regions,
-                             team_run, team_wait)
+                             team_run, team_set_cpus, team_wait)
 
 cdef extern from *:
     """
@@ -71,6 +73,11 @@ def has_openmp():
 
 def is_forked():
     return bool(team_forked())
+
+
+def share_cpus(int n):
+    """Calls that run at once divide n CPUs among them; 0: each gets the threads that it asks for."""
+    team_set_cpus(n)
 
 
 def regions():
@@ -165,3 +172,4 @@ def tanh(x):
 
 
 use_isa(os.environ.get("LSTMCORE_ISA") or None)
+share_cpus(cpus())

@@ -9,3 +9,4 @@ cdef extern from "team.h" nogil:
     long team_regions()
     int team_has_openmp()
     int team_forked()
+    void team_set_cpus(int n)

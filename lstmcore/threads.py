@@ -1,11 +1,13 @@
 """How many threads a call uses, and holding BLAS to one while our own threads call it.
 
 The number is resolved as: argument > `threads` context > `set_num_threads` > LSTMCORE_NUM_THREADS >
-OMP_NUM_THREADS > the CPUs that this process may run on.
+OMP_NUM_THREADS (where it is valid: what libgomp passes over, so do we) > the CPUs that affinity and
+the cgroups' quotas leave to this process.
 """
 
 import contextlib
 import os
+import re
 import threading
 
 MOST = 1024         # threads, more than any machine has use for
@@ -22,16 +24,81 @@ def _positive(n, name):
     return n.__index__()
 
 
+def _number(text):
+    """The integer >= 0 that a text says, of any length, as a float; None if it says something else."""
+    text = text.strip().removeprefix("+")
+    return float(text) if text.isascii() and text.isdigit() else None
+
+
 def _from_environment():
-    for name in ("LSTMCORE_NUM_THREADS", "OMP_NUM_THREADS"):
-        text = os.environ.get(name, "").split(",")[0].strip()
-        if text:
-            if not text.isdigit() or int(text) < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {text!r}")
-            return min(int(text), MOST)
+    text = os.environ.get("LSTMCORE_NUM_THREADS", "").strip()
+    if text:
+        n = _number(text)
+        if not n:
+            raise ValueError(f"LSTMCORE_NUM_THREADS must be an integer >= 1, got {text!r}")
+        return int(min(n, MOST))
+    levels = [_number(text) for text in os.environ.get("OMP_NUM_THREADS", "").split(",")]
+    if all(n and n < 2 ** 63 for n in levels):
+        return int(min(levels[0], MOST))
+    return cpus()
+
+
+def cpus():
+    """How many CPUs affinity and quota leave to this process."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        n = len(os.sched_getaffinity(0))
+    else:
+        n = os.cpu_count() or 1
+    return min([n, *_quotas(_read("/proc/self/cgroup"), _read("/proc/self/mountinfo"))])
+
+
+def _quotas(groups, mounts, root="/"):
+    """The quotas, in CPUs rounded up, of a process's cgroups and of those above that it sees.
+
+    groups and mounts are the texts of /proc/self/cgroup and /proc/self/mountinfo; root is where the
+    mount points are found.
+    """
+    mount = re.compile(r"^\S+ \S+ \S+ (\S+) (\S+) .*- (cgroup2?) \S* (\S+)$", re.MULTILINE)
+    for top, point, kind, options in mount.findall(mounts):
+        controller = "" if kind == "cgroup2" else "cpu"
+        if controller and controller not in options.split(","):
+            continue
+        for controllers, path in re.findall(r"^\d+:([^:]*):(.*)$", groups, re.MULTILINE):
+            if controller in controllers.split(","):
+                folder = os.path.join(root, _plain(point)[1:])
+                yield from _quotas_up(folder, _below(path, _plain(top)))
+
+
+def _plain(path):
+    """A path of mountinfo, which writes blanks and the like in octal."""
+    return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), path)
+
+
+def _below(path, top):
+    """path from top on; "" where it is not below: a container that sees its own group as the root."""
+    inside = path == top or path.startswith(top.rstrip("/") + "/")
+    return path[len(top):].strip("/") if inside and ".." not in path.split("/") else ""
+
+
+def _quotas_up(mount, path):
+    """The quotas of the group at path and of those above it, up to the mount."""
+    names = path.split("/") if path else []
+    for depth in range(len(names) + 1):
+        folder = os.path.join(mount, *names[:depth])
+        limit = _read(os.path.join(folder, "cpu.max")) or " ".join(
+            _read(os.path.join(folder, f"cpu.cfs_{what}_us")) for what in ("quota", "period"))
+        quota, period = map(_number, (limit.split() + ["", ""])[:2])
+        if quota and period:
+            yield int(-(-quota // period))
+
+
+def _read(path):
+    """The text of a file, "" where there is none."""
+    try:
+        with open(path, errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
 
 
 def get_num_threads():

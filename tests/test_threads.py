@@ -1,7 +1,9 @@
 """Threads: how many, one parallel region per call, the BLAS pool, concurrent callers, fork."""
 
+import contextlib
 import multiprocessing
 import os
+import sys
 import threading
 import time
 import warnings
@@ -17,6 +19,9 @@ from lstmcore import _kernels, functional
 from lstmcore.threads import one_blas_thread
 
 needs_openmp = pytest.mark.skipif(not _kernels.has_openmp(), reason="this build has one thread")
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="counts or limits as Linux does")
+threads_module = sys.modules["lstmcore.threads"]  # the package's name `threads` is the context
+needs_two_cpus = pytest.mark.skipif(threads_module.cpus() < 2, reason="one CPU is not shared")
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(),
                                 reason="this system has no fork")
 
@@ -80,13 +85,88 @@ def test_wrong_number_of_threads_is_refused(n, error):
     ({"LSTMCORE_NUM_THREADS": "", "OMP_NUM_THREADS": ""}, "affinity"),
     ({"LSTMCORE_NUM_THREADS": "many"}, "LSTMCORE_NUM_THREADS must be an integer >= 1, got 'many'"),
     ({"LSTMCORE_NUM_THREADS": "0"}, "LSTMCORE_NUM_THREADS must be an integer >= 1, got '0'"),
+    ({"LSTMCORE_NUM_THREADS": "", "OMP_NUM_THREADS": "auto"}, "affinity"),
 ], ids=str)
 def test_environment_sets_the_default(environment, want):
     code, said = python("import lstmcore; print(lstmcore.get_num_threads())", **environment)
     if want == "affinity":
-        available = hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0))
-        want = str(available or os.cpu_count())
+        want = str(threads_module.cpus())
     assert want in said and (code == 0) == want.isdigit()
+
+
+@pytest.mark.parametrize("text, want", [     # libgomp 12, by its omp_get_max_threads()
+    ("4", 4), (" 4 ", 4), ("+4", 4), ("04", 4), ("4,2", 4), ("4 , 2", 4), ("5\n", 5),
+    ("100000", 1024),
+    ("", None), (" ", None), ("0", None), ("1.0", None), ("-3", None), ("auto", None), ("0x4", None),
+    ("4 2", None), ("4,", None), (",4", None), ("4,0", None), ("4,x", None), ("٤", None), ("²", None),
+    ("9" * 23, None), ("9" * 5000, None)], ids=lambda value: repr(value)[:12])
+def test_omp_num_threads_counts_where_libgomp_counts_it(monkeypatch, text, want):
+    monkeypatch.delenv("LSTMCORE_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    monkeypatch.setattr(threads_module, "cpus", lambda: None)
+    assert threads_module._from_environment() == want
+
+
+@pytest.mark.parametrize("text", ["4,2", "1.0", "-3", "auto", "٤", "²"])
+def test_our_own_variable_is_an_integer_or_an_error(monkeypatch, text):
+    monkeypatch.setenv("LSTMCORE_NUM_THREADS", text)
+    with pytest.raises(ValueError, match=f"_THREADS must be an integer >= 1, got '{text}'"):
+        threads_module._from_environment()
+
+
+def test_our_own_variable_may_be_huge(monkeypatch):
+    monkeypatch.setenv("LSTMCORE_NUM_THREADS", "9" * 5000)
+    assert threads_module._from_environment() == threads_module.MOST
+
+
+V1 = "30 23 0:29 {top} {point} rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct\n"
+V2 = "30 23 0:29 {top} {point} rw,relatime - cgroup2 none rw,nsdelegate\n"
+
+
+@pytest.mark.parametrize("groups, mounts, files, want", [
+    # version 2: nested groups, of which the smallest counts; one and a half CPUs are two
+    ("0::/a/b", V2.format(top="/", point="/cg"),
+     {"cg/a/cpu.max": "150000 100000", "cg/a/b/cpu.max": "max 100000",
+      "cg/c/cpu.max": "10000 100000"}, [2]),
+    ("0::/a/b", V2.format(top="/", point="/cg"),
+     {"cg/cpu.max": "800000 100000", "cg/a/cpu.max": "50000 100000",
+      "cg/a/b/cpu.max": "200000 100000\n"}, [8, 1, 2]),
+    ("0::/", V2.format(top="/", point="/cg"), {"cg/cpu.max": "300000 100000"}, [3]),
+    # a container whose own group is the mount, by either name, or lies outside of what it sees
+    ("0::/docker/f00", V2.format(top="/docker/f00", point="/cg"), {"cg/cpu.max": "400000 100000"}, [4]),
+    ("0::/docker/f00/in", V2.format(top="/docker/f00", point="/cg"),
+     {"cg/cpu.max": "400000 100000", "cg/in/cpu.max": "100000 50000"}, [4, 2]),
+    ("0::/../other", V2.format(top="/", point="/cg"), {"cg/cpu.max": "400000 100000"}, [4]),
+    ("0::/docker/f00", V2.format(top="/docker/f", point="/cg"),
+     {"cg/cpu.max": "400000 100000", "cg/00/cpu.max": "100000 100000"}, [4]),
+    # version 1, the cpu controller only; and both versions at once
+    ("9:memory:/m\n4:cpu,cpuacct:/a", V1.format(top="/", point="/cg/cpu"),
+     {"cg/cpu/cpu.cfs_quota_us": "-1", "cg/cpu/cpu.cfs_period_us": "100000",
+      "cg/cpu/a/cpu.cfs_quota_us": "250000", "cg/cpu/a/cpu.cfs_period_us": "100000"}, [3]),
+    ("4:cpuset:/a\n0::/b", V1.format(top="/", point="/cg/cpu") + V2.format(top="/", point="/u"),
+     {"cg/cpu/a/cpu.cfs_quota_us": "1", "cg/cpu/a/cpu.cfs_period_us": "1", "u/b/cpu.max": "5 1"}, [5]),
+    ("0::/a b", V2.format(top="/", point="/c\\040g"), {"c g/a b/cpu.max": "2 1"}, [2]),
+    # what is no limit, and no cgroups at all
+    ("0::/", V2.format(top="/", point="/cg"), {"cg/cpu.max": "max 100000"}, []),
+    ("0::/", V2.format(top="/", point="/cg"), {"cg/cpu.max": "100000 0"}, []),
+    ("0::/", V2.format(top="/", point="/cg"), {"cg/cpu.max": "some text"}, []),
+    ("0::/", V2.format(top="/", point="/cg"), {}, []),
+    ("", "24 1 8:1 / / rw - ext4 /dev/root rw\n", {}, []),
+    ("", "", {}, []),
+    ("garbage\n0::/", "garbage\n" + V2.format(top="/", point="/cg"), {"cg/cpu.max": "3 1"}, [3]),
+], ids=range(17))
+def test_cpu_quotas_of_cgroups(tmp_path, groups, mounts, files, want):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert list(threads_module._quotas(groups, mounts, root=tmp_path)) == want
+
+
+def test_the_smallest_quota_bounds_the_cpus(monkeypatch):
+    monkeypatch.setattr(threads_module, "_quotas", lambda groups, mounts: [10 ** 6])
+    alone = threads_module.cpus()
+    monkeypatch.setattr(threads_module, "_quotas", lambda groups, mounts: [10 ** 6, 1, 3])
+    assert alone >= threads_module.cpus() == 1
 
 
 # ---- one region per call -------------------------------------------------------------------------------
@@ -195,7 +275,15 @@ def test_a_blas_that_comes_late_is_held_too():
 
 # ---- many callers --------------------------------------------------------------------------------------
 
-def test_eight_python_threads_at_once(plan, share_small_work):
+@pytest.fixture
+def all_get_their_teams():
+    """Calls at once do not divide the CPUs."""
+    _kernels.share_cpus(0)
+    yield
+    _kernels.share_cpus(threads_module.cpus())
+
+
+def test_eight_python_threads_at_once(plan, share_small_work, all_get_their_teams):
     problems = [small_problem(seed) for seed in range(8)]
     want = [answer(problem, n_threads=1) for problem in problems]
     start = threading.Barrier(8, timeout=60)
@@ -206,6 +294,106 @@ def test_eight_python_threads_at_once(plan, share_small_work):
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
+
+
+def requests(model, x, n_threads=None, callers=8, seconds=0.4):
+    """What a server of 8 Python threads gets through in a second, and what it answered."""
+    start, answers = threading.Barrier(callers, timeout=30), set()
+
+    def work(_):
+        done = 0
+        with contextlib.nullcontext() if n_threads is None else lstmcore.threads(n_threads):
+            start.wait()
+            end = time.perf_counter() + seconds
+            while time.perf_counter() < end:
+                y, _ = model(x)
+                done += 1
+        answers.add(y.tobytes())
+        return done
+
+    with ThreadPoolExecutor(callers) as pool:
+        return sum(pool.map(work, range(callers))) / seconds, answers
+
+
+@needs_openmp
+@needs_two_cpus
+def test_a_server_needs_no_setting():
+    """Its callers' teams shrink to what the CPUs can run; with full teams it is a tenth to a quarter."""
+    model = lstmcore.LSTM(256, 256, 2, dtype="float32").freeze()
+    x = np.random.default_rng(32).standard_normal((40, 1, 256)).astype("float32")
+    requests(model, x)
+    default = one = 0
+    for attempt in range(5):    # other programs take turns with the CPUs: both get several
+        rate, answers = requests(model, x)
+        rate_of_one, answers_of_one = requests(model, x, 1)
+        default, one = default + rate, one + rate_of_one
+        assert len(answers | answers_of_one) == 1
+        if attempt and default >= 0.6 * one:
+            return
+    raise AssertionError(f"{default / one:.0%} of the requests of threads(1)")
+
+
+COST = """
+import os, resource, time, numpy as np, lstmcore
+m, x = lstmcore.LSTM(512, 512, dtype="float32").freeze(), np.ones((100, 1, 512), "float32")
+{setting}
+for m.n_threads in 1, {n}:
+    m(x)
+    before, sleeps = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+    for _ in range(10): m(x)
+    sleeps = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - sleeps
+    print(time.process_time() - before, sleeps / 10)
+"""
+
+
+ONE_CPU = "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])"
+
+
+@needs_openmp
+@needs_linux
+def test_threads_beyond_the_cpus_do_not_burn_them():
+    """Four times as many threads as CPUs: 1.2x to 1.9x the CPU time of one; 7x to 15x where waiting
+    threads spin and yield. CPU time, because other programs lengthen the other one."""
+    code, said = python(COST.format(n=4 * threads_module.cpus(), setting=""), LSTMCORE_NUM_THREADS="")
+    assert code == 0, said
+    (one, _), (many, _) = (map(float, line.split()) for line in said.splitlines())
+    assert many <= 4 * one
+
+
+@needs_openmp
+@needs_linux
+@needs_two_cpus
+def test_threads_sleep_while_another_has_no_cpu():
+    """Two threads that find one CPU, as beside a busy program: each of 100 steps puts one to sleep
+    (a voluntary switch; a yield is none)."""
+    code, said = python(COST.format(n=2, setting=ONE_CPU))
+    assert code == 0, said
+    (_, none), (_, sleeps) = (map(float, line.split()) for line in said.splitlines())
+    assert none < 10 and sleeps > 60
+
+
+FEW_THREADS = """
+import resource, numpy as np
+import lstmcore.functional as functional
+from lstmcore import LSTM, _kernels
+m, x = LSTM(64, 64, dtype="float32"), np.ones((20, 1024, 64), "float32")
+m.n_threads = 1
+want = m(x)[0]
+m(x)
+resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+m.n_threads = 1024
+for _ in range(2):
+    y = m(x)[0]
+    _, rows, slabs = _kernels.last_plan
+    assert 1 < rows * slabs < 1024 and y.tobytes() == want.tobytes(), _kernels.last_plan
+"""
+
+
+@needs_openmp
+@needs_linux
+def test_a_system_that_refuses_threads_gets_fewer():
+    code, said = python(FEW_THREADS)
+    assert code == 0, said
 
 
 def test_other_python_threads_run_during_a_call(plan):
