@@ -41,7 +41,10 @@ class Embedding(Module):
     def backward(self, dy):
         """Adds dy (..., E) to the gradients of the tokens' rows. Tokens have none: returns None."""
         dy, tokens = self._take(dy)
-        _add_rows(self._own["weight"][1], tokens.ravel(), dy.reshape(-1, self.embedding_dim))
+        # SciPy trusts the tokens to be rows of the table, also of one that was resized.
+        table = checks.out("the gradient of weight", self._own["weight"][1],
+                           (self.num_embeddings, self.embedding_dim), self.dtype)
+        _add_rows(table, tokens.ravel(), dy.reshape(-1, self.embedding_dim))
 
 
 def _add_rows(table, rows, values):

@@ -236,6 +236,19 @@ def test_a_good_array_is_taken(name, words, kind, good, call):
     call(good.copy())
 
 
+@cases("floats", "ids", "weights")
+def test_read_only_memory_is_read_or_refused(name, words, kind, good, call, tmp_path):
+    good.tofile(tmp_path / "array")
+    for a in (np.frombuffer(good.tobytes(), good.dtype).reshape(good.shape),
+              np.memmap(tmp_path / "array", good.dtype, "r", shape=good.shape)):
+        if words in ("out", "parameter w", "gradient w"):
+            with pytest.raises(ValueError, match=f"^{words} must be writable"):
+                call(a)
+        else:
+            call(a)
+        assert (a == good).all()
+
+
 @cases("floats", "ids", "weights", "any")
 def test_masked_arrays_are_refused_by_name(name, words, kind, good, call):
     for mask in False, np.arange(good.size).reshape(good.shape) == 1:

@@ -316,6 +316,14 @@ def test_tokens_changed_after_the_call_do_not_matter():
     assert table.gradients()["weight"][[1, 4]].tolist() == [[1] * 3, [2] * 3]
 
 
+def test_a_table_that_was_resized_is_refused():
+    table = Embedding(5000, 3, seed=0)
+    table(np.full(9, 4999))
+    table.gradients()["weight"].resize((2, 3), refcheck=False)
+    with pytest.raises(ValueError, match=r"the gradient of weight must be \(5000, 3\), got \(2, 3\)"):
+        table.backward(np.ones((9, 3), "float32"))
+
+
 def test_lengths_changed_after_the_call_do_not_matter():
     for make in LastStep, MeanOverTime, MaxOverTime:
         layer, lengths, y = make(), np.array([3, 1]), normal(4, 2, 3)
