@@ -34,6 +34,8 @@ class Optimizer:
         self.lr = checks.number("lr", lr)
         self.weight_decay = checks.number("weight_decay", weight_decay)
         self.steps = 0
+        if isinstance(model, Module):
+            model._check_not_frozen("be trained")
         self._model = model
         self._parameters, self._gradients = _parameters_and_gradients(model)
         self._shapes = {name: (p.shape, p.dtype) for name, p in self._parameters.items()}

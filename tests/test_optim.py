@@ -340,8 +340,10 @@ def test_an_optimizer_of_a_frozen_model_says_so(rule):
     for optimizer in before:
         with pytest.raises(ValueError, match=r"parameter weight is frozen: unfreeze\(\)"):
             optimizer.step()
-    with pytest.raises(ValueError, match="must be writable"):
+    with pytest.raises(ValueError, match=r"a frozen Linear cannot be trained: unfreeze\(\)"):
         rule(layer)
+    with pytest.raises(ValueError, match="parameter weight must be writable"):
+        rule((layer.parameters(), layer.gradients()))
     for p in before[0]._parameters.values():
         p.flags.writeable = True
     with pytest.raises(ValueError, match="must be the arrays that this optimizer was made"):
