@@ -286,7 +286,10 @@ def main(argv=None):
                            " ".join(["python -m bench.compare", *argv]), load)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "compare.md").write_text(text)
-    report.chart(results, options.threads, options.output / "compare.png")
+    try:
+        report.chart(results, options.threads, options.output / "compare.png")
+    except ImportError as error:
+        progress("no chart", error)
     print(text)
 
 
