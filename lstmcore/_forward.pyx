@@ -244,7 +244,8 @@ cdef class Stepper:
     """
     cdef Forward f
     cdef Packed packed
-    cdef object kept, table_of_ids
+    cdef object kept
+    cdef bint running
 
     def __init__(self, cell, weights, batch, room, Packed packed):
         self.kept, self.packed = (cell, weights, batch, room), packed
@@ -259,6 +260,9 @@ cdef class Stepper:
     def __call__(self, x, y, int n_threads, table=None):
         """x (B, I), or token ids (B,) int64 with their table -> y (B, K): all found to fit."""
         cdef Forward f = self.f
+        if self.running:
+            raise RuntimeError("this step is running in another thread: a stream is one sequence, so each "
+                               "thread needs one of its own")
         if overlap(x, y):          # y is written while x is still read
             x = x.copy()
         f.p.plan.n_threads = n_threads
@@ -269,4 +273,8 @@ cdef class Stepper:
             f.p.x, f.p.ids, f.table, f.fused = NULL, <int64_t *>address(x), address(table), False
         f.descending = self.packed.descending
         self.packed.descending = not self.packed.descending
-        run_plan(<Plan *>&f)
+        self.running = True
+        try:
+            run_plan(<Plan *>&f)
+        finally:
+            self.running = False

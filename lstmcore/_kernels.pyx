@@ -148,8 +148,8 @@ def all_fit(pairs, bint is_double):
 
 
 def shares_memory(a, b):
-    """Whether two contiguous arrays have memory in common."""
-    return overlap(a, b)
+    """Whether two contiguous arrays, or None, have memory in common."""
+    return b is not None and overlap(a, b)
 
 
 # ---- for tests ---------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ later one (a tape, packed weights, a step) remembers what it was made of, and is
 """
 
 import functools
-import threading
 from collections import namedtuple
 
 import numpy as np
@@ -665,7 +664,6 @@ class Step:
         self._run = _forward.Stepper(self._cell, self._weights, batch, room, packed)
         # A step reads all weights once: a second thread helps if they do not fit near one core.
         self._serial = W_ih.nbytes + W_hh.nbytes <= 1 << 20
-        self._busy = threading.Lock()
 
     h = property(lambda self: self._h, doc="The state h (B, K), to be changed only in place.")
     c = property(lambda self: self._c, doc="The state c (B, H), likewise; None of a cell without c.")
@@ -686,13 +684,7 @@ class Step:
             x_t, table = self._checked(x_t)
         out = self.room(out)
         n_threads = 1 if self._serial else resolve(self._n_threads)
-        if not self._busy.acquire(blocking=False):
-            raise RuntimeError("this step is running in another thread: a stream is one sequence, "
-                               "so each thread needs one of its own")
-        try:
-            self._run(x_t, out, n_threads, table)
-        finally:
-            self._busy.release()
+        self._run(x_t, out, n_threads, table)
         return out
 
     def room(self, out):
@@ -702,7 +694,7 @@ class Step:
         if not _kernels.fits(out, self._y_shape, self._is_double) or not out.flags.writeable:
             raise ValueError(f"out must be a writable C-contiguous {self._sizes.dtype} array of shape "
                              f"{self._y_shape}, got {getattr(out, 'shape', type(out).__name__)}")
-        if any(a is not None and _kernels.shares_memory(out, a) for a in (self._h, self._c)):
+        if _kernels.shares_memory(out, self._h) or _kernels.shares_memory(out, self._c):
             raise ValueError("out must not be the state, which is read while out is written")
         return out
 
