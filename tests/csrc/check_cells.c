@@ -1,0 +1,394 @@
+/* check_cells.c: every cell of the table: its step forward and backward, and what else its row has.
+
+   A cell is known here by its equations on one unit, in doubles; one without them is an error, so that a
+   new cell cannot go unchecked. */
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+#include "check.h"
+
+enum { MOST_GATES = 4 };
+
+/* One unit: p are its peepholes, zero where there are none. */
+typedef struct {
+    const char *name;
+    int gates, keeps_gates, has_c, has_peepholes, has_output;
+    void (*forward)(const double *a, double c_prev, const double *p, double *gates, double *c, double *h);
+    void (*backward)(const double *gates, double h, double c, double c_prev, const double *p, double dh,
+                     double *dc, double *da);
+} equations;
+
+static double sigmoid(double a) { return 1 / (1 + exp(-a)); }
+
+static void lstm_forward(const double *a, double c_prev, const double *p, double *gates, double *c,
+                         double *h) {
+    double i = sigmoid(a[0] + p[0] * c_prev), f = sigmoid(a[1] + p[1] * c_prev), g = tanh(a[2]);
+    *c = f * c_prev + i * g;
+    double o = sigmoid(a[3] + p[2] * *c);
+    *h = o * tanh(*c);
+    gates[0] = i, gates[1] = f, gates[2] = g, gates[3] = o;
+}
+
+static void lstm_backward(const double *gates, double h, double c, double c_prev, const double *p,
+                          double dh, double *dc, double *da) {
+    double i = gates[0], f = gates[1], g = gates[2], o = gates[3], t = tanh(c);
+    (void)h;
+    da[3] = dh * t * o * (1 - o);
+    double dc_t = *dc + dh * o * (1 - t * t) + p[2] * da[3];
+    da[0] = dc_t * g * i * (1 - i);
+    da[1] = dc_t * c_prev * f * (1 - f);
+    da[2] = dc_t * i * (1 - g * g);
+    *dc = dc_t * f + p[0] * da[0] + p[1] * da[1];
+}
+
+static void tanh_forward(const double *a, double c_prev, const double *p, double *gates, double *c,
+                         double *h) {
+    (void)c_prev, (void)p, (void)gates, (void)c;
+    *h = tanh(a[0]);
+}
+
+static void tanh_backward(const double *gates, double h, double c, double c_prev, const double *p,
+                          double dh, double *dc, double *da) {
+    (void)gates, (void)c, (void)c_prev, (void)p, (void)dc;
+    da[0] = dh * (1 - h * h);
+}
+
+static void relu_forward(const double *a, double c_prev, const double *p, double *gates, double *c,
+                         double *h) {
+    (void)c_prev, (void)p, (void)gates, (void)c;
+    *h = a[0] > 0 ? a[0] : 0;
+}
+
+static void relu_backward(const double *gates, double h, double c, double c_prev, const double *p,
+                          double dh, double *dc, double *da) {
+    (void)gates, (void)c, (void)c_prev, (void)p, (void)dc;
+    da[0] = h > 0 ? dh : 0;
+}
+
+static const equations known[] = {
+    {"lstm", 4, 1, 1, 1, 1, lstm_forward, lstm_backward},
+    {"tanh", 1, 0, 0, 0, 0, tanh_forward, tanh_backward},
+    {"relu", 1, 0, 0, 0, 0, relu_forward, relu_backward},
+};
+enum { N_KNOWN = sizeof known / sizeof known[0] };
+
+static const equations *of_cell(const lstm_cell *cell) {
+    for (int q = 0; q < N_KNOWN; q++)
+        if (strcmp(known[q].name, cell->name) == 0) return &known[q];
+    check_true(0, "the equations of every cell are known here");
+    return NULL;
+}
+
+/* ---- forward -------------------------------------------------------------------------------------- */
+
+/* A step's operands and states; what a step writes is in `gates`, `c` and `h`. */
+typedef struct {
+    const lstm_cell *cell;
+    ptrdiff_t n, I, K, H;
+    int with_bias, with_peepholes;
+    matrix W_ih, W_hh, bias, peepholes;  /* W_ih (gates·H, I) and W_hh (gates·H, K) in one row each */
+    matrix x, h_prev, c_prev;
+} forward_problem;
+
+typedef struct {
+    matrix gates, c, h;
+} states;
+
+static states new_states(const forward_problem *f, int rough) {
+    matrix (*make)(ptrdiff_t, ptrdiff_t) = rough ? rough_matrix : new_matrix;
+    return (states){make(f->n, f->cell->gates * f->H), make(f->n, f->H), make(f->n, f->H)};
+}
+
+static states copy_states(const states *s) {
+    return (states){copy_of(&s->gates), copy_of(&s->c), copy_of(&s->h)};
+}
+
+static void free_states(states *s) { free_matrix(&s->gates), free_matrix(&s->c), free_matrix(&s->h); }
+
+static void check_same_states(const states *a, const states *b, const char *what) {
+    check_same(&a->gates, &b->gates, what);
+    check_same(&a->c, &b->c, what);
+    check_same(&a->h, &b->h, what);
+}
+
+enum { FUSED = 1, DESCENDING = 2, C_IN_PLACE = 4, H_IN_PLACE = 8 };
+
+/* The rows [r0, r1) and units [j0, j1) of a step.  C_IN_PLACE: c holds c_prev already and is both;
+   H_IN_PLACE: the pre-activations are in h. */
+static void step(const forward_problem *f, int how, ptrdiff_t r0, ptrdiff_t r1, ptrdiff_t j0,
+                 ptrdiff_t j1, states *out) {
+    const lstm_cell *cell = f->cell;
+    packed ih = pack(cell->gates, how & FUSED ? f->I : 0, f->H, j0, j1, &f->W_ih, 1, f->I);
+    packed hh = pack(cell->gates, f->K, f->H, j0, j1, &f->W_hh, 1, f->K);
+    lstm_weights w = {how & FUSED ? f->I : 0, f->K, f->H, ih.panels, hh.panels,
+                      f->with_bias ? f->bias.row[0] : NULL,
+                      f->with_peepholes ? f->peepholes.row[0] : NULL};
+    lstm_row *rows = calloc((size_t)(r1 - r0 + 1), sizeof *rows);
+    for (ptrdiff_t r = r0; r < r1; r++)
+        rows[r - r0] = (lstm_row){
+            .x = how & FUSED ? f->x.row[r] : NULL,
+            .h_prev = f->K ? f->h_prev.row[r] : NULL,
+            .c_prev = !cell->has_c ? NULL : how & C_IN_PLACE ? out->c.row[r] : f->c_prev.row[r],
+            .gates = how & FUSED && !cell->keeps_gates ? NULL
+                     : how & H_IN_PLACE ? out->h.row[r] : out->gates.row[r],
+            .c = cell->has_c ? out->c.row[r] : NULL,
+            .h = out->h.row[r]};
+    cell->step(&w, !!(how & DESCENDING), r1 - r0, j0, j1, rows);
+    free(rows), free(ih.panels), free(hh.panels);
+}
+
+/* The same by a plain loop; `want` are the states before as doubles, and then those after. */
+static void plain_step(const forward_problem *f, const equations *e, int how, ptrdiff_t j0, ptrdiff_t j1,
+                       const states *before, double *want_gates, double *want_c, double *want_h) {
+    ptrdiff_t H = f->H, G = e->gates * H;
+    for (ptrdiff_t r = 0; r < f->n; r++)
+        for (ptrdiff_t j = j0; j < j1; j++) {
+            double a[MOST_GATES], gates[MOST_GATES], p[3] = {0, 0, 0}, c = 0;
+            for (int v = 0; v < e->gates; v++) {
+                ptrdiff_t m = v * H + j;
+                a[v] = how & FUSED ? (f->with_bias ? get(&f->bias, 0, m) : 0)
+                                   : get(how & H_IN_PLACE ? &before->h : &before->gates, r, m);
+                for (ptrdiff_t q = 0; how & FUSED && q < f->I; q++)
+                    a[v] += get(&f->x, r, q) * get(&f->W_ih, 0, m * f->I + q);
+                for (ptrdiff_t q = 0; q < f->K; q++)
+                    a[v] += get(&f->h_prev, r, q) * get(&f->W_hh, 0, m * f->K + q);
+            }
+            for (int q = 0; q < 3 && f->with_peepholes; q++) p[q] = get(&f->peepholes, 0, q * H + j);
+            e->forward(a, get(&f->c_prev, r, j), p, gates, &c, &want_h[r * H + j]);
+            if (e->has_c) want_c[r * H + j] = c;
+            for (int v = 0; v < e->gates && e->keeps_gates; v++) want_gates[r * G + v * H + j] = gates[v];
+        }
+}
+
+static forward_problem new_forward(const lstm_cell *cell, const equations *e, ptrdiff_t n, ptrdiff_t I,
+                                   ptrdiff_t K, ptrdiff_t H, int rough) {
+    matrix (*make)(ptrdiff_t, ptrdiff_t) = rough ? rough_matrix : new_matrix;
+    ptrdiff_t G = cell->gates * H;
+    return (forward_problem){
+        cell, n, I, K, H, (int)pick(2), e->has_peepholes && pick(2), make(1, G * I + 1),
+        make(1, G * K + 1), make(1, G), make(1, 3 * H), make(n, I), make(n, K), make(n, H)};
+}
+
+static void free_forward(forward_problem *f) {
+    free_matrix(&f->W_ih), free_matrix(&f->W_hh), free_matrix(&f->bias), free_matrix(&f->peepholes);
+    free_matrix(&f->x), free_matrix(&f->h_prev), free_matrix(&f->c_prev);
+}
+
+static void check_forward(const lstm_cell *cell, const equations *e, ptrdiff_t n, ptrdiff_t I,
+                          ptrdiff_t K, ptrdiff_t H, int how) {
+    if (!e->has_c) how &= ~C_IN_PLACE;
+    if (e->gates > 1 || how & FUSED) how &= ~H_IN_PLACE;
+    forward_problem f = new_forward(cell, e, n, I, K, H, 0);
+    states got = new_states(&f, 0);
+    for (ptrdiff_t r = 0; r < n && how & C_IN_PLACE; r++)
+        for (ptrdiff_t j = 0; j < H; j++) set(&got.c, r, j, get(&f.c_prev, r, j));
+    double *gates = doubles(&got.gates), *c = doubles(&got.c), *h = doubles(&got.h);
+    ptrdiff_t width = panel_width(cell->gates), j0 = pick((H + width - 1) / width) * width;
+    ptrdiff_t j1 = pick(2) ? H : j0 + 1 + pick(H - j0);
+    plain_step(&f, e, how, j0, j1, &got, gates, c, h);
+    step(&f, how, 0, n, j0, j1, &got);
+    check_close(&got.gates, gates, 16, "gates");
+    check_close(&got.c, c, 16, "c");
+    check_close(&got.h, h, strcmp(e->name, "relu") ? 16 : 0, "h");
+    free_states(&got), free_forward(&f), free(gates), free(c), free(h);
+}
+
+/* To the bit: x in the step or before it, rows together or alone, units together or in slabs, from
+   either end, states in place or not; and h again from the gates and c. */
+static void check_forward_bits(const lstm_cell *cell, const equations *e, ptrdiff_t n, ptrdiff_t I,
+                               ptrdiff_t K, ptrdiff_t H) {
+    forward_problem f = new_forward(cell, e, n, I, K, H, 1);
+    states blank = new_states(&f, 1), whole = copy_states(&blank), other = copy_states(&blank);
+    step(&f, FUSED, 0, n, 0, H, &whole);
+
+    step(&f, FUSED | DESCENDING, 0, n, 0, H, &other);
+    check_same_states(&whole, &other, "a step from either end");
+    free_states(&other), other = copy_states(&blank);
+
+    ptrdiff_t width = panel_width(cell->gates);
+    for (ptrdiff_t j = 0; j < H; j += width)
+        for (ptrdiff_t r = 0; r < n; r++) step(&f, FUSED, r, r + 1, j, least(j + width, H), &other);
+    check_same_states(&whole, &other, "a step, whole or cut");
+    free_states(&other), other = copy_states(&blank);
+
+    packed ih = pack(cell->gates, I, H, 0, H, &f.W_ih, 1, I);
+    int in_place = e->keeps_gates ? 0 : H_IN_PLACE;
+    under_test->gemm(cell->gates, f.with_bias ? START_BIAS : START_ZERO, n, I, H, 0, H, rows_of(&f.x),
+                     ih.panels, f.bias.row[0], (in_place ? &other.h : &other.gates)->row);
+    free(ih.panels);
+    step(&f, in_place, 0, n, 0, H, &other);
+    check_same_states(&whole, &other, "x in the step or before it");
+    free_states(&other), other = copy_states(&blank);
+
+    if (e->has_c) {
+        free_matrix(&other.c), other.c = copy_of(&f.c_prev);
+        step(&f, FUSED | C_IN_PLACE, 0, n, 0, H, &other);
+        check_same_states(&whole, &other, "c in place or not");
+        free_states(&other), other = copy_states(&blank);
+    }
+    if (e->has_output) {
+        ptrdiff_t j0 = pick(H), j1 = j0 + 1 + pick(H - j0);
+        for (ptrdiff_t r = 0; r < n; r++)
+            for (ptrdiff_t j = 0; j < H; j++)
+                if (j < j0 || j >= j1) set(&other.h, r, j, get(&whole.h, r, j));
+        cell->output(n, H, j0, j1, rows_of(&whole.gates), rows_of(&whole.c), other.h.row);
+        check_same(&whole.h, &other.h, "h again");
+    }
+    free_states(&blank), free_states(&whole), free_states(&other), free_forward(&f);
+}
+
+/* ---- backward ------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const lstm_cell *cell;
+    ptrdiff_t n, K, H;
+    int with_peepholes;
+    matrix W_hh, peepholes;  /* W_hh (K, H) in one row */
+    matrix da_next, h, c, c_prev, dy;
+} backward_problem;
+
+enum { DY_IN_PLACE = 4 };  /* dy is the row of gates */
+
+static void back_step(const backward_problem *b, int how, ptrdiff_t r0, ptrdiff_t r1, ptrdiff_t j0,
+                      ptrdiff_t j1, matrix *gates, matrix *dc) {
+    const lstm_cell *cell = b->cell;
+    packed hh = pack(1, b->K, b->H, j0, j1, &b->W_hh, b->H, 1);
+    lstm_weights w = {0, b->K, b->H, NULL, hh.panels, NULL,
+                      b->with_peepholes ? b->peepholes.row[0] : NULL};
+    lstm_back_row *rows = calloc((size_t)(r1 - r0 + 1), sizeof *rows);
+    for (ptrdiff_t r = r0; r < r1; r++)
+        rows[r - r0] = (lstm_back_row){
+            .da_next = b->K ? b->da_next.row[r] : NULL,
+            .gates = gates->row[r],
+            .h = cell->keeps_gates ? NULL : b->h.row[r],
+            .c = cell->has_c ? b->c.row[r] : NULL,
+            .c_prev = cell->has_c ? b->c_prev.row[r] : NULL,
+            .dy = how & DY_IN_PLACE ? gates->row[r] : b->dy.row[r],
+            .dc = cell->has_c ? dc->row[r] : NULL};
+    cell->back_step(&w, !!(how & DESCENDING), r1 - r0, j0, j1, rows);
+    free(rows), free(hh.panels);
+}
+
+static backward_problem new_backward(const lstm_cell *cell, const equations *e, ptrdiff_t n, ptrdiff_t K,
+                                     ptrdiff_t H, int rough) {
+    matrix (*make)(ptrdiff_t, ptrdiff_t) = rough ? rough_matrix : new_matrix;
+    return (backward_problem){
+        cell, n, K, H, e->has_peepholes && pick(2), make(1, K * H + 1), make(1, 3 * H), make(n, K),
+        make(n, H), make(n, H), make(n, H), make(n, H)};
+}
+
+static void free_backward(backward_problem *b) {
+    free_matrix(&b->W_hh), free_matrix(&b->peepholes), free_matrix(&b->da_next), free_matrix(&b->h);
+    free_matrix(&b->c), free_matrix(&b->c_prev), free_matrix(&b->dy);
+}
+
+static void check_backward(const lstm_cell *cell, const equations *e, ptrdiff_t n, ptrdiff_t K,
+                           ptrdiff_t H, int how) {
+    if (e->gates > 1) how &= ~DY_IN_PLACE;
+    ptrdiff_t G = e->gates * H, j0 = pick((H + 4 * under_test->VL - 1) / (4 * under_test->VL));
+    j0 *= 4 * under_test->VL;
+    ptrdiff_t j1 = pick(2) ? H : j0 + 1 + pick(H - j0);
+    backward_problem b = new_backward(cell, e, n, K, H, 0);
+    matrix gates = new_matrix(n, G), dc = new_matrix(n, H);
+    double *want = doubles(&gates), *want_dc = doubles(&dc);
+    for (ptrdiff_t r = 0; r < n; r++)
+        for (ptrdiff_t j = j0; j < j1; j++) {
+            double now[MOST_GATES], da[MOST_GATES], p[3] = {0, 0, 0};
+            double dh = get(how & DY_IN_PLACE ? &gates : &b.dy, r, j);
+            for (ptrdiff_t q = 0; q < K; q++) dh += get(&b.da_next, r, q) * get(&b.W_hh, 0, q * H + j);
+            for (int v = 0; v < e->gates; v++) now[v] = get(&gates, r, v * H + j);
+            for (int q = 0; q < 3 && b.with_peepholes; q++) p[q] = get(&b.peepholes, 0, q * H + j);
+            e->backward(now, get(&b.h, r, j), get(&b.c, r, j), get(&b.c_prev, r, j), p, dh,
+                        &want_dc[r * H + j], da);
+            for (int v = 0; v < e->gates; v++) want[r * G + v * H + j] = da[v];
+        }
+    back_step(&b, how, 0, n, j0, j1, &gates, &dc);
+    check_close(&gates, want, 32, "da");
+    check_close(&dc, want_dc, 32, "dc");
+    free_matrix(&gates), free_matrix(&dc), free_backward(&b), free(want), free(want_dc);
+}
+
+static void check_backward_bits(const lstm_cell *cell, const equations *e, ptrdiff_t n, ptrdiff_t K,
+                                ptrdiff_t H) {
+    backward_problem b = new_backward(cell, e, n, K, H, 1);
+    matrix gates = rough_matrix(n, e->gates * H), dc = rough_matrix(n, H);
+    matrix cut = copy_of(&gates), cut_dc = copy_of(&dc), turned = copy_of(&gates), turned_dc = copy_of(&dc);
+    ptrdiff_t width = panel_width(1);
+    back_step(&b, 0, 0, n, 0, H, &gates, &dc);
+    back_step(&b, DESCENDING, 0, n, 0, H, &turned, &turned_dc);
+    for (ptrdiff_t j = 0; j < H; j += width)
+        for (ptrdiff_t r = 0; r < n; r++)
+            back_step(&b, 0, r, r + 1, j, least(j + width, H), &cut, &cut_dc);
+    check_same(&gates, &turned, "da from either end"), check_same(&dc, &turned_dc, "dc from either end");
+    check_same(&gates, &cut, "da, whole or cut"), check_same(&dc, &cut_dc, "dc, whole or cut");
+    free_matrix(&gates), free_matrix(&dc), free_matrix(&cut), free_matrix(&cut_dc);
+    free_matrix(&turned), free_matrix(&turned_dc), free_backward(&b);
+}
+
+static void check_peephole_gradient(const lstm_cell *cell, ptrdiff_t K, ptrdiff_t H) {
+    matrix da = new_matrix(K, 4 * H), c_prev = new_matrix(K, H), c = new_matrix(K, H);
+    matrix dp = new_matrix(1, 3 * H);
+    double *want = doubles(&dp);
+    ptrdiff_t j0 = pick(H), j1 = j0 + 1 + pick(H - j0);
+    for (ptrdiff_t j = j0; j < j1; j++) {
+        want[j] = want[H + j] = want[2 * H + j] = 0;
+        for (ptrdiff_t k = 0; k < K; k++) {
+            want[j] += get(&da, k, j) * get(&c_prev, k, j);
+            want[H + j] += get(&da, k, H + j) * get(&c_prev, k, j);
+            want[2 * H + j] += get(&da, k, 3 * H + j) * get(&c, k, j);
+        }
+    }
+    cell->peephole_gradient(K, H, j0, j1, rows_of(&da), rows_of(&c_prev), rows_of(&c), dp.row[0]);
+    check_close(&dp, want, 0, "dp");
+    free_matrix(&da), free_matrix(&c_prev), free_matrix(&c), free_matrix(&dp), free(want);
+}
+
+/* relu: 0 for what is below zero and for -inf; nan stays nan, forward; backward nothing passes at 0. */
+static void check_relu_edges(const lstm_cell *cell) {
+    const double a[] = {-INFINITY, -1, 0, 1, INFINITY, NAN}, h[] = {0, 0, 0, 1, INFINITY, NAN};
+    matrix row = new_matrix(1, 6), da = new_matrix(1, 6), dy = new_matrix(1, 6);
+    double *want = doubles(&dy);
+    lstm_weights w = {.H = 6};
+    for (int j = 0; j < 6; j++) set(&row, 0, j, a[j]);
+    cell->step(&w, 0, 1, 0, 6, &(lstm_row){.gates = row.row[0], .h = row.row[0]});
+    check_close(&row, h, 0, "relu");
+    cell->back_step(&w, 0, 1, 0, 6, &(lstm_back_row){.gates = da.row[0], .h = row.row[0],
+                                                    .dy = dy.row[0]});
+    want[0] = want[1] = want[2] = want[5] = 0;
+    check_close(&da, want, 0, "relu backward");
+    free_matrix(&row), free_matrix(&da), free_matrix(&dy), free(want);
+}
+
+void check_cells(void) {
+    const ptrdiff_t VL = under_test->VL, MR = under_test->MR;
+    const ptrdiff_t widths[] = {1, VL - 1, VL, VL + 1, 2 * VL + 1, 4 * VL, 4 * VL + 1, 9 * VL - 1};
+    const ptrdiff_t heights[] = {1, 2, MR, MR + 1, 2 * MR + 1, 8 * MR + 1};
+    int found = 0;
+    for (const lstm_cell *cell = under_test->cells; cell->name; cell++, found++) {
+        const equations *e = of_cell(cell);
+        check_true(cell->gates == e->gates && cell->keeps_gates == e->keeps_gates &&
+                   cell->has_c == e->has_c && !!cell->output == e->has_output &&
+                   !!cell->peephole_gradient == e->has_peepholes, "a cell's row says what it is");
+        for (size_t w = 0; w < sizeof widths / sizeof widths[0]; w++) {
+            ptrdiff_t H = widths[w];
+            for (size_t q = 0; H > 0 && q < sizeof heights / sizeof heights[0]; q++) {
+                ptrdiff_t n = heights[q];
+                for (int how = 0; how < 16; how++) {
+                    check_forward(cell, e, n, 1 + pick(9), pick(9), H, how);
+                    check_backward(cell, e, n, pick(9), H, how);
+                }
+                check_forward(cell, e, n, 3, 0, H, DESCENDING);  /* neither x nor h */
+                check_forward_bits(cell, e, n, 1 + pick(9), 1 + pick(9), H);
+                check_backward_bits(cell, e, n, 1 + pick(9), H);
+                if (e->has_peepholes) check_peephole_gradient(cell, n - 1, H);
+            }
+        }
+        check_forward_bits(cell, e, 3, 515, 516, VL + 1);  /* longer than the block of a panel */
+        check_backward_bits(cell, e, 3, 1027, VL + 1);
+        check_forward(cell, e, 0, 3, 3, VL, FUSED);
+        check_backward(cell, e, 0, 3, VL, 0);
+    }
+    check_true(found == N_KNOWN, "every cell is in the table");
+    check_relu_edges(lstm_cell_of(under_test, "relu"));
+}
