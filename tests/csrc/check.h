@@ -38,15 +38,16 @@ double *doubles(const matrix *a);         /* its numbers; the caller frees */
 
 /* A packed operand: W[k, column] of K rows is element k·k_stride + column·col_stride of W's only row. */
 typedef struct {
+    lstm_operand w;
     void *panels;
     size_t bytes;
 } packed;
-packed pack(int gates, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1, const matrix *W,
+packed pack(int gates, ptrdiff_t K, ptrdiff_t N, ptrdiff_t j0, ptrdiff_t j1, const matrix *W,
             ptrdiff_t k_stride, ptrdiff_t col_stride);
 void *room(ptrdiff_t bytes);              /* 64-byte aligned, of exactly this size */
 ptrdiff_t panel_width(int gates);         /* columns of a panel, of one gate */
 
-static inline const void *const *rows_of(const matrix *a) { return (const void *const *)a->row; }
+static inline const void **rows_of(const matrix *a) { return (const void **)a->row; }
 static inline ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
 void check_products(void);

@@ -214,8 +214,9 @@ static void check_forward_bits(const lstm_cell *cell, const equations *e, ptrdif
 
     packed ih = pack(cell->gates, I, H, 0, H, &f.W_ih, 1, I);
     int in_place = e->keeps_gates ? 0 : H_IN_PLACE;
-    under_test->gemm(cell->gates, f.with_bias ? START_BIAS : START_ZERO, n, I, H, 0, H, rows_of(&f.x),
-                     ih.panels, f.bias.row[0], (in_place ? &other.h : &other.gates)->row);
+    under_test->gemm(&ih.w, 0, H, &(lstm_rows){f.with_bias ? START_BIAS : START_ZERO, n, rows_of(&f.x),
+                                               f.bias.row[0],
+                                               (in_place ? &other.h : &other.gates)->row});
     free(ih.panels);
     step(&f, in_place, 0, n, 0, H, &other);
     check_same_states(&whole, &other, "x in the step or before it");

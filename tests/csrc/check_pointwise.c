@@ -93,7 +93,7 @@ static void check_adam(ptrdiff_t n) {
 static void check_activation(int is_tanh, ptrdiff_t n, double reach) {
     const double special[] = {0.0, -0.0, INFINITY, -INFINITY, NAN, 1e30, -1e30};
     const ptrdiff_t n_special = sizeof special / sizeof special[0];
-    int wide = under_test->format == FORMAT_FLOAT64, digits = wide ? 53 : 24;
+    int wide = under_test->item == 8, digits = wide ? 53 : 24;
     double smallest = wide ? 0x1p-1022 : 0x1p-126;
     matrix x = rough_matrix(1, n), y = new_matrix(1, n);
     for (ptrdiff_t j = 0; j < n; j++)
@@ -117,7 +117,7 @@ static void check_activation(int is_tanh, ptrdiff_t n, double reach) {
 void check_pointwise(void) {
     const ptrdiff_t VL = under_test->VL;
     const ptrdiff_t widths[] = {1, VL - 1, VL, VL + 1, 2 * VL + 1, 4 * VL + 3};
-    const double far = under_test->format == FORMAT_FLOAT64 ? 1e300 : 1e37;
+    const double far = under_test->item == 8 ? 1e300 : 1e37;
     for (size_t w = 0; w < sizeof widths / sizeof widths[0]; w++) {
         ptrdiff_t n = widths[w];
         if (n < 1) continue;
