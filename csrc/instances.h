@@ -23,7 +23,7 @@ PRAGMA(GCC target(TARGET))
 #include <arm_neon.h>
 #endif
 
-/* A number format: its place in the tables, the suffix of its names, and whether it computes in double. */
+/* A number format: its place in the tables, the suffix of its names, whether it computes in double. */
 #define FORMAT FORMAT_FLOAT32
 #define F(name) JOIN(name, _f32)
 #define DOUBLE 0
