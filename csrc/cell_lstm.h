@@ -61,7 +61,8 @@ INLINE void F(lstm_backward)(const lstm_weights *w, const lstm_back_row *row, pt
     F(gates) s = {F(v_load_n)(gates, n), F(v_load_n)(gates + w->H, n),
                   F(v_load_n)(gates + 2 * w->H, n), F(v_load_n)(gates + 3 * w->H, n)};
     vec dc = F(v_load_n)(dc_row, n);
-    F(cell_backward)(&s, F(v_load_n)((const R *)row->c + j, n), F(v_load_n)((const R *)row->c_prev + j, n),
+    F(cell_backward)(&s, F(v_load_n)((const R *)row->c + j, n),
+                     F(v_load_n)((const R *)row->c_prev + j, n),
                      w->peepholes ? (const R *)w->peepholes + j : NULL, w->H, n, dm, &dc);
     F(gates_store)(gates, &s, w->H, n);
     F(v_store_n)(dc_row, dc, n);

@@ -1,4 +1,4 @@
-/* step.h: one time step of a cell, forward and backward: a template, included by the file of each cell.
+/* step.h: one time step of a cell, forward and backward: a template that each cell's file includes.
 
    That file has defined
        CELL(name)  the cell's own names
@@ -22,7 +22,8 @@ static void CELL(step)(const lstm_weights *weights, int descending, ptrdiff_t n,
     for (ptrdiff_t q = 0; q < panels; q++) {
         ptrdiff_t p = descending ? panels - 1 - q : q, next = descending ? MAX(p - 1, 0) : p + 1;
         F(panel) g = F(panel_at)(GATES, p, w.H, j0, j1);
-        const R *ih = F(packed_panel)(GATES, w.ih, w.I, p), *hh = F(packed_panel)(GATES, w.hh, w.K, p);
+        const R *ih = F(packed_panel)(GATES, w.ih, w.I, p);
+        const R *hh = F(packed_panel)(GATES, w.hh, w.K, p);
         for (ptrdiff_t r0 = 0; r0 < n; r0 += size) {
             ptrdiff_t m = MIN(size, n - r0);
             const lstm_row *row = rows + r0;

@@ -1,8 +1,8 @@
 /* immintrin.h: stands before the compiler's own where a CPU without AVX-512 is to run isa_avx512.c.
 
-   The file's text is compiled as it is, for AVX2: vectors of 64 bytes are GCC's or Clang's, who split
-   them, and the few _mm512 operations that csrc/simd.h asks for are two of 256 bits or a loop over lanes.
-   Every one rounds as the instruction does, so the bits are those of AVX-512; the speed is not.
+   The file's text is compiled as it is, for AVX2: the compiler splits vectors of 64 bytes, and the few
+   _mm512 operations that csrc/simd.h asks for are two of 256 bits or a loop over lanes.  Every one rounds
+   as the instruction does, so the bits are those of AVX-512; the speed is not.
    Whoever includes it for another instruction set gets the compiler's header alone.
 
    A build of it, the Python extension's or any other, needs this folder before the system's and a CPU
