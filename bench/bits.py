@@ -30,7 +30,7 @@ from bench.worker import ROOT, Failure
 # The tree comes last: the build, or an lstmcore that is installed, is found before the tree's.
 SERVE = ("import sys; sys.path.append(sys.argv[1]); from bench.outputs import serve; "
          "serve(sys.argv[2])")
-SHOWN = 12      # cases that are named
+SHOWN = 16      # groups of which a case is named
 
 
 def ask(do, path=(), isa=None):
@@ -92,7 +92,7 @@ def flat(results):
 
 
 def report(verdicts):
-    """The table of all groups, and the first cases that differ."""
+    """The table of all groups, and the first case that differs of each."""
     counts = {}
     for key, verdict in verdicts.items():
         what = "equal" if not verdict else "missing" if verdict.startswith("missing") else "differ"
@@ -102,10 +102,11 @@ def report(verdicts):
             for (isa, plan, group), n in counts.items()]
     rows.sort(key=lambda row: row[1].endswith("(BLAS)"))
     lines = [table(["isa", "plan", "group", "equal", "different", "missing"], rows)]
-    found = [(key, verdict) for key, verdict in verdicts.items() if verdict]
-    found.sort(key=lambda item: (over_blas(*item[0][:2]), item[1].startswith("missing on both")))
-    lines += [f"{' / '.join(key)}: {verdict}" for key, verdict in found[:SHOWN]]
-    lines += [f"... and {len(found) - SHOWN} more"] * (len(found) > SHOWN)
+    first = {}      # of each group
+    for key, verdict in verdicts.items():
+        if verdict:
+            first.setdefault((over_blas(*key[:2]), *key[:3]), f"{' / '.join(key)}: {verdict}")
+    lines += ["", *(first[group] for group in sorted(first)[:SHOWN])]
     return "\n".join(lines)
 
 
