@@ -109,13 +109,10 @@ def ids(value, name, size, shape=None, letter=None):
 
 def lengths(value, T, B):
     """A copy of lengths (B,) as int64 in 0..T."""
-    unmasked("lengths", value)
-    value = np.array(value, order="C") if B else np.array(value, np.int64)
-    if value.dtype.kind not in "iu":
-        raise TypeError(f"lengths must be integers, got {value.dtype}")
+    value = integers("lengths", value)
     if value.shape != (B,):
         raise ValueError(f"lengths must be (B,) = ({B},), got {value.shape}")
-    if B and (value.min() < 0 or value.max() > T):
+    if value.size and (value.min() < 0 or value.max() > T):
         raise ValueError(f"lengths must be in 0..T = 0..{T}, got {value.min()}..{value.max()}")
     return value.astype(np.int64, copy=False)
 
