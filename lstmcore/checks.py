@@ -58,7 +58,7 @@ def unmasked(name, value):
 
 
 def out(name, value, shape, dtype, *inputs, over=None):
-    """value, found fit to be written to: of this shape and dtype, sharing no memory with the inputs.
+    """value, found fit to be written to: of this shape and dtype, and no memory of the inputs.
 
     over: an input that the result may overwrite, if value is exactly it.
     """
@@ -98,7 +98,7 @@ def integers(name, value, shape=None):
 
 
 def ids(value, name, size, shape=None, letter=None):
-    """A copy of value as C-contiguous int64 in 0..size-1, of this shape; size is named by a letter."""
+    """A copy of value as C-contiguous int64 in 0..size-1, of this shape; letter: size's name."""
     value = integers(name, value, shape)
     if value.size and (value.min() < 0 or value.max() >= size):
         symbol = f"0..{letter}-1 = " if letter else ""
@@ -109,13 +109,10 @@ def ids(value, name, size, shape=None, letter=None):
 
 def lengths(value, T, B):
     """A copy of lengths (B,) as int64 in 0..T."""
-    unmasked("lengths", value)
-    value = np.array(value, order="C") if B else np.array(value, np.int64)
-    if value.dtype.kind not in "iu":
-        raise TypeError(f"lengths must be integers, got {value.dtype}")
+    value = integers("lengths", value)
     if value.shape != (B,):
         raise ValueError(f"lengths must be (B,) = ({B},), got {value.shape}")
-    if B and (value.min() < 0 or value.max() > T):
+    if value.size and (value.min() < 0 or value.max() > T):
         raise ValueError(f"lengths must be in 0..T = 0..{T}, got {value.min()}..{value.max()}")
     return value.astype(np.int64, copy=False)
 

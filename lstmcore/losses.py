@@ -135,9 +135,9 @@ def _weights(mask, shape, dtype):
         raise ValueError(f"mask must be {shape}, got {weights.shape}")
     if weights.dtype.kind not in "biuf" and weights.size:
         raise TypeError(f"mask must be bool or real numbers, got {weights.dtype}")
-    if weights.dtype.kind == "f" and not (np.abs(weights) <= np.finfo(dtype).max).all():
-        raise ValueError(f"mask must be finite in {dtype}, got "
-                         f"{weights[~(np.abs(weights) <= np.finfo(dtype).max)][0]}")
+    finite = np.abs(weights) <= np.finfo(dtype).max if weights.dtype.kind == "f" else True
+    if not np.all(finite):
+        raise ValueError(f"mask must be finite in {dtype}, got {weights[~finite][0]}")
     return weights
 
 

@@ -89,7 +89,8 @@ class Optimizer:
         for name, p in self._parameters.items():
             if not p.flags.writeable:
                 raise ValueError(f"parameter {name} is frozen: unfreeze() the model first")
-            if name not in now or now[name][0] is not p or now[name][1] is not self._gradients[name]:
+            own, found = (p, self._gradients[name]), now.get(name, (None, None))
+            if own[0] is not found[0] or own[1] is not found[1]:
                 raise ValueError(f"parameter {name} and its gradient must be the arrays that this "
                                  "optimizer was made for: make a new one for others")
         seen = [a.__array_interface__ for arrays in (self._parameters, self._gradients)

@@ -66,7 +66,8 @@ class _Recurrent(Module):
 
     def __getstate__(self):
         state = super().__getstate__()
-        return {name: value for name, value in state.items() if name not in ("_weights", "_dweights")}
+        del state["_weights"], state["_dweights"]       # `_sort` finds them again
+        return state
 
     def __setstate__(self, state):
         vars(self).update(state)

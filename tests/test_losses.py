@@ -196,7 +196,7 @@ def test_cross_entropy_has_the_same_bits_for_any_rows_and_threads(dtype, isa):
     assert got[0] == want[69] and (found[0] == gradient[69]).all()
 
 
-def test_out_may_be_the_logits():
+def test_out_may_be_another_view_of_the_logits():
     z, target = normal(5, 7), classes(5)
     want = softmax_cross_entropy(z.copy(), target)[1]
     for out in z.copy(), z[:]:
