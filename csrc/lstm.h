@@ -32,7 +32,7 @@ typedef struct {
 /* Where one sequence's forward step lives. */
 typedef struct {
     const void *x;       /* (I)   x_t; not read if I = 0 */
-    const void *h_prev;  /* (K)   h_{t-1}; not read if K = 0 */
+    const void *h_prev;  /* (K)   h_{t-1}; not read if K = 0, but by cells that read h */
     const void *c_prev;  /* (H)   c_{t-1}, of cells with c; may be the same row as c */
     void *gates;         /* in: the pre-activations without the recurrent part; out: the gates, of cells
                                   that keep them; of others it may be the same row as h */
@@ -42,22 +42,28 @@ typedef struct {
 
 /* Where one sequence's backward step lives. */
 typedef struct {
-    const void *da_next; /* da_{t+1}, a row of gates; not read if K = 0 */
+    const void *da_next; /* da_{t+1}, the gates that h feeds; not read if K = 0 */
     void *gates;         /* in: the gates, of cells that keep them; out: da_t */
     const void *h;       /* (H)   h_t, of cells that do not keep their gates */
     const void *c;       /* (H)   c_t, of cells with c */
     const void *c_prev;  /* (H)   c_{t-1}, of cells with c */
     const void *dy;      /* (H)   what reaches h_t from above; may be the same row as gates if there is
                                   one gate */
+    const void *h_prev;  /* (H)   h_{t-1}, of cells that read it */
+    void *dh;            /* (H)   of cells that read h; in: what reaches h_t beside dy and the product;
+                                  out: the same for h_{t-1} */
     void *dc;            /* (H)   of cells with c; in: what reaches c_t from step t+1; out: c_{t-1} */
 } lstm_back_row;
 
 /* A cell: everything that a plan asks of it. */
 typedef struct {
     const char *name;
-    int gates;           /* rows of W_ih and W_hh for one unit, gate after gate */
+    int gates;           /* numbers of a row of gates for one unit, gate after gate */
+    int apart;           /* of these, x alone feeds the first so many, h alone the last so many: W_ih and
+                            W_hh have gates - apart rows for one unit.  0 if it keeps no gates */
     int keeps_gates;     /* whether the tape keeps them, for da to take their place */
     int has_c;           /* whether a state c goes from step to step beside h; the tape keeps it too */
+    int reads_h;         /* whether a unit reads its own h_{t-1} too; it has no projection then */
 
     /* One time step of n sequences on the units [j0, j1): the pre-activations, then the cell.
        descending: last panel first; every other step is, to begin with the panels that the step

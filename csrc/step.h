@@ -3,6 +3,7 @@
    That file has defined
        CELL(name)  the cell's own names
        GATES       how many gates a unit has: 1 to 4
+       APART       if any: how many of them x feeds alone, the first ones, and h, the last ones
    and, for the units j..j+n of one row, where n <= VL,
        void CELL(forward)(const lstm_weights *w, const lstm_row *row, ptrdiff_t j, ptrdiff_t n,
                           const vec *a)         a[gate]: the pre-activations
@@ -10,6 +11,14 @@
                            vec dh)              what reaches h_t, from above and from step t+1
    which load what else they need and store what they find.  In return they get CELL(step) and
    CELL(back_step) of lstm.h.  No equation stands here, and no number of gates. */
+
+#ifndef APART
+#define APART 0
+#endif
+#define FED (GATES - APART)  /* by each product */
+#ifdef __GNUC__
+_Static_assert(2 * APART <= GATES && (FED > 1 || GATES == 1), "panels of one gate are another kind");
+#endif
 
 static void CELL(step)(const lstm_weights *weights, int descending, ptrdiff_t n, ptrdiff_t j0,
                        ptrdiff_t j1, const lstm_row *rows) {
@@ -22,8 +31,8 @@ static void CELL(step)(const lstm_weights *weights, int descending, ptrdiff_t n,
     for (ptrdiff_t q = 0; q < panels; q++) {
         ptrdiff_t p = descending ? panels - 1 - q : q, next = descending ? MAX(p - 1, 0) : p + 1;
         F(panel) g = F(panel_at)(GATES, p, w.H, j0, j1);
-        const R *ih = F(packed_panel)(GATES, w.ih, w.I, p);
-        const R *hh = F(packed_panel)(GATES, w.hh, w.K, p);
+        const R *ih = F(packed_panel)(FED, w.ih, w.I, p);
+        const R *hh = F(packed_panel)(FED, w.hh, w.K, p);
         for (ptrdiff_t r0 = 0; r0 < n; r0 += size) {
             ptrdiff_t m = MIN(size, n - r0);
             const lstm_row *row = rows + r0;
@@ -35,9 +44,10 @@ static void CELL(step)(const lstm_weights *weights, int descending, ptrdiff_t n,
                                       : F(v_set1)(0);
             }
             /* a = start + x W_ihᵀ + h_prev W_hhᵀ       (m,I) (I,nv·VL), (m,K) (K,nv·VL) */
-            F(group)(m, w.I, g.nv, x, ih, hh, acc);
-            F(group)(m, w.K, g.nv, h, hh, w.I ? F(packed_panel)(GATES, w.ih, w.I, next)
-                                              : F(packed_panel)(GATES, w.hh, w.K, next), acc);
+            F(group)(m, w.I, g.nv - APART, x, ih, hh, acc);
+            F(group)(m, w.K, g.nv - APART, h, hh, w.I ? F(packed_panel)(FED, w.ih, w.I, next)
+                                                      : F(packed_panel)(FED, w.hh, w.K, next),
+                     (F(row4) *)&acc[0][APART]);
             for (ptrdiff_t r = 0; r < m; r++)
                 for (int u = 0; u < (GATES == 1 ? g.nv : 1); u++) {
                     ptrdiff_t j = g.col + u * VL, lanes = F(lanes)(&g, u);
@@ -82,3 +92,5 @@ static void CELL(back_step)(const lstm_weights *weights, int descending, ptrdiff
 
 #undef CELL
 #undef GATES
+#undef APART
+#undef FED

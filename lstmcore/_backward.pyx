@@ -131,10 +131,7 @@ cdef void list_tokens(Backward *f, int me, int team) noexcept nogil:
                 else:
                     f.x_rows[k + r] = f.dtable + p.ids[at] * p.G * p.item
                 f.da[k + r] = p.gates + token * p.G * p.item
-                if s > 0:
-                    f.h_prev[k + r] = p.y + place(steps, s - 1, r) * row_h
-                else:
-                    f.h_prev[k + r] = initial(p, p.h0, r, row_h)
+                f.h_prev[k + r] = h_before(p, s, r)
                 if p.cell.has_c:
                     f.c_rows[k + r] = p.c + token * row_c
                     f.c_prev[k + r] = c_before(p, s, r)
@@ -142,6 +139,13 @@ cdef void list_tokens(Backward *f, int me, int team) noexcept nogil:
                     f.m_rows[k + r] = f.m + (k + r) * row_c
                     f.dh_rows[k + r] = f.dh + (k + r) * row_h
         k += n
+
+
+cdef inline const char *h_before(const Problem *p, Py_ssize_t s, Py_ssize_t r) noexcept nogil:
+    """h_{t-1} of step s of row r."""
+    if s > 0:
+        return p.y + place(&p.steps, s - 1, r) * p.K * p.item
+    return initial(p, p.h0, r, p.K * p.item)
 
 
 cdef inline const char *c_before(const Problem *p, Py_ssize_t s, Py_ssize_t r) noexcept nogil:
@@ -169,13 +173,18 @@ cdef void backward_rows(Backward *f, Member *m, lstm_back_row *rows) noexcept no
             step(f, s, n, going_on, m, rows)
         going_on = n
         wait(m.barrier, m.slab.parts)
-    # dh0 = da_0 W_hh        (n,G) (G,K)
+    # dh0 = da_0 W_hh        (n,fed) (fed,K), to which a cell that reads h has added already
     for q in range(going_on):
         r = m.own.first + q * m.own.stride
-        m.products.a[q] = p.gates + (steps.start[0] + r) * p.G * p.item
+        m.products.a[q] = fed_by_h(p, steps.start[0] + r)
         m.products.C[q] = f.dh0 + steps.order[r] * p.K * p.item
-    m.products.start, m.products.n = START_ZERO, going_on
+    m.products.start, m.products.n = START_ADD if p.cell.reads_h else START_ZERO, going_on
     p.plan.e.by.multiply(p.plan.e.k, &f.hh, &m.slab, &m.products)
+
+
+cdef inline const char *fed_by_h(const Problem *p, Py_ssize_t token) noexcept nogil:
+    """The gates of a token that W_hh feeds, the last ones."""
+    return p.gates + (token * p.G + p.G - p.fed) * p.item
 
 
 cdef inline void place_row(const Backward *f, Py_ssize_t s, Py_ssize_t r, bint goes_on,
@@ -187,11 +196,13 @@ cdef inline void place_row(const Backward *f, Py_ssize_t s, Py_ssize_t r, bint g
     row.gates = p.gates + token * p.G * p.item
     row.dy = f.dy + at * row_h
     if goes_on:
-        row.da_next = p.gates + (steps.start[s + 1] + r) * p.G * p.item
+        row.da_next = fed_by_h(p, steps.start[s + 1] + r)
     elif f.dy_last != NULL:
         row.dy = f.dy_last + steps.order[r] * row_h
     if not p.cell.keeps_gates:
         row.h = p.y + at * row_h
+    if p.cell.reads_h:
+        row.h_prev, row.dh = h_before(p, s, r), f.dh0 + steps.order[r] * row_h
     if p.cell.has_c:
         row.c, row.c_prev = p.c + token * p.H * p.item, c_before(p, s, r)
         row.dc = f.dc0 + steps.order[r] * p.H * p.item
@@ -206,7 +217,7 @@ cdef inline void step(const Backward *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t 
     unit_range(p.H, p.plan.e.k.VL, m.slab.part, m.slab.parts, &j0, &j1)
     w.I, w.H, w.ih, w.bias, w.peepholes = 0, p.H, NULL, NULL, p.peepholes
     if multiplied:
-        w.K, w.hh = p.G, packed_at(p.plan.e.k, &f.hh, j0)
+        w.K, w.hh = p.fed, packed_at(p.plan.e.k, &f.hh, j0)
         p.cell.back_step(&w, s & 1, multiplied, j0, j1, rows)
     w.K, w.hh = 0, NULL
     p.cell.back_step(&w, s & 1, n - multiplied, j0, j1, rows + multiplied)
@@ -218,7 +229,7 @@ cdef void multiply_apart(Backward *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t goi
     cdef Problem *p = &f.p
     cdef Py_ssize_t q, r, p0, p1, j0, j1, row_h = p.K * p.item
     unit_range(p.K, f.hh.cut, m.slab.part, m.slab.parts, &p0, &p1)
-    for q in range(n):  # dh = dy + da_next W_hh        (n,G) (G,K)
+    for q in range(n):  # dh = dy + da_next W_hh        (n,fed) (fed,K)
         r = m.own.first + q * m.own.stride
         m.products.a[q] = rows[q].da_next
         m.products.C[q] = f.dh + (p.steps.first[s] + r if p.projected else r) * row_h
@@ -245,7 +256,7 @@ cdef void multiply_apart(Backward *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t goi
 # ---- what has no recurrence --------------------------------------------------------------------------
 
 cdef void input_gradient(Backward *f, const Part *share) noexcept nogil:
-    """dx = da W_ih        (n,G) (G,I), for a share of the tokens."""
+    """dx = da W_ih        (n,fed) (fed,I), for a share of the tokens."""
     cdef Problem *p = &f.p
     cdef Py_ssize_t k, k0, k1
     cdef Part whole
@@ -261,14 +272,21 @@ cdef void input_gradient(Backward *f, const Part *share) noexcept nogil:
 cdef void add_up_gradients(Backward *f, const Part *share) noexcept nogil:
     """The gradients of the weights, this thread's share of their rows."""
     cdef Problem *p = &f.p
-    cdef Py_ssize_t j0, j1
+    cdef Py_ssize_t j0, j1, apart = p.G - p.fed
     cdef lstm_product products[2]
     cdef Sums sums
-    sums.tokens, sums.M, sums.da, sums.db = p.steps.tokens, p.G, f.da, f.db
-    products[0].x, products[0].N, products[0].dW = f.h_prev, p.K, f.dW_hh
+    sums.tokens, sums.da, sums.db, sums.products = p.steps.tokens, f.da, f.db, products
+    products[0].x, products[0].N = f.h_prev, p.K
+    products[0].dW = f.dW_hh - apart * p.K * p.item  # rows are counted as those of da
     products[1].x, products[1].N, products[1].dW = f.x_rows, p.I, f.dW_ih
-    sums.n_products, sums.products = 2 if p.ids == NULL else 1, products
+    sums.first, sums.last, sums.n_products = apart, p.fed, 2 if p.ids == NULL else 1
     p.plan.e.by.add_up(p.plan.e.k, &sums, share)
+    if apart:  # what h feeds alone, then what x feeds alone
+        sums.first, sums.last, sums.n_products = p.fed, p.G, 1
+        p.plan.e.by.add_up(p.plan.e.k, &sums, share)
+        sums.first, sums.last, sums.products = 0, apart, products + 1
+        sums.n_products = 1 if p.ids == NULL else 0
+        p.plan.e.by.add_up(p.plan.e.k, &sums, share)
     if p.ids != NULL:  # dtable[id] += da
         unit_range(p.G, p.plan.e.k.VL, share.part, share.parts, &j0, &j1)
         p.plan.e.k.add_rows(p.steps.tokens, j0, j1, f.da, <void **>f.x_rows)
@@ -277,7 +295,8 @@ cdef void add_up_gradients(Backward *f, const Part *share) noexcept nogil:
         p.cell.peephole_gradient(p.steps.tokens, p.H, j0, j1, f.da, f.c_prev, f.c_rows, f.dpeepholes)
     if p.projected:
         products[0].x, products[0].N, products[0].dW = f.m_rows, p.H, f.dW_hr
-        sums.M, sums.da, sums.n_products, sums.db = p.K, f.dh_rows, 1, NULL
+        sums.first, sums.last, sums.products = 0, p.K, products
+        sums.da, sums.n_products, sums.db = f.dh_rows, 1, NULL
         p.plan.e.by.add_up(p.plan.e.k, &sums, share)
 
 
@@ -287,9 +306,9 @@ def run(cell, weights, batch, tape, upstream, g, *, n_threads, dtable=None):
     """Fills the gradients g from a tape (y, gates, c), whose gates become da.
 
     See fill_problem for weights and batch. upstream: dy and dy_last (B, K), dy of each row's last step
-    plus dh_n, or None if there is no dh_n. g: dx, dW_ih, dW_hh, db, dpeepholes, dh0, dc0, dW_hr, of
-    which dh0 and dc0 hold dh_n and dc_n on entry. For token ids g.dx is None, and dtable (V, G), zero on
-    entry, takes the place of g.dW_ih.
+    plus dh_n, or None if there is no dh_n or the cell reads h, which finds dh_n in dh0. g: dx, dW_ih,
+    dW_hh, db, dpeepholes, dh0, dc0, dW_hr, of which dh0 and dc0 hold dh_n and dc_n on entry. For token
+    ids g.dx is None, and dtable (V, G), zero on entry, takes the place of g.dW_ih.
     """
     cdef Backward f
     cdef Engine e

@@ -99,7 +99,7 @@ cdef void backward(void *arg, int me, int team) noexcept nogil:
         rows.n, rows.a, rows.C = k1 - k0, f.dy_rows + k0, f.out_rows + k0
         f.plan.e.by.multiply(f.plan.e.k, &f.W, &whole, &rows)
     product.x, product.N, product.dW = f.x_rows, f.I, f.dW
-    sums.tokens, sums.M, sums.da, sums.db = f.n, f.O, f.dy_rows, f.db
+    sums.tokens, sums.first, sums.last, sums.da, sums.db = f.n, 0, f.O, f.dy_rows, f.db
     sums.n_products, sums.products = 1, &product
     f.plan.e.by.add_up(f.plan.e.k, &sums, &share)
 

@@ -3,7 +3,7 @@
 """The plan of the forward pass: who computes which rows and units, step after step."""
 
 from libc.stdint cimport int64_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 cimport numpy as cnp
 
 from lstmcore._grid cimport Grid, choose_chunk, choose_fused, choose_grid
@@ -133,7 +133,7 @@ cdef inline char *gates_at(const Forward *f, Py_ssize_t s, Py_ssize_t s0, Py_ssi
 
 
 cdef void project_inputs(const Forward *f, Py_ssize_t s0, Py_ssize_t n, Member *m) noexcept nogil:
-    """a = x W_ihᵀ + b        (n,I) (I,G) for all steps of the chunk that starts at s0, n rows there."""
+    """a = x W_ihᵀ + b        (n,I) (I,fed) for all steps of the chunk that starts at s0, n rows there."""
     cdef const Problem *p = &f.p
     cdef Py_ssize_t s, q, r, at, count = 0
     for s in range(s0, min(p.steps.count, s0 + f.chunk)):
@@ -148,20 +148,26 @@ cdef void project_inputs(const Forward *f, Py_ssize_t s0, Py_ssize_t n, Member *
             count += 1
     if p.ids != NULL:
         for q in range(count):
-            copy_units(f, m.products.C[q], <const char *>m.products.a[q], &m.slab)
+            copy_units(f, m.products.C[q], <const char *>m.products.a[q], 0, &m.slab)
         return
     m.products.n, m.products.bias = count, f.b
     m.products.start = START_BIAS if f.b != NULL else START_ZERO
     p.plan.e.by.multiply(p.plan.e.k, &f.ih, &m.slab, &m.products)
+    for q in range(count if p.cell.apart else 0):
+        copy_units(f, m.products.C[q], f.b, p.fed // p.H, &m.slab)
 
 
-cdef inline void copy_units(const Forward *f, void *out, const char *row,
+cdef inline void copy_units(const Forward *f, void *out, const char *row, Py_ssize_t gate,
                             const Part *slab) noexcept nogil:
-    """The pre-activations of this thread's units, all gates."""
-    cdef Py_ssize_t gate, j0, j1, H = f.p.H, item = f.p.item
+    """The pre-activations of this thread's units from a gate on; row is NULL for zeros."""
+    cdef Py_ssize_t j0, j1, H = f.p.H, item = f.p.item
     unit_range(H, f.hh.cut, slab.part, slab.parts, &j0, &j1)
-    for gate in range(f.p.cell.gates):
-        memcpy(<char *>out + (gate * H + j0) * item, row + (gate * H + j0) * item, (j1 - j0) * item)
+    for gate in range(gate, f.p.cell.gates):
+        if row == NULL:
+            memset(<char *>out + (gate * H + j0) * item, 0, (j1 - j0) * item)
+        else:
+            memcpy(<char *>out + (gate * H + j0) * item, row + (gate * H + j0) * item,
+                   (j1 - j0) * item)
 
 
 cdef inline void step(const Forward *f, Py_ssize_t s, Py_ssize_t n, Member *m,
@@ -177,7 +183,8 @@ cdef inline void step(const Forward *f, Py_ssize_t s, Py_ssize_t n, Member *m,
     w.bias, w.peepholes = f.b, p.peepholes
     if not in_step and not from_zero:
         for q in range(n):
-            m.products.a[q], m.products.C[q] = rows[q].h_prev, rows[q].gates
+            m.products.a[q] = rows[q].h_prev
+            m.products.C[q] = <char *>rows[q].gates + (p.G - p.fed) * p.item
         m.products.start, m.products.n = START_ADD, n
         p.plan.e.by.multiply(p.plan.e.k, &f.hh, &m.slab, &m.products)
     p.cell.step(&w, (s & 1) != f.descending, n, j0, j1, rows)
@@ -213,8 +220,8 @@ cdef int fill(Forward *f, cell, weights, batch, room, Packed packed, int n_threa
         f.ih, f.hh, f.hr = packed.operands[0], packed.operands[1], packed.operands[2]
     else:
         # token ids look their products up: W_ih is not read
-        f.ih = operand(e.k, cell.gates, weights.W_ih if f.p.ids == NULL else None, False)
-        f.hh = operand(e.k, cell.gates, weights.W_hh, False)
+        f.ih = operand(e.k, cell.fed, weights.W_ih if f.p.ids == NULL else None, False)
+        f.hh = operand(e.k, cell.fed, weights.W_hh, False)
         f.hr = operand(e.k, 1, weights.W_hr, False)
     f.fused = f.p.ids == NULL and f.p.plan.e.by.in_step
     if f.fused:

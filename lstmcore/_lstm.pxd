@@ -35,12 +35,16 @@ cdef extern from "lstm.h" nogil:
         const void *c
         const void *c_prev
         const void *dy
+        const void *h_prev
+        void *dh
         void *dc
     ctypedef struct lstm_cell:
         const char *name
         int gates
+        int apart
         bint keeps_gates
         bint has_c
+        bint reads_h
         void (*step)(const lstm_weights *w, bint descending, Py_ssize_t n, Py_ssize_t j0,
                      Py_ssize_t j1, const lstm_row *rows) noexcept nogil
         void (*back_step)(const lstm_weights *w, bint descending, Py_ssize_t n, Py_ssize_t j0,

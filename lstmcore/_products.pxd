@@ -15,8 +15,8 @@ cdef struct Part:                  # a thread's part of the columns, and its scr
     char *scratch
 
 
-cdef struct Sums:                  # dW = daᵀ x of each product and db = Σ da over tokens, M rows
-    Py_ssize_t tokens, M
+cdef struct Sums:                  # dW = daᵀ x of each product and db = Σ da over tokens,
+    Py_ssize_t tokens, first, last # rows [first, last)
     const void **da
     int n_products
     const lstm_product *products

@@ -71,10 +71,10 @@ cdef void tile_multiply(const lstm_kernels *k, const Operand *w, const Part *min
 
 cdef void tile_add_up(const lstm_kernels *k, const Sums *sums, const Part *mine) noexcept nogil:
     cdef Py_ssize_t m0, m1
-    unit_range(sums.M, k.MR, mine.part, mine.parts, &m0, &m1)
+    unit_range(sums.last - sums.first, k.MR, mine.part, mine.parts, &m0, &m1)
     if m0 < m1:
-        k.weight_gradient(sums.tokens, m0, m1, sums.da, sums.n_products, sums.products, sums.db,
-                          mine.scratch)
+        k.weight_gradient(sums.tokens, sums.first + m0, sums.first + m1, sums.da, sums.n_products,
+                          sums.products, sums.db, mine.scratch)
 
 
 cdef Py_ssize_t tile_scratch_bytes(const lstm_kernels *k, const Widths *widths) noexcept nogil:
@@ -216,7 +216,8 @@ cdef void blas_multiply(const lstm_kernels *k, const Operand *w, const Part *min
 cdef void blas_add_up(const lstm_kernels *k, const Sums *sums, const Part *mine) noexcept nogil:
     """In pieces of BLAS_COLUMNS rows of dW; db by the kernels."""
     cdef Py_ssize_t m0, m1, start, end, q
-    unit_range(sums.M, BLAS_COLUMNS, mine.part, mine.parts, &start, &end)
+    unit_range(sums.last - sums.first, BLAS_COLUMNS, mine.part, mine.parts, &start, &end)
+    start, end = sums.first + start, sums.first + end
     while start < end:
         m0, m1 = start, min(start + BLAS_COLUMNS, end)
         if sums.db != NULL:

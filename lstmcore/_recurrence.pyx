@@ -13,7 +13,8 @@ reverse. A token is one (step, row); in the tape it lies at `start[s] + r`: a de
 ragged one holds the real tokens only.
 
 Letters are those of lstmcore/reference.py, and: K is the width of h, over which the recurrent product
-sums (H, or P with a projection); G is the width of a row of gates, as many times H as the cell has.
+sums (H, or P with a projection); G is the width of a row of gates, as many times H as the cell has, of
+which W_ih and W_hh feed `fed` each.
 """
 
 from collections import namedtuple
@@ -32,7 +33,7 @@ from lstmcore._products cimport Engine, Plan, Widths
 
 cnp.import_array()
 
-Cell = namedtuple("Cell", "name gates keeps_gates has_c has_projection has_peepholes")
+Cell = namedtuple("Cell", "name gates fed keeps_gates has_c reads_h has_projection has_peepholes")
 cells = {}                         # name -> Cell, of those that were asked for
 
 
@@ -43,8 +44,9 @@ def cell(str name):
         row = cell_of(kernels_of("float64"), name)
         if row == NULL:
             raise ValueError(f"no cell is named {name!r}")
-        cells[name] = Cell(name, row.gates, bool(row.keeps_gates), bool(row.has_c),
-                           row.output != NULL, row.peephole_gradient != NULL)
+        cells[name] = Cell(name, row.gates, row.gates - row.apart, bool(row.keeps_gates),
+                           bool(row.has_c), bool(row.reads_h), row.output != NULL,
+                           row.peephole_gradient != NULL)
     return cells[name]
 
 
@@ -61,8 +63,9 @@ cdef int fill_problem(Problem *p, Engine e, cell, weights, batch, tape) except -
     p.plan.e, p.plan.prepare = e, number_tokens
     p.cell = cell_of(p.plan.e.k, cell.name)
     p.item = p.plan.e.k.item
-    p.G, p.K = cnp.PyArray_DIM(W_hh, 0), cnp.PyArray_DIM(W_hh, 1)
-    p.H, p.projected = p.G // p.cell.gates, weights.W_hr is not None
+    p.fed, p.K = cnp.PyArray_DIM(W_hh, 0), cnp.PyArray_DIM(W_hh, 1)
+    p.H, p.projected = p.fed // cell.fed, weights.W_hr is not None
+    p.G = p.H * cell.gates
     if cnp.PyArray_NDIM(x) == 2:
         p.ids = <int64_t *>address(x)
     else:
@@ -85,8 +88,8 @@ cdef Loop loop_of(const Problem *p) noexcept nogil:
     cdef Py_ssize_t VL = p.plan.e.k.VL
     loop.steps, loop.rows, loop.tile_rows = p.steps.count, p.steps.B, p.plan.e.k.MR
     loop.vectors = (p.H + VL - 1) // VL if p.plan.e.by.in_step else 1
-    loop.input_bytes = p.G * p.I * p.plan.e.k.packed
-    loop.recurrent_bytes = p.G * p.K * p.plan.e.k.packed
+    loop.input_bytes = p.fed * p.I * p.plan.e.k.packed
+    loop.recurrent_bytes = p.fed * p.K * p.plan.e.k.packed
     loop.cache_bytes = cache_bytes()
     return loop
 

@@ -68,20 +68,22 @@ class TokenTable:
         self.rows = rows
 
 
-def _looked_up(ids, W_ih, b):
+def _looked_up(ids, W_ih, b, G):
     """Token ids and the table that they look up, what each projects to.
 
-    The table is W_ihᵀ + b (I, 4H) or, if it has more rows than there are tokens, the rows in use.
+    The table is W_ihᵀ + b (I, G) or, if it has more rows than there are tokens, the rows in use.
     """
     if isinstance(W_ih, TokenTable):
         return ids.array, W_ih.rows
     if ids.array.size >= W_ih.shape[1]:
-        return ids.array, _projected(W_ih.T, b)
+        return ids.array, _projected(W_ih.T, b, G)
     used, places = ids.used()
-    return places, _projected(W_ih.T[used], b)
+    return places, _projected(W_ih.T[used], b, G)
 
 
-def _projected(rows, b):
+def _projected(rows, b, G):
+    if rows.shape[1] < G:          # h alone feeds the other gates: they start from the bias
+        rows = np.pad(rows, ((0, 0), (0, G - rows.shape[1])))
     return np.ascontiguousarray(rows if b is None else rows + b)
 
 
@@ -92,9 +94,10 @@ Letters = namedtuple("Letters", "W_ih W_hh b h table")
 
 
 @functools.cache
-def _letters(gates, projected):
-    G, P = "H" if gates == 1 else f"{gates}H", "P" if projected else "H"
-    return Letters(f"({G}, I)", f"({G}, {P})", f"({G},)", f"(B, {P})", f"(V, {G})")
+def _letters(cell, projected):
+    G, fed = ("H" if gates == 1 else f"{gates}H" for gates in (cell.gates, cell.fed))
+    P = "P" if projected else "H"
+    return Letters(f"({fed}, I)", f"({fed}, {P})", f"({G},)", f"(B, {P})", f"(V, {G})")
 
 
 def _sizes(cell, x, W_ih, W_hh, W_hr=None):
@@ -119,12 +122,12 @@ def _sizes(cell, x, W_ih, W_hh, W_hr=None):
     if len(shape) != (2 if ids else 3):
         raise ValueError(f"x must be {'(T, B) of token ids' if ids else '(T, B, I)'}, got shape "
                          f"{shape}")
-    if rows % cell.gates or not rows or not K:
-        letters = _letters(cell.gates, False).W_hh
+    if rows % cell.fed or not rows or not K:
+        letters = _letters(cell, False).W_hh
         raise ValueError(f"W_hh must be {letters}, got {W_hh.shape}")
     if is_table and not ids:
         raise TypeError(f"a table of tokens needs x to be token ids, got {x.dtype}")
-    I, H = first.shape[not is_table] if ids else shape[2], rows // cell.gates
+    I, H = first.shape[not is_table] if ids else shape[2], rows // cell.fed
     if I == 0:
         raise ValueError(f"x must have I >= 1 inputs, got x {shape} and W_ih {first.shape}")
     if W_hr is None:
@@ -156,15 +159,15 @@ def _x(x, sizes):
 def _weights(cell, sizes, W_ih, W_hh, b=None, peepholes=None, W_hr=None, looked_up=False):
     """The weights, found to be of these sizes. Those of tokens are only looked up: they stay strided."""
     _, _, I, H, K, dtype = sizes
-    rows, letters = cell.gates * H, _letters(cell.gates, W_hr is not None)
+    width, rows, letters = cell.gates * H, cell.fed * H, _letters(cell, W_hr is not None)
     array = checks.array
     if type(W_ih) is TokenTable:
-        W_ih = TokenTable(array(W_ih.rows, "rows of the table", letters.table, (I, rows), dtype))
+        W_ih = TokenTable(array(W_ih.rows, "rows of the table", letters.table, (I, width), dtype))
     elif not (looked_up and checks.unmasked("W_ih", W_ih).shape == (rows, I) and W_ih.dtype == dtype):
         W_ih = array(W_ih, "W_ih", letters.W_ih, (rows, I), dtype)
     return Weights(
         W_ih, array(W_hh, "W_hh", letters.W_hh, (rows, K), dtype),
-        None if b is None else array(b, "b", letters.b, (rows,), dtype),
+        None if b is None else array(b, "b", letters.b, (width,), dtype),
         None if peepholes is None else array(peepholes, "peepholes", "(3, H)", (3, H), dtype),
         None if W_hr is None else array(W_hr, "W_hr", "(P, H)", (K, H), dtype),
         "float64" if dtype is F64 else "float32")
@@ -173,7 +176,7 @@ def _weights(cell, sizes, W_ih, W_hh, b=None, peepholes=None, W_hr=None, looked_
 def _states(cell, sizes, h, c, names, projected):
     """h (B, K) and c (B, H), or None each; a cell without c takes none."""
     if h is not None:
-        h = checks.array(h, names[0], _letters(cell.gates, projected).h, (sizes.B, sizes.K), sizes.dtype)
+        h = checks.array(h, names[0], _letters(cell, projected).h, (sizes.B, sizes.K), sizes.dtype)
     if c is not None:
         c = checks.array(c, names[1], "(B, H)", (sizes.B, sizes.H), sizes.dtype)
     return h, c
@@ -214,7 +217,7 @@ class _Tape:
     def check(self):
         """An error unless every array is still what it was: most are the caller's."""
         T, B, I, H, K, dtype = self.sizes
-        rows, is_double = self.cell.gates * H, dtype is F64
+        rows, is_double = self.cell.fed * H, dtype is F64
         W_ih, W_hh, _, peepholes, W_hr, _ = self.weights
         x, h0, c0 = self.batch[:3]
         kept = [("y", self.y, (T, B, K)), ("W_hh", W_hh, (rows, K)), *self._kept()]
@@ -361,7 +364,7 @@ def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, l
     if tokens:
         run = batch
         if looked_up:
-            ids, table = _looked_up(x, weights.W_ih, weights.b)
+            ids, table = _looked_up(x, weights.W_ih, weights.b, cell.gates * H)
             run = batch._replace(x=ids, table=table)
         _forward.run(cell, weights, run, Room(y, h_n, c_n, gates, c), packed=packed,
                      n_threads=_threads(n_threads, tokens, cell.gates * H, K if looked_up else I + K))
@@ -377,17 +380,17 @@ def _run_backward(tape, dy, dh_n, dc_n, n_threads, gates=None, c=None):
     cell, sizes, weights, batch, y = tape.cell, tape.sizes, tape.weights, tape.batch, tape.y
     T, B, I, H, K, dtype = sizes
     looked_up = isinstance(batch.x, TokenIds)
-    tokens, G = tape.tokens, cell.gates * H
+    tokens, G, rows = tape.tokens, cell.gates * H, cell.fed * H
     ragged = batch.order is not None
     dx = dW_ih = dtable = None
     if looked_up:
         dtable = empty((I, G), dtype)
         dtable.fill(0)
-        dW_ih = dtable if type(weights.W_ih) is TokenTable else dtable.T
+        dW_ih = dtable if type(weights.W_ih) is TokenTable else dtable[:, :rows].T
     else:
-        dx, dW_ih = (np.zeros if ragged else empty)((T, B, I), dtype), empty((G, I), dtype)
+        dx, dW_ih = (np.zeros if ragged else empty)((T, B, I), dtype), empty((rows, I), dtype)
     g = Gradients(
-        dx, dW_ih, empty((G, K), dtype), np.empty(G, dtype),
+        dx, dW_ih, empty((rows, K), dtype), np.empty(G, dtype),
         None if weights.peepholes is None else np.empty((3, H), dtype),
         np.zeros((B, K), dtype) if dh_n is None else dh_n.copy(),
         None if not cell.has_c else np.zeros((B, H), dtype) if dc_n is None else dc_n.copy(),
@@ -396,7 +399,7 @@ def _run_backward(tape, dy, dh_n, dc_n, n_threads, gates=None, c=None):
         if looked_up:
             batch = batch._replace(x=batch.x.array)
         _backward.run(cell, weights, batch, Room(y, None, None, gates, c),
-                      Upstream(dy, _last_dy(batch, dy, dh_n)), g, dtable=dtable,
+                      Upstream(dy, None if cell.reads_h else _last_dy(batch, dy, dh_n)), g, dtable=dtable,
                       n_threads=_threads(n_threads, tokens, G, K if looked_up else I + K))
     else:
         for d in g.dW_ih, g.dW_hh, g.db, g.dpeepholes, g.dW_hr:
@@ -596,7 +599,7 @@ def pack(cell, W_ih, W_hh=None, W_hr=None):
     x = np.empty((1, 1, *np.shape(W_ih)[1:2]), getattr(W_ih, "dtype", float))
     x, sizes = _sizes(row, x, W_ih, W_hh, W_hr)
     w = _weights(row, sizes, W_ih, W_hh, None, None, W_hr)
-    return _products.Packed(cell, row.gates, w.format, (w.W_ih, w.W_hh, w.W_hr), origin)
+    return _products.Packed(cell, row.fed, w.format, (w.W_ih, w.W_hh, w.W_hr), origin)
 
 
 def _found_packed(packed, cell, weights, looked_up=False):
@@ -658,7 +661,7 @@ class Step:
         W_ih, W_hh, _, _, W_hr, format = self._weights
         self._x_shape, self._y_shape, self._is_double = (B, I), (B, K), dtype == F64
         self._table = None
-        packed = _products.Packed(self._cell.name, self._cell.gates, format, (W_ih, W_hh, W_hr), ())
+        packed = _products.Packed(self._cell.name, self._cell.fed, format, (W_ih, W_hh, W_hr), ())
         batch = Batch(np.zeros((1, B, I), dtype), None, None, None, None, False, None)
         room = Room(np.zeros((B, K), dtype), self._h, self._c, None, None)
         self._run = _forward.Stepper(self._cell, self._weights, batch, room, packed)
@@ -708,7 +711,8 @@ class Step:
             raise ValueError(f"x_t must be (B,) = ({B},) token ids, got {x_t.shape}")
         x_t = checks.ids(x_t, "token ids", I)
         if self._table is None:
-            self._table = _projected(self._weights.W_ih.T, self._weights.b)
+            self._table = _projected(self._weights.W_ih.T, self._weights.b,
+                                     self._cell.gates * self._sizes.H)
         return x_t, self._table
 
 
