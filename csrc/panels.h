@@ -41,13 +41,13 @@ INLINE ptrdiff_t F(lanes)(const F(panel) *g, int v) {
 }
 
 /* Where panel p of a packed operand lies; an operand of no k may be NULL. */
-INLINE const R *F(packed_panel)(int gates, const void *packed, ptrdiff_t K, ptrdiff_t p) {
-    return K ? (const R *)packed + p * K * (gates == 1 ? 4 : gates) * VL : NULL;
+INLINE const PACKED *F(packed_panel)(int gates, const void *packed, ptrdiff_t K, ptrdiff_t p) {
+    return K ? (const PACKED *)packed + p * K * (gates == 1 ? 4 : gates) * VL : NULL;
 }
 
-/* out[k·out_stride + l] = in[l·in_stride + k] for k, l < VL.  Interleaving the two halves of the rows
-   log2(VL) times transposes them. */
-INLINE void F(transpose)(const R *in, ptrdiff_t in_stride, R *out, ptrdiff_t out_stride) {
+/* out[k·out_stride + l] = in[l·in_stride + k] for k, l < VL, packed.  Interleaving the two halves of
+   the rows log2(VL) times transposes them. */
+INLINE void F(transpose)(const R *in, ptrdiff_t in_stride, PACKED *out, ptrdiff_t out_stride) {
     vec row[VECTOR_BYTES / sizeof(R)];
     for (int l = 0; l < VL; l++) row[l] = F(v_load)(in + l * in_stride);
     for (int width = 1; width < VL; width *= 2) {
@@ -58,7 +58,7 @@ INLINE void F(transpose)(const R *in, ptrdiff_t in_stride, R *out, ptrdiff_t out
         }
         for (int l = 0; l < VL; l++) row[l] = next[l];
     }
-    for (int k = 0; k < VL; k++) F(v_store)(out + k * out_stride, row[k]);
+    for (int k = 0; k < VL; k++) F(v_pack)(out + k * out_stride, row[k]);
 }
 
 static void F(pack)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, ptrdiff_t first,
@@ -68,25 +68,24 @@ static void F(pack)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, ptrdiff_t
     if (K == 0) return;
     for (ptrdiff_t p = first; p < last; p++) {
         F(panel) g = F(panel_at)(w->gates, p, w->N, j0, j1);
-        R *out = (R *)F(packed_panel)(w->gates, w->packed, K, p);
+        PACKED *out = (PACKED *)F(packed_panel)(w->gates, w->packed, K, p);
         for (int v = 0; v < g.nv; v++) {
             ptrdiff_t n = F(lanes)(&g, v);
             const R *W = (const R *)w->W + (g.col + v * g.stride) * col_stride;
             for (ptrdiff_t k0 = 0; k0 < K; k0 += BLOCK) {
                 ptrdiff_t k1 = MIN(K, k0 + BLOCK);
-                if (n < VL)
-                    for (ptrdiff_t k = k0; k < k1; k++)
-                        F(v_store)(out + (k * g.nv + v) * VL, F(v_set1)(0));
                 if (col_stride == 1)
                     for (ptrdiff_t k = k0; k < k1; k++)
-                        F(v_store_n)(out + (k * g.nv + v) * VL, F(v_load_n)(W + k * k_stride, n), n);
+                        F(v_pack)(out + (k * g.nv + v) * VL, F(v_load_n)(W + k * k_stride, n));
                 else if (n == VL && k1 - k0 == BLOCK && k_stride == 1)
                     for (ptrdiff_t k = k0; k < k1; k += VL)
                         F(transpose)(W + k, col_stride, out + (k * g.nv + v) * VL, g.nv * VL);
                 else
-                    for (ptrdiff_t l = 0; l < n; l++)
-                        for (ptrdiff_t k = k0; k < k1; k++)
-                            out[(k * g.nv + v) * VL + l] = W[k * k_stride + l * col_stride];
+                    for (ptrdiff_t k = k0; k < k1; k++) {
+                        R lanes[VECTOR_BYTES / sizeof(R)] = {0};
+                        for (ptrdiff_t l = 0; l < n; l++) lanes[l] = W[k * k_stride + l * col_stride];
+                        F(v_pack)(out + (k * g.nv + v) * VL, F(v_load)(lanes));
+                    }
             }
         }
     }
@@ -95,8 +94,8 @@ static void F(pack)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, ptrdiff_t
 /* acc[r] += a[r] · panel for n <= GROUP rows, in tiles of nearly equal height.  Meanwhile the tiles
    fetch the next panel, a line per k: its first use by the first tile of the next group would wait for
    the third-level cache (6 % of inference at (35,20,650,650)).  The sums lie on the stack, 12 KB. */
-static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const R *const *a, const R *panel,
-                     const R *next, F(row4) *acc) {
+static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const R *const *a, const PACKED *panel,
+                     const PACKED *next, F(row4) *acc) {
     uintptr_t ahead = (uintptr_t)next;
     for (ptrdiff_t k = 0; k < K; k += KC) {
         ptrdiff_t kn = MIN(KC, K - k);

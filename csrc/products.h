@@ -14,7 +14,7 @@ static void F(gemm)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, const lst
     ptrdiff_t size = F(group_size)(n);
     for (ptrdiff_t p = 0; p < F(n_panels)(gates, j0, j1); p++) {
         F(panel) g = F(panel_at)(gates, p, w->N, j0, j1);
-        const R *panel = F(packed_panel)(gates, w->packed, K, p);
+        const PACKED *panel = F(packed_panel)(gates, w->packed, K, p);
         for (ptrdiff_t r0 = 0; r0 < n; r0 += size) {
             ptrdiff_t m = MIN(size, n - r0);
             void *const *C = rows->C + r0;
@@ -34,11 +34,12 @@ static void F(gemm)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, const lst
 }
 
 static ptrdiff_t F(weight_gradient_work)(ptrdiff_t M) {
-    return (((M + MR - 1) / MR * MR + 16) * KW + KW * 4 * VL) * (ptrdiff_t)sizeof(R);
+    return ((M + MR - 1) / MR * MR + 16) * KW * (ptrdiff_t)sizeof(R) +
+           KW * 4 * VL * (ptrdiff_t)sizeof(PACKED);
 }
 
 /* acc[r][v] = Σ_k a[k·MR + r] panel[k][v]: both operands packed. */
-static void F(packed_tile)(int nv, ptrdiff_t K, const R *a, const R *panel, F(row4) *acc) {
+static void F(packed_tile)(int nv, ptrdiff_t K, const R *a, const PACKED *panel, F(row4) *acc) {
     const R *rows[MR];
     uintptr_t ahead = (uintptr_t)a;
     for (int r = 0; r < MR; r++) {
@@ -67,7 +68,8 @@ static void F(weight_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t m1, const vo
                                int n_products, const lstm_product *products, void *db_, void *work) {
     F(row4) acc[MR];
     ptrdiff_t M = m1 - m0, tiles = (M + MR - 1) / MR;
-    R *panel = work, *A = panel + KW * 4 * VL, *db = db_;
+    PACKED *panel = work;
+    R *A = (R *)(panel + KW * 4 * VL), *db = db_;
     for (ptrdiff_t m = m0; db && m < m1; m++) db[m] = 0;
     for (ptrdiff_t k0 = 0; k0 < K; k0 += KW) {
         ptrdiff_t kn = MIN(KW, K - k0);
@@ -78,9 +80,9 @@ static void F(weight_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t m1, const vo
                 F(panel) g = F(panel_at)(1, p, 0, 0, q->N);
                 for (ptrdiff_t k = 0; k < kn; k++)
                     for (int v = 0; v < g.nv; v++)
-                        F(v_store)(panel + (k * g.nv + v) * VL,
-                                   F(v_load_n)((const R *)q->x[k0 + k] + g.col + v * VL,
-                                               F(lanes)(&g, v)));
+                        F(v_pack)(panel + (k * g.nv + v) * VL,
+                                  F(v_load_n)((const R *)q->x[k0 + k] + g.col + v * VL,
+                                              F(lanes)(&g, v)));
                 for (ptrdiff_t t = 0; t < tiles; t++) {
                     F(packed_tile)(g.nv, kn, A + t * kn * MR, panel, acc);
                     for (ptrdiff_t r = 0; r < MIN(MR, M - t * MR); r++)

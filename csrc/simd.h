@@ -13,6 +13,7 @@
 #undef bits
 #undef int_t
 #undef uint_t
+#undef PACKED
 #undef v_fma
 #undef v_min
 #undef v_max
@@ -32,6 +33,8 @@
 #define vec F(vec)
 #define ivec F(ivec)  /* what a comparison gives: all bits of a lane, or none */
 #define bits F(bits)  /* without sign, so that no shift overflows */
+
+#define PACKED R  /* a number of a packed operand */
 
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
@@ -178,3 +181,8 @@ INLINE void F(v_store_n)(R *p, vec a, ptrdiff_t n) {
     for (ptrdiff_t l = 0; l < n; l++) p[l] = lanes[l];
 #endif
 }
+
+/* What a product sees: a vector of a packed operand, and a row's number in every lane. */
+INLINE vec F(v_unpack)(const PACKED *p) { return F(v_load)(p); }
+INLINE void F(v_pack)(PACKED *p, vec a) { F(v_store)(p, a); }
+INLINE vec F(v_broadcast)(R a) { return F(v_set1)(a); }

@@ -31,8 +31,8 @@ static void CELL(step)(const lstm_weights *weights, int descending, ptrdiff_t n,
     for (ptrdiff_t q = 0; q < panels; q++) {
         ptrdiff_t p = descending ? panels - 1 - q : q, next = descending ? MAX(p - 1, 0) : p + 1;
         F(panel) g = F(panel_at)(GATES, p, w.H, j0, j1);
-        const R *ih = F(packed_panel)(FED, w.ih, w.I, p);
-        const R *hh = F(packed_panel)(FED, w.hh, w.K, p);
+        const PACKED *ih = F(packed_panel)(FED, w.ih, w.I, p);
+        const PACKED *hh = F(packed_panel)(FED, w.hh, w.K, p);
         for (ptrdiff_t r0 = 0; r0 < n; r0 += size) {
             ptrdiff_t m = MIN(size, n - r0);
             const lstm_row *row = rows + r0;
@@ -69,7 +69,7 @@ static void CELL(back_step)(const lstm_weights *weights, int descending, ptrdiff
     for (ptrdiff_t q = 0; q < panels; q++) {
         ptrdiff_t p = descending ? panels - 1 - q : q, next = descending ? MAX(p - 1, 0) : p + 1;
         F(panel) g = F(panel_at)(1, p, w.H, j0, j1);
-        const R *hh = F(packed_panel)(1, w.hh, w.K, p);
+        const PACKED *hh = F(packed_panel)(1, w.hh, w.K, p);
         for (ptrdiff_t r0 = 0; r0 < n; r0 += size) {
             ptrdiff_t m = MIN(size, n - r0);
             const lstm_back_row *row = rows + r0;

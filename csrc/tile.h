@@ -17,27 +17,27 @@ typedef vec F(row4)[4];
 /* out[r][v] += Σ_k a[r][k·step] panel[k][v] for rows r < mr, vectors v < nv.  Meanwhile it fetches the
    lines from the address `ahead` on, one per k; nobody reads there, so it may lie past the end. */
 INLINE void F(tile)(const int mr, const int nv, const ptrdiff_t step, ptrdiff_t K,
-                    const R *const *a, const R *restrict panel, uintptr_t ahead,
+                    const R *const *a, const PACKED *restrict panel, uintptr_t ahead,
                     F(row4) *restrict out) {
     vec acc[MR][4];
     EACH(r, mr) EACH(v, nv) acc[r][v] = out[r][v];
     for (ptrdiff_t k = 0; k < K; k++, panel += nv * VL, ahead += 64) {
         vec w[4];
         PREFETCH(ahead);
-        EACH(v, nv) w[v] = F(v_load)(panel + v * VL);
+        EACH(v, nv) w[v] = F(v_unpack)(panel + v * VL);
         EACH(r, mr) {
-            vec x = F(v_set1)(a[r][k * step]);
+            vec x = F(v_broadcast)(a[r][k * step]);
             EACH(v, nv) acc[r][v] = v_fma(x, w[v], acc[r][v]);
         }
     }
     EACH(r, mr) EACH(v, nv) out[r][v] = acc[r][v];
 }
 
-typedef void F(tile_fn)(ptrdiff_t K, const R *const *a, const R *panel, uintptr_t ahead,
+typedef void F(tile_fn)(ptrdiff_t K, const R *const *a, const PACKED *panel, uintptr_t ahead,
                         F(row4) *out);
 
 #define TILE(mr, nv)                                                                                 \
-    static void F(tile_##mr##_##nv)(ptrdiff_t K, const R *const *a, const R *panel,                  \
+    static void F(tile_##mr##_##nv)(ptrdiff_t K, const R *const *a, const PACKED *panel,             \
                                     uintptr_t ahead, F(row4) *out) {                                 \
         F(tile)(mr, nv, 1, K, a, panel, ahead, out);                                                 \
     }

@@ -263,7 +263,7 @@ blas.add_up, blas.scratch_bytes = blas_add_up, blas_scratch_bytes
 
 cdef int choose_engine(Engine *e, str format) except -1:
     """The kernels of a number format; BLAS instead of the tiles only where a vector has one lane, and
-    never a BLAS whose rows differ by their place.
+    never a BLAS whose rows differ by their place, nor for operands that are not packed as they are.
 
     Not by the shape, or a row's bits would depend on the other rows of its batch. Without fused
     multiply-adds the tiles win against a BLAS that has none either, by 1.1x to 1.4x from 50 rows on,
@@ -272,7 +272,8 @@ cdef int choose_engine(Engine *e, str format) except -1:
     plan = forced_plan()
     e.k = kernels_of(format)
     e.by = &tiles
-    if (e.k.VL == 1 if plan is None else plan == "blas") and blas_is_fit(format, e.k.item):
+    if (e.k.VL == 1 if plan is None else plan == "blas") and e.k.packed == e.k.item \
+            and blas_is_fit(format, e.k.item):
         e.by = &blas
     return 0
 
