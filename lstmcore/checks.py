@@ -66,7 +66,7 @@ def out(name, value, shape, dtype, *inputs, over=None):
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name} must be a NumPy array, got {type(value).__name__}")
     if value.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
+        raise TypeError(f"{name} must be {np.dtype(dtype)}, got {value.dtype}")
     if value.shape != shape:
         raise ValueError(f"{name} must be {shape}, got {value.shape}")
     for flag, word in ("C", "C-contiguous"), ("W", "writable"), ("A", "aligned"):

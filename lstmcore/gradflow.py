@@ -40,7 +40,7 @@ def gradient_flow(layer, x, *, seed=0):
         raise TypeError(f"layer must be an LSTM or an RNN, got {type(layer).__name__}")
     if layer.bidirectional:
         raise ValueError("layer must have one direction: where there are two, no step is the last")
-    x = np.asarray(x)
+    x = np.asarray(checks.unmasked("x", x))
     probe = copy.deepcopy(layer).train()
     probe.dropout, probe.batch_first = 0.0, False
     if layer.batch_first:
@@ -100,6 +100,8 @@ def plot(flows, path=None, *, title="How far back the gradient reaches"):
     `flows` is what `compare` returned, or any dict of name -> (T+1,) norms. Returns the matplotlib
     figure.
     """
+    for name, norms in flows.items():
+        checks.unmasked(f"flows[{name!r}]", norms)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

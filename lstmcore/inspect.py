@@ -13,6 +13,8 @@ from collections import namedtuple
 
 import numpy as np
 
+from lstmcore import checks
+
 Activations = namedtuple("Activations", "tokens places signals")
 Selective = namedtuple("Selective", "neuron feature r")
 
@@ -148,7 +150,7 @@ def _signal(found, place, signal):
     if signal not in found.signals[place]:
         raise ValueError(f"signal must be one of {', '.join(found.signals[place])}, "
                          f"got {signal!r}")
-    return found.signals[place][signal]
+    return checks.unmasked(f"signal {signal}", found.signals[place][signal])
 
 
 def page(model, text, path, *, limit=2000, title=None):

@@ -65,8 +65,6 @@ class Linear(Module):
     (5, 2, 3)
     """
 
-    _packed = None
-
     def __init__(self, in_features, out_features, *, bias=True, dtype="float32", seed=None):
         self.in_features = checks.size("in_features", in_features)
         self.out_features = checks.size("out_features", out_features)
@@ -86,19 +84,19 @@ class Linear(Module):
         x = checks.floats("x", x, self.dtype)
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"x must be (..., {self.in_features}), got {x.shape}")
-        rows = x.reshape(-1, self.in_features)
-        y = dense.linear_forward(rows, self._own["weight"][0],
+        y = dense.linear_forward(x.reshape(-1, self.in_features), self._own["weight"][0],
                                  self._own["bias"][0] if self.bias else None,
                                  n_threads=self.n_threads, packed=self._packed)
         y = y.reshape(*x.shape[:-1], self.out_features)
-        self._keep(y, rows)
+        self._keep(y, x)
         return y
 
     def backward(self, dy):
         """dy (..., O) -> dx (..., I); adds to the gradients of weight and bias."""
         dy, x = self._take(dy)
         weight, dweight = self._own["weight"]
-        dx, dW, db = dense.linear_backward(x, weight, dy.reshape(-1, self.out_features),
+        dx, dW, db = dense.linear_backward(x.reshape(-1, self.in_features), weight,
+                                           dy.reshape(-1, self.out_features),
                                            n_threads=self.n_threads)
         dweight += dW
         if self.bias:
@@ -180,7 +178,7 @@ class ReLU(_Pointwise):
 
 def sigmoid(x):
     """1 / (1 + e^-x), accurate and free of overflow on both sides."""
-    e = np.exp(-np.abs(x))
+    e = np.exp(-np.abs(checks.unmasked("x", x)))
     return np.where(x >= 0, 1, e) / (1 + e)
 
 
@@ -240,7 +238,7 @@ class _Pool(Module):
 
     def backward(self, dpooled):
         """dpooled (B, W) -> dy, as y was; 0 past the end of each sequence."""
-        dpooled, shape, lengths, tape = self._take(dpooled)
+        dpooled, shape, lengths, tape = self._take(dpooled, "dpooled")
         dy = self._spread(dpooled, shape, lengths, tape)
         return dy.swapaxes(0, 1) if self.batch_first else dy
 

@@ -20,7 +20,7 @@ def softmax_cross_entropy(logits, targets, *, ignore_index=None, mask=None, redu
     logits : (..., V) float32 or float64
     targets : (...) ints in 0..V-1
     ignore_index : the targets of this value do not count
-    mask : (...) bool or weights: how much each target counts
+    mask : (...) bool, or finite weights: how much each target counts
     reduction : "mean", "sum" or "none"
     out : where to write dlogits, of the shape and dtype of logits; may be logits itself, but not
         a part of it or of another argument
@@ -41,7 +41,7 @@ def softmax_cross_entropy(logits, targets, *, ignore_index=None, mask=None, redu
     V, shape = logits.shape[-1], logits.shape[:-1]
     if out is not None:
         checks.out("out", out, logits.shape, logits.dtype, targets, mask, over=logits)
-    weights = _weights(mask, shape)
+    weights = _weights(mask, shape, logits.dtype)
     targets = checks.integers("targets", targets)
     if targets.shape != shape:
         raise ValueError(f"targets must be {shape}, as logits {logits.shape} without their last "
@@ -65,7 +65,7 @@ def mse_loss(y, target, *, mask=None, reduction="mean"):
     Parameters
     ----------
     y, target : (...) of one dtype, float32 or float64
-    mask : bool or weights, (...), or without the last axis
+    mask : bool or finite weights, (...), or without the last axis
     reduction : "mean", "sum", "none", or the textbook's "half_sum": ½ Σ (y - target)²
 
     Returns
@@ -78,7 +78,7 @@ def mse_loss(y, target, *, mask=None, reduction="mean"):
     """
     _check_reduction(reduction, "mean", "sum", "none", "half_sum")
     y, target, weights = _pair("y", y, "target", target, mask)
-    d = y - target
+    d = np.asarray(y - target)
     half = reduction == "half_sum"
     share, factor = _shares(weights, d.size, d.dtype, reduction)
     loss = _reduce(0.5 * d * d if half else d * d, weights, share, reduction)
@@ -91,7 +91,7 @@ def bce_with_logits(logits, targets, *, mask=None, reduction="mean"):
     Parameters
     ----------
     logits, targets : (...) of one dtype, float32 or float64; targets in 0..1
-    mask : bool or weights, (...), or without the last axis
+    mask : bool or finite weights, (...), or without the last axis
     reduction : "mean", "sum" or "none"
 
     Returns
@@ -111,7 +111,7 @@ def bce_with_logits(logits, targets, *, mask=None, reduction="mean"):
     losses = np.maximum(z, 0) - t * z + np.log1p(np.exp(-np.abs(z)))
     share, factor = _shares(weights, z.size, z.dtype, reduction)
     loss = _reduce(losses, weights, share, reduction)
-    return loss, _scale(sigmoid(z) - t, factor, weights == 0)
+    return loss, _scale(np.asarray(sigmoid(z) - t), factor, weights == 0)
 
 
 def _pair(name, a, other, b, mask):
@@ -120,16 +120,25 @@ def _pair(name, a, other, b, mask):
     b = checks.floats(other, b, a.dtype)
     if b.shape != a.shape:
         raise ValueError(f"{other} must be {a.shape}, as {name}, got {b.shape}")
+    checks.unmasked("mask", mask)
     if mask is not None and a.ndim > 1 and np.shape(mask) == a.shape[:-1]:
         mask = np.broadcast_to(np.asarray(mask)[..., None], a.shape)
-    return a, b, _weights(mask, a.shape)
+    return a, b, _weights(mask, a.shape, a.dtype)
 
 
-def _weights(mask, shape):
-    """The mask as weights, None for all ones."""
-    if mask is not None and np.shape(mask) != shape:
-        raise ValueError(f"mask must be {shape}, got {np.shape(mask)}")
-    return None if mask is None else np.asarray(mask)
+def _weights(mask, shape, dtype):
+    """The mask as weights, finite in this dtype; None for all ones."""
+    if mask is None:
+        return None
+    weights = np.asarray(checks.unmasked("mask", mask))
+    if weights.shape != shape:
+        raise ValueError(f"mask must be {shape}, got {weights.shape}")
+    if weights.dtype.kind not in "biuf" and weights.size:
+        raise TypeError(f"mask must be bool or real numbers, got {weights.dtype}")
+    if weights.dtype.kind == "f" and not (np.abs(weights) <= np.finfo(dtype).max).all():
+        raise ValueError(f"mask must be finite in {dtype}, got "
+                         f"{weights[~(np.abs(weights) <= np.finfo(dtype).max)][0]}")
+    return weights
 
 
 def _check_reduction(reduction, *names):

@@ -2,8 +2,9 @@
 
 Parameters with their gradients under one name, training and inference mode, state in and out of
 dictionaries. There is no graph: a model calls its layers in order and their backwards in reverse
-order, and a layer keeps, in training mode, what its next backward needs. It keeps its input and
-its weights themselves, not copies: leave them as they are until then.
+order, and a layer keeps, in training mode, what its next backward needs. It keeps its input, its
+weights and its output themselves, not copies: leave the numbers in them as they are until then.
+What it finds of another shape or dtype then is an error; what is indexed by is always a copy.
 """
 
 import inspect
@@ -35,6 +36,8 @@ class Module:
     training = True
     rng = None          # the layer's random numbers, where it needs any
     _own = {}           # name -> (parameter, gradient) of this layer alone
+    _thawed = None      # of a frozen layer: name -> the parameter from before, for `unfreeze`
+    _packed = None      # what a frozen layer with kernels has packed for them
     _tape = None        # what the last call in training mode left for backward
 
     def parameters(self):
@@ -68,7 +71,8 @@ class Module:
         """Fix the parameters for inference, in inference mode, until `unfreeze`. Returns self.
 
         Calls give the same bits, but no longer pack the weights for the kernels each time. The
-        parameters cannot be written to meanwhile; a copy, a pickle or a file of the model can.
+        parameters are immutable copies meanwhile, one more in memory: nothing that is written
+        through an array taken before reaches them. A copy or a pickle of the model is not frozen.
 
         >>> from lstmcore import LSTM
         >>> m = LSTM(3, 5, seed=0).freeze()
@@ -81,7 +85,11 @@ class Module:
         return self
 
     def unfreeze(self):
-        """Let the parameters change again; the mode stays inference. Returns self."""
+        """Let the parameters change again; the mode stays inference. Returns self.
+
+        They are the arrays that they were before, for optimizers and whoever else has them, and
+        hold what the frozen ones held.
+        """
         for _, module in self.modules():
             module._fix(False)
         return self
@@ -102,7 +110,8 @@ class Module:
         bias_l0 = bias_ih_l0 + bias_hh_l0.
         """
         self._check_not_frozen("load a state")
-        state = _fold_bias_pairs({name: np.asarray(value) for name, value in state.items()})
+        state = _fold_bias_pairs({name: np.asarray(checks.unmasked(name, value))
+                                  for name, value in state.items()})
         parameters = self.parameters()
         missing, unknown = parameters.keys() - state.keys(), state.keys() - parameters.keys()
         if missing or unknown:
@@ -128,7 +137,11 @@ class Module:
                 module.rng.bit_generator.state = state[prefix + "rng"]
 
     def __getstate__(self):
-        return {name: value for name, value in vars(self).items() if name != "_tape"}
+        state = {name: value for name, value in vars(self).items() if name != "_tape"}
+        if self._thawed is not None:
+            state.update(_own=self._melted(), _thawed=None, _packed=None)
+            self._hold_back()
+        return state
 
     def __repr__(self):
         said = []
@@ -143,9 +156,25 @@ class Module:
         return f"{type(self).__name__}({', '.join(said)})"
 
     def _fix(self, fixed):
-        """Make this layer's own parameters read-only, or not; layers with kernels pack them."""
-        for p, _ in self._own.values():
-            p.flags.writeable = not fixed
+        """Freeze this layer's own parameters, or thaw them; layers with kernels pack them."""
+        if fixed and self._thawed is None:
+            self._thawed = {name: p for name, (p, _) in self._own.items()}
+            self._own = {name: (_immutable(p), g) for name, (p, g) in self._own.items()}
+        elif not fixed and self._thawed is not None:
+            self._own, self._thawed = self._melted(), None
+        self._hold_back()
+
+    def _melted(self):
+        """`_own` with the parameters from before `freeze`, set to what the frozen ones hold."""
+        for name, p in self._thawed.items():
+            p.flags.writeable = True
+            p[...] = self._own[name][0]
+        return {name: (self._thawed[name], g) for name, (_, g) in self._own.items()}
+
+    def _hold_back(self):
+        """Let who still has the parameters from before `freeze` notice: they are read-only."""
+        for p in (self._thawed or {}).values():
+            p.flags.writeable = False
 
     def _check_not_frozen(self, what):
         if not all(p.flags.writeable for p in self.parameters().values()):
@@ -180,9 +209,9 @@ class Module:
 
     def _keep(self, y, *tape):
         """Remember `tape` for backward, and what a gradient by the output y must look like."""
-        self._tape = (y.shape, y.dtype, tape) if self.training else None
+        self._tape = (y.shape, y.dtype, tape, _forms(tape)) if self.training else None
 
-    def _take(self, dy):
+    def _take(self, dy, named="dy"):
         """dy, checked against the output of the last call, and the tape of that call, once.
 
         A dy of None stands for zeros.
@@ -191,12 +220,25 @@ class Module:
             name = type(self).__name__
             raise RuntimeError(f"{name}.backward needs a call of this {name} in training mode just "
                                "before it: none was kept, or a backward has already used it")
-        shape, dtype, tape = self._tape
-        dy = np.zeros(shape, dtype) if dy is None else checks.floats("dy", dy, dtype)
+        shape, dtype, tape, forms = self._tape
+        dy = np.zeros(shape, dtype) if dy is None else checks.floats(named, dy, dtype)
         if dy.shape != shape:
-            raise ValueError(f"dy must have the shape of the output, {shape}, got {dy.shape}")
+            raise ValueError(f"{named} must have the shape of the output, {shape}, got {dy.shape}")
+        if (now := _forms(tape)) != forms:
+            raise ValueError("an array that backward needs must stay as it was in the call, "
+                             f"{forms}, got {now}")
         self._tape = None
         return dy, *tape
+
+
+def _forms(tape):
+    """The shapes and dtypes of the arrays of a tape."""
+    return [(a.shape, str(a.dtype)) for a in tape if isinstance(a, np.ndarray)]
+
+
+def _immutable(p):
+    """A copy of p that nobody can make writable: its memory is that of bytes."""
+    return np.frombuffer(p.tobytes(), p.dtype).reshape(p.shape)
 
 
 def dropout_mask(rng, p, shape, dtype):

@@ -21,8 +21,9 @@ BLOCK = 32768   # numbers: six blocks of float32, 768 KB, stay in a second-level
 class Optimizer:
     """What all update rules share: the walk over the parameters, and the state.
 
-    `model` is a Module, or a pair (parameters, gradients) of dicts with the same names; `lr` may
-    be changed between steps. A rule names the arrays it keeps per parameter in `slots`, and
+    `model` is a Module, or a pair (parameters, gradients) of dicts with the same names, whose
+    arrays must stay in their place, unfrozen, for every step; `lr` may be changed between steps. A
+    rule names the arrays it keeps per parameter in `slots`, and
     updates one block of one parameter in `_update(p, g, s, r, *slots)`, with s and r to write on.
     """
 
@@ -33,17 +34,16 @@ class Optimizer:
         self.lr = checks.number("lr", lr)
         self.weight_decay = checks.number("weight_decay", weight_decay)
         self.steps = 0
+        self._model = model
         self._parameters, self._gradients = _parameters_and_gradients(model)
+        self._shapes = {name: (p.shape, p.dtype) for name, p in self._parameters.items()}
         self._slots = {slot: {name: np.zeros_like(p) for name, p in self._parameters.items()}
                        for slot in self.slots}
-        self._blocks = None
+        self._blocks = self._seen = None
 
     def step(self):
         """Update every parameter by its gradient, once."""
-        for name, p in self._parameters.items():
-            if not p.flags.writeable:
-                raise ValueError(f"parameter {name} is frozen: unfreeze() the model first")
-        self._blocks = self._blocks or list(self._cut())
+        self._check_unchanged()
         self.steps += 1
         self._prepare()
         for block in self._blocks:
@@ -62,16 +62,45 @@ class Optimizer:
         if state.keys() != {"lr", "steps", *own}:
             raise ValueError(f"the state does not fit {type(self).__name__} over these "
                              f"parameters: expected {sorted(own)}, got {sorted(state)}")
+        given = {name: np.asarray(checks.unmasked(name, a)) for name, a in state.items()}
         for name, a in own.items():
-            if state[name].shape != a.shape or state[name].dtype != a.dtype:
-                raise ValueError(f"{name} must be {a.dtype} {a.shape}, "
-                                 f"got {state[name].dtype} {state[name].shape}")
+            if given[name].shape != a.shape or given[name].dtype != a.dtype:
+                error = ValueError if given[name].dtype == a.dtype else TypeError
+                raise error(f"{name} must be {a.dtype} {a.shape}, "
+                            f"got {given[name].dtype} {given[name].shape}")
+        lr = checks.number("lr", given["lr"].tolist())
+        steps = checks.size("steps", given["steps"].tolist(), at_least=0)
         for name, a in own.items():
-            a[...] = state[name]
-        self.lr, self.steps = float(state["lr"]), int(state["steps"])
+            a[...] = given[name]
+        self.lr, self.steps = lr, steps
 
     def __getstate__(self):
-        return {**vars(self), "_blocks": None}      # views: cut anew from the arrays
+        # Views and addresses: cut anew from the arrays.
+        return {**vars(self), "_blocks": None, "_seen": None}
+
+    def _check_unchanged(self):
+        """The arrays must be those of the model still; if one has moved, the blocks are cut again.
+
+        A block of an array that was resized would point into freed memory. 5 µs per parameter.
+        """
+        now = dict(_pairs(self._model))
+        for name, p in self._parameters.items():
+            if not p.flags.writeable:
+                raise ValueError(f"parameter {name} is frozen: unfreeze() the model first")
+            if name not in now or now[name][0] is not p or now[name][1] is not self._gradients[name]:
+                raise ValueError(f"parameter {name} and its gradient must be the arrays that this "
+                                 "optimizer was made for: make a new one for others")
+        seen = [a.__array_interface__ for arrays in (self._parameters, self._gradients)
+                for a in arrays.values()]
+        if seen == self._seen:
+            return
+        _parameters_and_gradients((self._parameters, self._gradients))
+        for name, p in self._parameters.items():
+            if (p.shape, p.dtype) != self._shapes[name]:
+                shape, dtype = self._shapes[name]
+                raise ValueError(f"parameter {name} must stay {dtype} {shape}, "
+                                 f"got {p.dtype} {p.shape}")
+        self._blocks, self._seen = list(self._cut()), seen
 
     def _prepare(self):
         """What depends on the number of steps alone, once per step."""
@@ -242,7 +271,7 @@ def clip_grad_norm(gradients, max_norm):
     >>> clip_grad_norm(g, 1.0), g["b"].round(3)
     (5.0, array([[0.8]]))
     """
-    max_norm, arrays = checks.number("max_norm", max_norm), _arrays(gradients)
+    max_norm, arrays = checks.number("max_norm", max_norm), _to_be_clipped(gradients)
     blocks = [a.reshape(-1)[at:at + BLOCK] for a in arrays for at in range(0, a.size, BLOCK)]
     with np.errstate(over="ignore", invalid="ignore"):
         norm = sqrt(sum(float(np.square(g).sum()) for g in blocks))
@@ -260,7 +289,7 @@ def clip_grad_value(gradients, max_value):
     `gradients` is a model, or what its `gradients()` returns.
     """
     max_value = checks.number("max_value", max_value)
-    for g in _arrays(gradients):
+    for g in _to_be_clipped(gradients):
         np.clip(g, -max_value, max_value, out=g)
 
 
@@ -282,7 +311,8 @@ class Schedule:
 
     def load_state_dict(self, state):
         """Go on from a state_dict of the same kind of schedule, the learning rate included."""
-        self.base, self.count = float(state["base"]), int(state["count"])
+        self.base = checks.number("base", state["base"])
+        self.count = checks.size("count", state["count"], at_least=0)
         self.optimizer.lr = self.lr_at(self.count)
 
 
@@ -345,7 +375,7 @@ class WarmUp(Schedule):
     def load_state_dict(self, state):
         """Go on from a state_dict of the same kind of schedule, the learning rate included."""
         if self.then:
-            self.then.base = float(state["base"])
+            self.then.base = checks.number("base", state["base"])
         super().load_state_dict(state)
 
 
@@ -386,32 +416,55 @@ class Plateau:
 
     def load_state_dict(self, state):
         """Go on from a state_dict of another Plateau, the learning rate included."""
-        self.optimizer.lr, self.best, self.waited = state["lr"], state["best"], state["waited"]
+        lr = checks.number("lr", state["lr"])
+        best = None if state["best"] is None else float(state["best"])
+        waited = checks.size("waited", state["waited"], at_least=0)
+        self.optimizer.lr, self.best, self.waited = lr, best, waited
 
 
 def _parameters_and_gradients(model):
     """The two dicts of a Module or of a pair, found fit to be updated in place."""
-    if isinstance(model, tuple) and len(model) == 2:
-        parameters, gradients = model
-    else:
-        parameters, gradients = model.parameters(), model.gradients()
+    parameters, gradients = _both(model)
     if parameters.keys() != gradients.keys():
         raise ValueError(f"parameters and gradients must have the same names, "
                          f"got {sorted(parameters.keys() ^ gradients.keys())} in one only")
     for name, p in parameters.items():
         g = gradients[name]
-        for what, a in (f"parameter {name}", p), (f"gradient {name}", g):
-            if not isinstance(a, np.ndarray) or a.dtype not in (np.float32, np.float64):
-                raise TypeError(f"{what} must be a float32 or float64 array, "
-                                f"got {getattr(a, 'dtype', type(a).__name__)}")
-            if not a.flags.c_contiguous or not a.flags.writeable:
-                raise ValueError(f"{what} must be C-contiguous and writable, to be updated in "
-                                 "place")
+        _check_float_array(f"parameter {name}", p), _check_float_array(f"gradient {name}", g)
         if g.shape != p.shape or g.dtype != p.dtype:
             raise ValueError(f"gradient {name} must be {p.dtype} {p.shape}, "
                              f"got {g.dtype} {g.shape}")
+        checks.out(f"parameter {name}", p, p.shape, p.dtype)
+        checks.out(f"gradient {name}", g, p.shape, p.dtype, p)
     return dict(parameters), dict(gradients)
 
 
-def _arrays(gradients):
-    return list((gradients.gradients() if isinstance(gradients, Module) else gradients).values())
+def _both(model):
+    if isinstance(model, tuple) and len(model) == 2:
+        return model
+    return model.parameters(), model.gradients()
+
+
+def _pairs(model):
+    """(name, (parameter, gradient)), of a Module in one walk."""
+    if isinstance(model, Module):
+        return model._named()
+    parameters, gradients = _both(model)
+    return ((name, (p, gradients.get(name))) for name, p in parameters.items())
+
+
+def _to_be_clipped(gradients):
+    """The arrays of a Module, or of a dict, found fit to be changed in place."""
+    named = gradients.gradients() if isinstance(gradients, Module) else gradients
+    for name, g in named.items():
+        _check_float_array(f"gradient {name}", g)
+        if not g.flags.writeable:
+            raise ValueError(f"gradient {name} must be writable")
+    return list(named.values())
+
+
+def _check_float_array(what, a):
+    checks.unmasked(what, a)
+    if not isinstance(a, np.ndarray) or a.dtype not in (checks.F32, checks.F64):
+        raise TypeError(f"{what} must be a float32 or float64 array, "
+                        f"got {getattr(a, 'dtype', type(a).__name__)}")

@@ -40,21 +40,37 @@ class _Recurrent(Module):
         self.rng = np.random.default_rng(seed)
         self.n_threads = None                       # handed on to lstmcore.functional
         draw = _initializer(init, self.hidden_size, self.rng)
-        self._weights, self._dweights = [], []      # per layer and direction: letter -> array
         for layer in range(self.num_layers):
             for suffix in ("", "_reverse")[:self.directions]:
-                pairs = {letter: self._declare(f"{NAMES[letter]}_l{layer}{suffix}",
-                                               draw(letter, shape).astype(self.dtype))
-                         for letter, shape in self._shapes(layer).items()}
+                for letter, shape in self._shapes(layer).items():
+                    self._declare(f"{NAMES[letter]}_l{layer}{suffix}",
+                                  draw(letter, shape).astype(self.dtype))
+        self._sort()
+
+    def _sort(self):
+        """Parameters and gradients per layer and direction: letter -> array."""
+        self._weights, self._dweights = [], []
+        for layer in range(self.num_layers):
+            for suffix in ("", "_reverse")[:self.directions]:
+                pairs = {letter: self._own[f"{NAMES[letter]}_l{layer}{suffix}"]
+                         for letter in self._shapes(layer)}
                 self._weights.append({letter: p for letter, (p, _) in pairs.items()})
                 self._dweights.append({letter: g for letter, (_, g) in pairs.items()})
 
     def _fix(self, fixed):
         super()._fix(fixed)
+        self._sort()
         for w in self._weights:
-            w.pop("packed", None)
             if fixed:
                 w["packed"] = functional.pack(self._cell, w["W_ih"], w["W_hh"], w.get("W_hr"))
+
+    def __getstate__(self):
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if name not in ("_weights", "_dweights")}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._sort()
 
     def _shapes(self, layer):
         """Letter -> shape of the weights of one layer in one direction, the gates on top."""
@@ -166,7 +182,7 @@ class _Recurrent(Module):
         """
         if embedding is None:
             return x, self._weights
-        x, E = np.asarray(x), embedding.embedding_dim
+        x, E = np.asarray(checks.unmasked("x", x)), embedding.embedding_dim
         if embedding.dtype != self.dtype:
             raise TypeError(f"embedding must be {self.dtype}, got {embedding.dtype}")
         if E != self.input_size:
@@ -193,7 +209,7 @@ class _Recurrent(Module):
         """x time-major, token ids checked once for all directions, and the initial states."""
         if isinstance(x, functional.TokenIds):
             return x, self._split(state, x.shape[1], "state")
-        x = np.asarray(x)
+        x = np.asarray(checks.unmasked("x", x))
         if x.dtype.kind not in "iu":
             x = checks.floats("x", x, self.dtype)
             if x.ndim != 3 or x.shape[2] != self.input_size:

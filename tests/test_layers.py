@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -305,3 +306,87 @@ def f32(*shape):
 def test_errors_say_what_was_expected(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_tokens_changed_after_the_call_do_not_matter():
+    table, tokens = Embedding(10, 3, dtype="float64", seed=0), np.array([1, 4, 4])
+    table(tokens)
+    tokens[:] = 10**7
+    table.backward(np.ones((3, 3)))
+    assert table.gradients()["weight"][[1, 4]].tolist() == [[1] * 3, [2] * 3]
+
+
+def test_lengths_changed_after_the_call_do_not_matter():
+    for make in LastStep, MeanOverTime, MaxOverTime:
+        layer, lengths, y = make(), np.array([3, 1]), normal(4, 2, 3)
+        layer(y, lengths)
+        want = layer.backward(np.ones((2, 3)))
+        layer(y, lengths)
+        lengths[:] = 10**7
+        assert (layer.backward(np.ones((2, 3))) == want).all()
+
+
+@pytest.mark.parametrize("make", [lambda: Linear(4, 4, dtype="float64", seed=0), Tanh, ReLU])
+def test_kept_arrays_of_another_shape_are_refused(make):
+    """They are the caller's, who may change them in place; the kernels would read past the end."""
+    def smaller(a):
+        a.resize((1, 4), refcheck=False)
+
+    def turned(a):
+        a.shape = (2, 8)
+
+    def retyped(a):
+        a.dtype = np.int64
+
+    for change in smaller, turned, retyped:
+        layer, x = make(), normal(4, 4)
+        y = layer(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")         # newer NumPys deprecate both assignments
+            change(x if isinstance(layer, Linear) else y)
+        with pytest.raises(ValueError, match="an array that backward needs must stay as it was"):
+            layer.backward(np.ones((4, 4)))
+
+
+def test_frozen_parameters_cannot_be_changed():
+    layer, x = Linear(3, 2, seed=0).eval(), normal(5, 3).astype("float32")
+    view, weight, want = layer.parameters()["weight"][:], layer.parameters()["weight"], layer(x)
+    layer.freeze().freeze()
+    frozen = layer.parameters()["weight"]
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        frozen.setflags(write=True)
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        frozen.base.setflags(write=True)
+    with pytest.raises(ValueError, match="read-only"):
+        weight[...] = 0
+    view[...] = 0                                   # a view from before reaches nothing
+    assert (layer(x) == want).all()
+    assert all((p == layer.state_dict()[name]).all() for name, p in layer.parameters().items())
+    for copied in copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.copy(layer):
+        assert (copied(x) == want).all()
+        assert (copied.parameters()["weight"] == frozen).all()
+    view[...] = 0
+    assert layer.unfreeze().unfreeze().parameters()["weight"] is weight
+    assert (layer(x) == want).all() and (view == frozen).all()
+    weight[...] = 0
+    assert (layer(x) != want).any() and layer.train().training
+
+
+def test_a_copy_of_a_frozen_net_can_be_trained():
+    net = Sequential(Linear(3, 4, seed=0), LSTM(4, 2, seed=1)).freeze()
+    for copied in copy.deepcopy(net), pickle.loads(pickle.dumps(net)):
+        copied.train()
+        for name, p in copied.parameters().items():
+            p += 1
+            assert (p == net.parameters()[name] + 1).all() and p.flags.owndata
+        assert not net.training
+        with pytest.raises(ValueError, match="unfreeze"):
+            net.train()
+
+
+def test_a_part_may_be_frozen_alone():
+    net = Sequential(Linear(3, 4, seed=0), Tanh(), Linear(4, 2, seed=1))
+    net.layers[0].freeze()
+    with pytest.raises(ValueError, match="a frozen Sequential cannot be trained"):
+        net.train()
+    net.freeze().unfreeze().train()

@@ -328,3 +328,89 @@ def test_a_state_that_does_not_fit_changes_nothing():
     with pytest.raises(ValueError, match="the state does not fit Adam"):
         optimizer.load_state_dict(SGD(pair(), 0.1).state_dict())
     assert all((a == state[name]).all() for name, a in optimizer.state_dict().items())
+
+
+@pytest.mark.parametrize("rule", [lambda m: SGD(m, 0.5), Adam], ids=["SGD", "Adam"])
+def test_an_optimizer_of_a_frozen_model_says_so(rule):
+    """It must not go on with arrays that are the model's no longer."""
+    layer = Linear(3, 2, seed=0)
+    before = rule(layer), rule((layer.parameters(), layer.gradients()))
+    layer.freeze()
+    kept = layer.state_dict()
+    for optimizer in before:
+        with pytest.raises(ValueError, match=r"parameter weight is frozen: unfreeze\(\)"):
+            optimizer.step()
+    with pytest.raises(ValueError, match="must be writable"):
+        rule(layer)
+    for p in before[0]._parameters.values():
+        p.flags.writeable = True
+    with pytest.raises(ValueError, match="must be the arrays that this optimizer was made"):
+        before[0].step()
+    assert all((p == kept[name]).all() for name, p in layer.unfreeze().parameters().items())
+    for _, g in layer.gradients().items():
+        g[...] = 1
+    for optimizer in before:
+        optimizer.step()
+    assert all((p != kept[name]).all() for name, p in layer.parameters().items())
+
+
+@pytest.mark.parametrize("rule", [lambda m: SGD(m, 0.5, momentum=0.5), Adam], ids=["SGD", "Adam"])
+def test_arrays_that_changed_between_steps_are_refused(rule):
+    def replaced(parameters, gradients):
+        parameters["w"] = np.zeros((2, 3))
+
+    def other_gradient(parameters, gradients):
+        gradients["w"] = np.zeros((2, 3))
+
+    def gone(parameters, gradients):
+        del parameters["w"]
+
+    def smaller(parameters, gradients):
+        for a in parameters["w"], gradients["w"]:
+            a.resize((1, 2), refcheck=False)
+
+    def one_smaller(parameters, gradients):
+        gradients["w"].resize((1, 2), refcheck=False)
+
+    for change in replaced, other_gradient, gone, smaller, one_smaller:
+        parameters, gradients = {"w": np.ones((2, 3))}, {"w": np.ones((2, 3))}
+        optimizer = rule((parameters, gradients))
+        optimizer.step()
+        change(parameters, gradients)
+        with pytest.raises(ValueError, match="(parameter|gradient) w .*must"):
+            optimizer.step()
+        assert optimizer.steps == 1
+
+
+def test_arrays_that_moved_are_followed():
+    parameters, gradients = {"w": np.ones((200, 3))}, {"w": np.ones((200, 3))}
+    optimizer = SGD((parameters, gradients), 0.5)
+    optimizer.step()
+    parameters["w"].resize((90_000, 3), refcheck=False)
+    parameters["w"].resize((200, 3), refcheck=False)
+    optimizer.step()
+    assert (parameters["w"] == 0).all()
+
+
+def test_a_state_of_another_kind_is_refused():
+    optimizer = Adam(pair())
+    state = optimizer.state_dict()
+    for change, error, words in (
+            ({"mean.w": np.zeros((2, 3), "float32")}, TypeError, "mean.w must be float64"),
+            ({"mean.w": [[0.0] * 3]}, ValueError, r"mean.w must be float64 \(2, 3\)"),
+            ({"lr": np.array("fast")}, TypeError, "lr must be a number"),
+            ({"lr": np.array(np.nan)}, ValueError, "lr must be at least 0"),
+            ({"steps": np.array(2.5)}, TypeError, "steps must be an int"),
+            ({"steps": np.array(-1)}, ValueError, "steps must be at least 0")):
+        with pytest.raises(error, match=words):
+            optimizer.load_state_dict({**state, **change})
+    assert optimizer.steps == 0 and not optimizer.state_dict()["mean.w"].any()
+
+
+def test_clipping_writes_to_all_or_none():
+    for clip in clip_grad_norm, clip_grad_value:
+        first, second = np.full(3, 9.0), np.full(3, 9.0)
+        second.flags.writeable = False
+        with pytest.raises(ValueError, match="gradient b must be writable"):
+            clip({"a": first, "b": second}, 1.0)
+        assert (first == 9).all()

@@ -132,9 +132,11 @@ def test_frozen_weights_give_the_same_bits_and_follow_changes():
     agree()
     frozen.double(), plain.double()
     agree()
-    frozen.weight_hh_l0.data.mul_(2)  # unseen
-    frozen.freeze()
-    agree()
+    for write in (lambda W: W.data.mul_(2), lambda W: W.data.neg_(),
+                  lambda W: W.data.copy_(W.data.flip(0)), lambda W: W.detach().numpy().fill(0.5)):
+        for weight in frozen.weight_hh_l0, frozen.weight_ih_l1_reverse:
+            write(weight)           # which no version counts
+            agree()
 
 
 def test_frozen_weights_have_gradients_and_train_ends_it():
@@ -154,9 +156,20 @@ def test_frozen_call_packs_once(monkeypatch):
     m = pair(num_layers=3)[1].freeze()
     x, _ = inputs(m, "batched")
     with torch.inference_mode():
+        m.weight_hh_l1.data[0, 0] = np.nan
         for _ in range(4):
             m(x)
     assert len(packed) == 3
+
+
+def test_quantization_that_leaves_the_layer_says_so():
+    model = torch.nn.ModuleDict({"rnn": torch.nn.LSTM(I, H), "head": torch.nn.Linear(H, 2)})
+    lstmcore.torch.accelerate(model)
+    with pytest.warns(UserWarning, match="lstmcore.torch.LSTM stays in float32"):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.LSTM})
+    assert type(quantized["rnn"]) is lstmcore.torch.LSTM
 
 
 def test_forget_bias():

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from lstmcore import checks
 from lstmcore.module import Module
 
 
@@ -49,7 +50,9 @@ class Stack(Module):
         lengths : (B,) ints in 0..T. With last_step, the y of a sequence of length 0 is its initial
             state h.
         """
-        y, final = self._outside(np.asarray(x)), []
+        y, final = self._outside(np.asarray(checks.unmasked("x", x))), []
+        if lengths is not None and y.ndim > 1:
+            lengths = checks.lengths(lengths, *y.shape[:2])
         states = _one_each("state", state, None, self.layers)
         for layer, reverse, given, initial in zip(self.layers, self.reverse, states, self.initial):
             given = initial if given is None else given
@@ -127,5 +130,5 @@ def _flip(a, lengths, wanted):
         return a
     if lengths is None:
         return np.ascontiguousarray(a[::-1])
-    t, lengths = np.arange(len(a))[:, None], np.asarray(lengths)
+    t = np.arange(len(a))[:, None]
     return a[np.where(t < lengths, lengths - 1 - t, t), np.arange(a.shape[1])]

@@ -136,6 +136,7 @@ class _SequenceEstimator(BaseEstimator):
 
     def _fit(self, X, y, sample_weight, epochs, resume):
         self._check_parameters()
+        checks.unmasked("y", y), checks.unmasked("sample_weight", sample_weight)
         if y is None:
             raise ValueError(f"{type(self).__name__} requires y to be passed, "
                              "but the target y is None")
@@ -364,6 +365,7 @@ class LSTMClassifier(ClassifierMixin, _SequenceEstimator):
     def partial_fit(self, X, y, classes=None, sample_weight=None):
         """One epoch over X and y, going on from before. The first call must name all `classes`."""
         resume = hasattr(self, "network_")
+        checks.unmasked("classes", classes)
         if not resume:
             if classes is None:
                 raise ValueError("classes must be passed on the first call to partial_fit")
@@ -387,6 +389,11 @@ class LSTMClassifier(ClassifierMixin, _SequenceEstimator):
         """The most probable class of each sequence, (n,)."""
         best = self._run(X).argmax(axis=1)
         return self.classes_[best]
+
+    def score(self, X, y, sample_weight=None):
+        """The share of X that `predict` gives the class y."""
+        checks.unmasked("y", y), checks.unmasked("sample_weight", sample_weight)
+        return super().score(X, y, sample_weight)
 
     def _encode_targets(self, y, reset):
         y = column_or_1d(y, warn=True)
@@ -446,6 +453,11 @@ class LSTMRegressor(RegressorMixin, _SequenceEstimator):
         outputs = self._run(X)
         values = outputs * self._y_scale + self._y_shift
         return values[:, 0] if self._y_flat else values
+
+    def score(self, X, y, sample_weight=None):
+        """R², the share of the variance of y that `predict` explains."""
+        checks.unmasked("y", y), checks.unmasked("sample_weight", sample_weight)
+        return super().score(X, y, sample_weight)
 
     def _encode_targets(self, y, reset):
         y = check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")

@@ -255,7 +255,7 @@ def _columns(exog):
 
 
 def _numbers(name, values):
-    values = np.asarray(values)
+    values = np.asarray(checks.unmasked(name, values))
     kind = values.dtype.kind
     if kind not in "biufO" or kind == "O" and any(isinstance(v, str) for v in values.flat):
         raise TypeError(f"{name} must hold numbers, got {values.flat[0]!r}")

@@ -9,6 +9,8 @@ from collections import Counter
 
 import numpy as np
 
+from lstmcore import checks
+
 WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 UNKNOWN = "<unk>"
 
@@ -51,6 +53,7 @@ def recognize(X):
     A list of equally long one-dimensional rows is a table, as anywhere in scikit-learn; a table of
     one column that holds strings is text.
     """
+    checks.unmasked("X", X)
     if isinstance(X, (str, bytes)):
         raise TypeError("X must hold many sequences, got a single string: pass [X]")
     if not (isinstance(X, (list, tuple)) or hasattr(X, "__array__") or hasattr(X, "shape")):

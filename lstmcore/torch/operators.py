@@ -61,21 +61,31 @@ def _run_backward(tape, dy, dh_n, dc_n):
 class Frozen:
     """Weights of one layer in one direction, packed for many calls. A copy or pickle is empty."""
 
-    __slots__ = ("seen", "packed")
+    __slots__ = ("packed",)
 
     def __init__(self):
-        self.seen = None
+        self.packed = None
 
     def __reduce__(self):
         return Frozen, ()
 
     def pack(self, *weights):
-        """W_ih and W_hh as arrays, and packed: again, if autograd has seen them change."""
-        seen = [(W.data_ptr(), 0 if W.is_inference() else W._version) for W in weights]
-        if seen != self.seen:
-            arrays = tuple(map(_array, weights))
-            self.packed, self.seen = (*arrays, functional.pack("lstm", *arrays)), seen
-        return self.packed
+        """W_ih and W_hh as arrays of its own, and packed: again, if any number has changed.
+
+        Tensors count versions, but not what is written through .data or NumPy. So every number is
+        compared, in 72 µs for I = H = 256, where a call of one step takes 84.
+        """
+        arrays, packed = tuple(map(_array, weights)), self.packed
+        if packed is None or not all(map(_same_bits, arrays, packed)):
+            own = tuple(a.copy() for a in arrays)
+            packed = self.packed = (*own, functional.pack("lstm", *own))
+        return packed
+
+
+def _same_bits(a, b):
+    """Whether two C-contiguous weights are equal in every bit, nan in nan."""
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and bool(
+        (a.reshape(-1).view(np.uint64) == b.reshape(-1).view(np.uint64)).all())
 
 
 # The operators ------------------------------------------------------------------------------------
