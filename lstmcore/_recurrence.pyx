@@ -32,7 +32,8 @@ from lstmcore._products cimport Engine, Plan, Widths
 
 cnp.import_array()
 
-Cell = namedtuple("Cell", "name gates keeps_gates has_c has_projection has_peepholes")
+Cell = namedtuple("Cell", "name gates keeps_gates has_c has_projection has_peepholes",
+                  module=__name__)  # which a compiled module's frame does not tell
 cells = {}                         # name -> Cell, of those that were asked for
 
 

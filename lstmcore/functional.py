@@ -42,8 +42,13 @@ class TokenIds:
     __slots__ = ("array", "size", "_used")
 
     def __init__(self, ids, size):
-        self.array, self.size, self._used = checks.ids(ids, "token ids", size), size, None
-        self.array.flags.writeable = False
+        self.size, self._used = checks.size("size", size), None
+        own = checks.ids(ids, "token ids", self.size)
+        own.flags.writeable = False
+        self.array = own[...]       # a view of what is read-only cannot be made writable
+
+    def __reduce__(self):
+        return TokenIds, (self.array, self.size)    # a copy is checked like any ids
 
     @property
     def shape(self):
@@ -170,6 +175,15 @@ def _order(lengths, T, B):
     return order, lengths[order]
 
 
+def _check_order(batch, T, B):
+    """An error unless order and lengths, by which the kernels index, are still of `_order`."""
+    if batch.order is None:
+        return
+    order, lengths = checks.ids(batch.order, "order", B, (B,)), checks.lengths(batch.lengths, T, B)
+    if (np.bincount(order, minlength=B) != 1).any() or (lengths[1:] > lengths[:-1]).any():
+        raise ValueError("order and lengths of a tape must stay as the forward pass left them")
+
+
 def _threads(n_threads, tokens, G, width):
     """Threads for a call: one, if the work is too small to share."""
     n = get_num_threads() if n_threads is None else resolve(n_threads)
@@ -201,6 +215,7 @@ class _Tape:
         projected = self.weights.W_hr is not None
         _weights(cell, sizes, *self.weights[:5], looked_up=isinstance(batch.x, TokenIds))
         _x(batch.x, sizes)
+        _check_order(batch, T, B)
         _states(cell, sizes, batch.h0, batch.c0, ("h0", "c0"), projected)
         checks.array(self.y, "y", "(T, B, P)" if projected else "(T, B, H)", (T, B, K), dtype)
 
@@ -289,8 +304,11 @@ def tape_from(*, x, W_ih, W_hh, peepholes=None, W_hr=None, h0=None, c0=None, len
     x, sizes = _sizes(cell, x, W_ih, W_hh, W_hr)
     weights = _weights(cell, sizes, W_ih, W_hh, None, peepholes, W_hr, isinstance(x, TokenIds))
     h0, c0 = _states(cell, sizes, h0, c0, ("h0", "c0"), W_hr is not None)
-    batch = Batch(_x(x, sizes), h0, c0, *_order(lengths, sizes.T, sizes.B), bool(reverse), None)
+    T, B, _, H, K, dtype = sizes
+    batch = Batch(_x(x, sizes), h0, c0, *_order(lengths, T, B), bool(reverse), None)
+    y = checks.array(y, "y", f"(T, B, {'H' if W_hr is None else 'P'})", (T, B, K), dtype)
     tape = Tape(cell, sizes, weights, batch, y, raw_gates, raw_c)
+    tape.raw_c = checks.array(raw_c, "raw_c", "(tokens, H)", (tape.tokens, H), dtype)
     tape.check()
     return tape
 
@@ -347,8 +365,8 @@ def _run_backward(tape, dy, dh_n, dc_n, n_threads, gates=None, c=None):
     g = Room_for_gradients(
         dx, None if looked_up else empty((G, I), dtype), empty((G, K), dtype), np.empty(G, dtype),
         None if weights.peepholes is None else np.empty((3, H), dtype),
-        np.zeros((B, K), dtype) if dh_n is None else dh_n.copy(),
-        None if not cell.has_c else np.zeros((B, H), dtype) if dc_n is None else dc_n.copy(),
+        np.zeros((B, K), dtype) if dh_n is None else np.array(dh_n),
+        None if not cell.has_c else np.zeros((B, H), dtype) if dc_n is None else np.array(dc_n),
         None if weights.W_hr is None else np.empty((K, H), dtype), dtable)
     if tokens:
         if looked_up:
@@ -383,7 +401,7 @@ def _checked_upstream(tape, dy, dh_n, dc_n):
     tape.check()
     sizes, P = tape.sizes, "H" if tape.weights.W_hr is None else "P"
     dy = checks.array(dy, "dy", f"(T, B, {P})", (sizes.T, sizes.B, sizes.K), sizes.dtype)
-    return dy, *_states(tape.cell, sizes, dh_n, dc_n, ("dh_n", "dc_n"), P == "P")
+    return np.asarray(dy), *_states(tape.cell, sizes, dh_n, dc_n, ("dh_n", "dc_n"), P == "P")
 
 
 # ---- LSTM --------------------------------------------------------------------------------------------
@@ -604,7 +622,7 @@ class Step:
             raise ValueError(f"a {cell} cell has neither projection nor peepholes")
         weights = _weights(row, self._sizes, W_ih, W_hh, b, peepholes, W_hr)
         self._cell = row
-        self._weights = Weights(*(None if a is None else a.copy() for a in weights[:5]),
+        self._weights = Weights(*(None if a is None else np.array(a) for a in weights[:5]),
                                 weights.format)
         _, _, I, H, K, dtype = self._sizes
         self._h = np.zeros((B, K), dtype)
@@ -626,8 +644,10 @@ class Step:
         self._serial = W_ih.nbytes + W_hh.nbytes <= 1 << 20
         self._busy = threading.Lock()
 
-    h = property(lambda self: self._h, doc="The state h (B, K), to be changed only in place.")
-    c = property(lambda self: self._c, doc="The state c (B, H), likewise; None of a cell without c.")
+    # Views: what has no memory of its own cannot be resized.
+    h = property(lambda self: self._h[...], doc="The state h (B, K), a view to be written to.")
+    c = property(lambda self: None if self._c is None else self._c[...],
+                 doc="The state c (B, H), likewise; None of a cell without c.")
 
     def __getstate__(self):
         return {name: vars(self)[name]
