@@ -278,6 +278,16 @@ def test_a_copied_tape_gives_the_same_gradients(kind, copied):
         assert np.array_equal(g, want) if want is not None else g is None
 
 
+@both
+@copies
+def test_a_copied_tape_still_wants_its_dtype(kind, copied):
+    problem = MAKE[kind](T, B, I, H, dtype="float64", seed=20)
+    tape = COPIES[copied](forward(functional, problem)[-1])
+    dy = problem.upstream["dy"].astype("float32")
+    with pytest.raises(TypeError, match="dy must be float64 like the other arrays, got float32"):
+        getattr(functional, kind + "_backward")(tape, dy)
+
+
 @pytest.mark.parametrize("name, value", [("lengths", 10**9), ("lengths", -1), ("order", 10**9),
                                          ("order", 0)])
 def test_a_tape_whose_lengths_were_changed_is_refused(name, value):
