@@ -2,15 +2,14 @@
 
     python tests/attack.py [--calls 20000] [--seed N] [--first N] [--seconds S]
 
-Every call draws legal arguments and spoils some: their layout, type, shape, values, or what they are
-while another thread looks on. Then one of two must hold: a TypeError, ValueError or RuntimeError in
-the caller's words, or a result that equals NumPy's; with no input written to and no result in its
-memory. Whether arguments are legal is decided here, not asked of lstmcore. A failure is printed with
-the seed and the number of its call, and ends the run: `--seed S --first N --calls 1` is that call.
+Every call draws legal arguments and spoils some: their layout, type, shape, values, or what they
+hold while another thread writes to them. Then one of two must hold: a TypeError, ValueError or
+RuntimeError in the caller's words, or a result that equals NumPy's; with no input written to and no
+result in its memory. Whether arguments are legal is decided here, not asked of lstmcore. A failure
+is printed with the seed and the number of its call: `--seed S --first N --calls 1` repeats it.
 
-Under sanitizers: CFLAGS=LDFLAGS="-fsanitize=address,undefined -fno-omit-frame-pointer" for the build;
-LD_PRELOAD="libasan.so libubsan.so" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc for the run, with
-UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1.
+Sanitizers: CFLAGS and LDFLAGS "-fsanitize=address,undefined -fno-omit-frame-pointer" in the build, then
+LD_PRELOAD="libasan.so libubsan.so" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 in the run.
 """
 
 import argparse
@@ -326,7 +325,7 @@ def at_once(runs):
 
 
 def while_refilled(a, bad, run):
-    """The outcome of run, while another thread writes bad into the last number of a, and takes it out."""
+    """The outcome of run, while another thread writes bad into the last number of a and good again."""
     good, stop = a.flat[-1], threading.Event()
 
     def refill():
@@ -681,7 +680,7 @@ def softmax(call):
         return
     want, dz = softmax_in_numpy(up(kept), np.asarray(given["targets"], np.int64))
     same(loss, want, actual, "losses", scale=1.0)      # log Σ - z is a difference of numbers near 1
-    same(np.array(out), dz * up(given["weights"])[:, None], actual, "dlogits")
+    same(np.array(out), dz * up(given["weights"])[:, None], actual, "dlogits", scale=1.0)
 
 
 def softmax_in_numpy(z, targets):
@@ -1122,7 +1121,8 @@ def a_loss(call):
         want, d = softmax_in_numpy(up(kept).reshape(n, logits.shape[-1]), counted)
         share = (1 / w.sum() if w.sum() else 0.0) if reduction == "mean" else 1.0
         close_loss(got[0], want * w, share, reduction, logits.shape[:-1], logits.dtype)
-        same(np.array(got[1]), (d * (w * share)[:, None]).reshape(logits.shape), logits.dtype, "dlogits")
+        same(np.array(got[1]), (d * (w * share)[:, None]).reshape(logits.shape), logits.dtype,
+             "dlogits", scale=share)
         return
     target = call.rng.random(z.shape).astype(dtype)
     given = call.spoil(dict(z=z, target=target, mask=mask), 0.3, 0.2)

@@ -336,6 +336,14 @@ def test_a_copied_step_goes_on_by_itself(kind, copied):
     assert not np.array_equal(other.h, step.h)
 
 
+@copies
+def test_a_copied_step_still_wants_its_dtype(copied):
+    inputs = lstm_problem(T, B, I, H, dtype="float64").inputs
+    step = COPIES[copied](functional.Step("lstm", B, inputs["W_ih"], inputs["W_hh"]))
+    with pytest.raises(TypeError, match="x_t must be float64 like the other arrays, got float32"):
+        step(zeros(B, I))
+
+
 def test_the_state_of_a_step_cannot_be_resized():
     inputs = problem_of("lstm").inputs
     step = functional.Step("lstm", B, inputs["W_ih"], inputs["W_hh"])
