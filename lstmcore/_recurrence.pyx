@@ -33,7 +33,8 @@ from lstmcore._products cimport Engine, Plan, Widths
 
 cnp.import_array()
 
-Cell = namedtuple("Cell", "name gates fed keeps_gates has_c reads_h has_projection has_peepholes")
+Cell = namedtuple("Cell", "name gates fed keeps_gates has_c reads_h has_projection has_peepholes",
+                  module=__name__)  # which a compiled module's frame does not tell
 cells = {}                         # name -> Cell, of those that were asked for
 
 

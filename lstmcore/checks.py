@@ -20,7 +20,7 @@ F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 
 def array(value, name, letters, shape, dtype):
     """value as a C-contiguous array of this shape and dtype (F32 or F64): itself, if it is one."""
-    if _kernels.fits(value, shape, dtype is F64):
+    if _kernels.fits(value, shape, dtype == F64):   # not `is`: an unpickled dtype is another object
         return value
     unmasked(name, value)
     if not isinstance(value, np.ndarray):

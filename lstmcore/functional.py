@@ -41,8 +41,13 @@ class TokenIds:
     __slots__ = ("array", "size", "_used")
 
     def __init__(self, ids, size):
-        self.array, self.size, self._used = checks.ids(ids, "token ids", size), size, None
-        self.array.flags.writeable = False
+        self.size, self._used = checks.size("size", size), None
+        own = checks.ids(ids, "token ids", self.size)
+        own.flags.writeable = False
+        self.array = own[...]       # a view of what is read-only cannot be made writable
+
+    def __reduce__(self):
+        return TokenIds, (self.array, self.size)    # a copy is checked like any ids
 
     @property
     def shape(self):
@@ -191,6 +196,17 @@ def _order(lengths, T, B):
     return order, lengths[order]
 
 
+def _check_order(tape):
+    """An error unless order and lengths, by which the kernels index, are still of `_order`."""
+    order, lengths, (T, B) = tape.batch.order, tape.batch.lengths, tape.sizes[:2]
+    if order is None:
+        return
+    order, lengths = checks.ids(order, "order", B, (B,)), checks.lengths(lengths, T, B)
+    if ((np.bincount(order, minlength=B) != 1).any() or (lengths[1:] > lengths[:-1]).any()
+            or lengths.sum() != tape.tokens):
+        raise ValueError("order and lengths of a tape must stay as the forward pass left them")
+
+
 def _threads(n_threads, tokens, G, width):
     """Threads for a call: one, if the work is too small to share."""
     n = None if n_threads is None else resolve(n_threads)
@@ -231,6 +247,7 @@ class _Tape:
             kept.append(("peepholes", peepholes, (3, H)))
         if W_hr is not None:
             kept.append(("W_hr", W_hr, (K, H)))
+        _check_order(self)
         if not _kernels.all_fit(kept, is_double):
             for name, a, shape in kept:
                 checks.array(a, f"{name} of the tape", "as in the forward pass", shape, dtype)
@@ -326,15 +343,16 @@ def tape_from(*, x, W_ih, W_hh, peepholes=None, W_hr=None, h0=None, c0=None, len
     x, sizes = _sizes(cell, x, W_ih, W_hh, W_hr)
     weights = _weights(cell, sizes, W_ih, W_hh, None, peepholes, W_hr, isinstance(x, TokenIds))
     h0, c0 = _states(cell, sizes, h0, c0, ("h0", "c0"), W_hr is not None)
-    order, lengths = _order(lengths, sizes.T, sizes.B)
+    T, B, _, H, K, dtype = sizes
+    order, lengths = _order(lengths, T, B)
     batch = Batch(_x(x, sizes), h0, c0, order, lengths, bool(reverse), None)
-    tokens = sizes.T * sizes.B if order is None else int(lengths.sum())
+    tokens = T * B if order is None else int(lengths.sum())
+    y = checks.array(y, "y", "(T, B, H)" if W_hr is None else "(T, B, P)", (T, B, K), dtype)
+    raw_c = checks.array(raw_c, "raw_c", "(tokens, H)", (tokens, H), dtype)
+    checks.out("raw_gates", raw_gates, (tokens, cell.gates * H), dtype, y, raw_c, getattr(batch.x, "array", batch.x),
+               *weights[1:5], h0, c0)
     tape = Tape(cell, sizes, weights, batch, tokens, y, raw_gates, raw_c)
-    for name, a in ("y", y), ("raw_gates", raw_gates), ("raw_c", raw_c):
-        checks.floats(name, a, sizes.dtype)
     tape.check()
-    for name, a, shape in tape._kept()[:1]:
-        checks.out(name, a, shape, sizes.dtype, y, raw_c, x, *weights[1:5], h0, c0)
     return tape
 
 
@@ -392,8 +410,8 @@ def _run_backward(tape, dy, dh_n, dc_n, n_threads, gates=None, c=None):
     g = Gradients(
         dx, dW_ih, empty((rows, K), dtype), np.empty(G, dtype),
         None if weights.peepholes is None else np.empty((3, H), dtype),
-        np.zeros((B, K), dtype) if dh_n is None else dh_n.copy(),
-        None if not cell.has_c else np.zeros((B, H), dtype) if dc_n is None else dc_n.copy(),
+        np.zeros((B, K), dtype) if dh_n is None else np.array(dh_n),
+        None if not cell.has_c else np.zeros((B, H), dtype) if dc_n is None else np.array(dc_n),
         None if weights.W_hr is None else np.empty((K, H), dtype))
     if tokens:
         if looked_up:
@@ -426,7 +444,7 @@ def _checked_upstream(tape, dy, dh_n, dc_n):
     tape.check()
     (T, B, _, _, K, dtype), projected = tape.sizes, tape.weights.W_hr is not None
     dy = checks.array(dy, "dy", "(T, B, P)" if projected else "(T, B, H)", (T, B, K), dtype)
-    return dy, *_states(tape.cell, tape.sizes, dh_n, dc_n, ("dh_n", "dc_n"), projected)
+    return np.asarray(dy), *_states(tape.cell, tape.sizes, dh_n, dc_n, ("dh_n", "dc_n"), projected)
 
 
 # ---- LSTM --------------------------------------------------------------------------------------------
@@ -647,7 +665,7 @@ class Step:
             raise ValueError(f"a {cell} cell has neither projection nor peepholes")
         weights = _weights(row, self._sizes, W_ih, W_hh, b, peepholes, W_hr)
         self._cell = row
-        self._weights = Weights(*(None if a is None else a.copy() for a in weights[:5]),
+        self._weights = Weights(*(None if a is None else np.array(a) for a in weights[:5]),
                                 weights.format)
         _, _, I, H, K, dtype = self._sizes
         self._h = np.zeros((B, K), dtype)
@@ -668,8 +686,10 @@ class Step:
         # A step reads all weights once: a second thread helps if they do not fit near one core.
         self._serial = W_ih.nbytes + W_hh.nbytes <= 1 << 20
 
-    h = property(lambda self: self._h, doc="The state h (B, K), to be changed only in place.")
-    c = property(lambda self: self._c, doc="The state c (B, H), likewise; None of a cell without c.")
+    # Views: what has no memory of its own cannot be resized.
+    h = property(lambda self: self._h[...], doc="The state h (B, K), a view to be written to.")
+    c = property(lambda self: None if self._c is None else self._c[...],
+                 doc="The state c (B, H), likewise; None of a cell without c.")
 
     def __getstate__(self):
         return {name: vars(self)[name]

@@ -1,6 +1,8 @@
 """The public functions' contract: wrong arguments are named, legal ones work, none is written."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -208,6 +210,17 @@ def test_no_result_shares_memory_with_an_argument_or_another_result(kind):
 
 
 @both
+def test_results_of_subclasses_are_plain_arrays(kind):
+    class Subclass(np.ndarray):
+        pass
+
+    problem = problem_of(kind)
+    for part in problem.inputs, problem.upstream:
+        part.update({name: None if a is None else a.view(Subclass) for name, a in part.items()})
+    assert {type(array) for array in results(problem)} == {np.ndarray}
+
+
+@both
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_results_have_the_dtype_of_the_arguments(kind, dtype):
     problem = MAKE[kind](T, B, I, H, dtype=dtype, seed=22)
@@ -246,6 +259,97 @@ def test_lengths_are_any_integers(lengths):
 def test_lengths_may_be_an_empty_list_of_an_empty_batch():
     y, _, _ = run_forward("lstm", x=zeros(T, 0, I), h0=None, c0=None, lengths=[])
     assert y.shape == (T, 0, H)
+
+
+# ---- what a call keeps for a later one ---------------------------------------------------------------
+
+COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy,
+          "pickle": lambda a: pickle.loads(pickle.dumps(a))}
+copies = pytest.mark.parametrize("copied", COPIES)
+
+
+@both
+@copies
+def test_a_copied_tape_gives_the_same_gradients(kind, copied):
+    problem = problem_of(kind, lengths="ragged")
+    tape = COPIES[copied](forward(functional, problem)[-1])
+    got = getattr(functional, kind + "_backward")(tape, **problem.upstream)
+    for g, want in zip(got, backward(functional, problem), strict=True):
+        assert np.array_equal(g, want) if want is not None else g is None
+
+
+@both
+@copies
+def test_a_copied_tape_still_wants_its_dtype(kind, copied):
+    problem = MAKE[kind](T, B, I, H, dtype="float64", seed=20)
+    tape = COPIES[copied](forward(functional, problem)[-1])
+    dy = problem.upstream["dy"].astype("float32")
+    with pytest.raises(TypeError, match="dy must be float64 like the other arrays, got float32"):
+        getattr(functional, kind + "_backward")(tape, dy)
+
+
+@pytest.mark.parametrize("name, value", [("lengths", 10**9), ("lengths", -1), ("order", 10**9),
+                                         ("order", 0)])
+def test_a_tape_whose_lengths_were_changed_is_refused(name, value):
+    problem = problem_of("lstm", lengths="ragged")
+    tape = forward(functional, problem)[-1]
+    getattr(tape.batch, name)[-1:] = value
+    getattr(tape.batch, name)[:1] = value
+    with pytest.raises(ValueError, match="must"):
+        functional.lstm_backward(tape, **problem.upstream)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["y", "raw_c"])
+def test_a_stored_tape_may_lie_anyhow_in_memory(name, layout):
+    problem = problem_of("lstm", lengths="ragged")
+    names = "x W_ih W_hh peepholes W_hr h0 c0 lengths reverse".split()
+    tape = forward(functional, problem)[-1]
+    stored = dict(y=tape.y, raw_gates=tape.raw_gates, raw_c=tape.raw_c)
+    stored.update({k: a for k, a in {**problem.inputs, **problem.options}.items() if k in names})
+    stored[name] = LAYOUTS[layout](stored[name])
+    got = functional.lstm_backward(functional.tape_from(**stored), **problem.upstream)
+    for g, want in zip(got, backward(functional, problem), strict=True):
+        assert np.array_equal(g, want) if want is not None else g is None
+
+
+@copies
+def test_token_ids_stay_as_they_were_checked(copied):
+    ids = COPIES[copied](functional.TokenIds(np.array([[3, 1], [3, 0]]), 4))
+    assert ids.size == 4 and ids.array.tolist() == [[3, 1], [3, 0]]
+    with pytest.raises(ValueError, match="read-only"):
+        ids.array[0, 0] = 10**9
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        ids.array.flags.writeable = True
+
+
+@both
+@copies
+def test_a_copied_step_goes_on_by_itself(kind, copied):
+    inputs = {name: a for name, a in problem_of(kind).inputs.items() if name not in ("x", "h0", "c0")}
+    x = problem_of(kind).inputs["x"]
+    step = functional.Step("lstm" if kind == "lstm" else "relu", B, **inputs)
+    step(x[0])
+    other = COPIES[copied](step)
+    assert np.array_equal(other(x[1]), step(x[1])) and not np.shares_memory(other.h, step.h)
+    other(x[2])
+    assert not np.array_equal(other.h, step.h)
+
+
+@copies
+def test_a_copied_step_still_wants_its_dtype(copied):
+    inputs = lstm_problem(T, B, I, H, dtype="float64").inputs
+    step = COPIES[copied](functional.Step("lstm", B, inputs["W_ih"], inputs["W_hh"]))
+    with pytest.raises(TypeError, match="x_t must be float64 like the other arrays, got float32"):
+        step(zeros(B, I))
+
+
+def test_the_state_of_a_step_cannot_be_resized():
+    inputs = problem_of("lstm").inputs
+    step = functional.Step("lstm", B, inputs["W_ih"], inputs["W_hh"])
+    for state in step.h, step.c:
+        with pytest.raises(ValueError, match="resize"):
+            state.resize((10**6,), refcheck=False)
 
 
 def test_public_names_are_the_functions():
