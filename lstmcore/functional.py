@@ -723,7 +723,6 @@ class Step:
 
     def _checked(self, x_t):
         """x_t contiguous; or token ids with the table that they look up."""
-        checks.unmasked("x_t", x_t)
         x_t, (B, I), dtype = np.asanyarray(x_t), self._x_shape, self._sizes.dtype
         if x_t.dtype.kind not in "iu":
             return checks.array(x_t, "x_t", "(B, I)", (B, I), dtype), None

@@ -7,6 +7,8 @@ Sizes: T steps, B batch, I inputs, H hidden units, P width of h (H without proje
 D directions. States are (L·D, B, ·); layer l in direction d stands at l·D + d.
 """
 
+import copy
+import threading
 from collections import namedtuple
 
 import numpy as np
@@ -372,7 +374,8 @@ class Stream:
     """A recurrent layer fed one step at a time; it remembers its state and keeps nothing else.
 
     It has the weights as they were when it was made (call `stream` again after training), never
-    drops out, and allocates nothing in a step.
+    drops out, and allocates nothing in a step. A copy or pickle of it goes on from the same state by
+    itself. It is one sequence: a second thread in a step is an error.
 
     >>> s = LSTM(3, 5, seed=0).stream(batch_size=2)
     >>> s.step(np.zeros((2, 3), "float32")).shape
@@ -389,8 +392,20 @@ class Stream:
         self._steps = [functional.Step(layer._cell, self.batch_size, n_threads=layer.n_threads,
                                        **{letter: a for letter, a in w.items() if letter != "packed"})
                        for w in layer._weights]
+        self._prepare()
+
+    def _prepare(self):
         # What goes from layer to layer within a step.
         self._between = [np.empty_like(step.h) for step in self._steps[:-1]]
+        self._turn = threading.Lock()
+
+    def __getstate__(self):
+        return {name: vars(self)[name] for name in ("layer", "batch_size", "_steps")}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._steps = [copy.copy(step) for step in self._steps]
+        self._prepare()
 
     def reset(self):
         """Back to a state of zeros."""
@@ -411,9 +426,15 @@ class Stream:
     def step(self, x_t, out=None):
         """x_t (B, I), or token ids (B,) -> y_t (B, P), in `out` if it is given."""
         out = self._steps[-1].room(out)     # before any layer has taken a step
-        for step, h in zip(self._steps, self._between):
-            x_t = step(x_t, h)
-        return self._steps[-1](x_t, out)
+        if not self._turn.acquire(blocking=False):
+            raise RuntimeError("this stream is in a step in another thread: it is one sequence, so each "
+                               "thread needs one of its own")
+        try:
+            for step, h in zip(self._steps, self._between):
+                x_t = step(x_t, h)
+            return self._steps[-1](x_t, out)
+        finally:
+            self._turn.release()
 
 
 def _initializer(init, H, rng):
