@@ -56,7 +56,9 @@ def linear_backward(x, W, dy, *, need_dx=True, n_threads=None):
     if dy.size:
         _dense.run_backward(x, W, dy, g, n_threads=n_threads)
     else:
-        g.dW.fill(0), g.db.fill(0)
+        for d in g:
+            if d is not None:
+                d.fill(0)
     return g
 
 

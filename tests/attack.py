@@ -1108,7 +1108,7 @@ def a_loss(call):
         if ignore == -1 and targets.size:
             targets = np.where(call.rng.random(shape) < 0.3, -1, targets)
         given = call.spoil(dict(logits=z, targets=targets, mask=mask), 0.3, 0.2, {"targets": V})
-        fitting = getattr(given["logits"], "dtype", None) == dtype
+        fitting = is_floats(given["logits"], dtype)
         out, fine = out_for(call, given["logits"].shape if fitting else z.shape, dtype,
                             [given["mask"], given["logits"]])
         if out is given["mask"] and out is not None:

@@ -374,6 +374,14 @@ def test_n_threads_of_dense_layers_is_checked(n):
             call()
 
 
+@pytest.mark.parametrize("n, O", [(0, 2), (6, 0), (0, 0)])
+def test_gradients_of_an_empty_dense_layer_are_zero(n, O, monkeypatch):
+    monkeypatch.setattr(dense, "empty", lambda shape, dtype: np.full(shape, np.nan, dtype))
+    g = dense.linear_backward(zeros(n, 3), zeros(O, 3), zeros(n, O))
+    assert [d.shape for d in g] == [(n, 3), (O, 3), (O,)] and not any(d.any() for d in g)
+    assert dense.linear_backward(zeros(n, 3), zeros(O, 3), zeros(n, O), need_dx=False).dx is None
+
+
 def test_a_parameter_that_is_no_array_is_named():
     a = [np.ones(()) for _ in range(3)]
     with pytest.raises(TypeError, match="p must be a NumPy array, got float"):
