@@ -34,10 +34,9 @@ def linear_forward(x, W, b=None, *, n_threads=None, packed=None):
         _found_packed(packed, "linear", (W, None, None))
     x, W, dtype = _matrices(x, W)
     b = checks.optional(b, "b", "(O,)", (len(W),), dtype)
-    y = empty((len(x), len(W)), dtype)
+    y, n_threads = empty((len(x), len(W)), dtype), _threads(n_threads, len(x), *W.shape)
     if y.size:
-        _dense.run_forward(x, W, b, y, n_threads=_threads(n_threads, len(x), *W.shape),
-                           packed=packed)
+        _dense.run_forward(x, W, b, y, n_threads=n_threads, packed=packed)
     return y
 
 
@@ -53,10 +52,13 @@ def linear_backward(x, W, dy, *, need_dx=True, n_threads=None):
     dy = checks.array(dy, "dy", "(n, O)", (len(x), len(W)), dtype)
     g = LinearGradients(empty(x.shape, dtype) if need_dx else None, empty(W.shape, dtype),
                         np.empty(len(W), dtype))
+    n_threads = _threads(n_threads, len(x), *W.shape)
     if dy.size:
-        _dense.run_backward(x, W, dy, g, n_threads=_threads(n_threads, len(x), *W.shape))
+        _dense.run_backward(x, W, dy, g, n_threads=n_threads)
     else:
-        g.dW.fill(0), g.db.fill(0)
+        for d in g:
+            if d is not None:
+                d.fill(0)
     return g
 
 
@@ -97,10 +99,9 @@ def cross_entropy(logits, targets, weights, dlogits, *, n_threads=None):
     logits = checks.array(logits, "logits", "(n, V)", (n, V), dtype)
     targets = checks.ids(targets, "targets", V, (n,))
     losses = np.empty(n, dtype)
+    n_threads = _threads(n_threads, n, V, 16)   # an exponential costs 16 multiply-adds
     if logits.size:
-        _dense.run_cross_entropy(logits, targets, weights, (losses, dlogits),
-                                 # an exponential costs 16 multiply-adds
-                                 n_threads=_threads(n_threads, n, V, 16))
+        _dense.run_cross_entropy(logits, targets, weights, (losses, dlogits), n_threads=n_threads)
     return losses
 
 
@@ -120,9 +121,9 @@ def adam_step(p, g, m, v, *, betas, rate, eps, decay=0.0, keep=1.0, n_threads=No
     (array([0.9]), array([0.1]), array([0.25]))
     """
     dtype = checks.float_dtype(checks.floats("p", p).dtype)
-    g = checks.array(g, "g", "as p", p.shape, dtype)
+    g = checks.array(g, "g", "as p", np.shape(p), dtype)
     for name, a, others in ("p", p, (g, m, v)), ("m", m, (g, v)), ("v", v, (g,)):
-        checks.out(name, a, p.shape, dtype, *others)
+        checks.out(name, a, g.shape, dtype, *others)
     rule = dict(b1=betas[0], b2=betas[1], rate=rate, eps=eps, decay=decay, keep=keep)
     # root and quotient cost about 16 multiply-adds
     _dense.run_adam(p, g, m, v, rule, n_threads=_threads(n_threads, p.size, 16, 1))

@@ -379,13 +379,14 @@ def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, l
         gates = empty((tokens, cell.gates * H), dtype)
         c = empty((tokens, H), dtype) if cell.has_c else None
     batch = Batch(x, h0, c0, order, lengths, bool(reverse), None)
+    n_threads = _threads(n_threads, tokens, cell.gates * H, K if looked_up else I + K)
     if tokens:
         run = batch
         if looked_up:
             ids, table = _looked_up(x, weights.W_ih, weights.b, cell.gates * H)
             run = batch._replace(x=ids, table=table)
         _forward.run(cell, weights, run, Room(y, h_n, c_n, gates, c), packed=packed,
-                     n_threads=_threads(n_threads, tokens, cell.gates * H, K if looked_up else I + K))
+                     n_threads=n_threads)
     else:
         for final, initial in (h_n, h0), (c_n, c0):
             if final is not None:
@@ -581,7 +582,7 @@ def rnn_backward(tape, dy, dh_n=None, *, n_threads=None):
     if not isinstance(tape, RNNTape):
         raise TypeError(f"tape must be one of rnn_forward, got {type(tape).__qualname__}")
     dy, dh_n, _ = _checked_upstream(tape, dy, dh_n, None)
-    g = _run_backward(tape, dy, dh_n, None, n_threads)
+    g = _run_backward(tape, dy, dh_n, None, resolve(n_threads))
     return RNNGradients(g.dx, g.dW_ih, g.dW_hh, g.db, g.dh0)
 
 

@@ -204,6 +204,13 @@ class Call:
     def threads(self):
         return int(self.rng.integers(1, 10)) if self.chance(0.9) else None
 
+    def switch(self):
+        """Another instruction set and another plan, now and then."""
+        if self.chance(0.3):
+            _kernels.use_isa(self.pick(*_kernels.available_isas()))
+            _kernels.plan = self.pick(None, "tiles", "fused", "blas")
+            self.say(_kernels.isa(), _kernels.plan)
+
     def spoil(self, arguments, p_layout=0.3, p_other=0.25, sizes=()):
         """The arguments, by name, some in another layout, one perhaps no fit one; kept in mind.
 
@@ -452,6 +459,11 @@ def one_layer(call):
         p.inputs["x"] = call.rng.integers(0, I, (T, B)).astype(call.pick("i8", "i4", "u2", "u8"))
     call.say(cell_of(p), p.inputs["x"].dtype, (T, B, I), p.inputs["W_hh"].shape, p.options["lengths"])
     poisoned = poison(call, p) if call.chance(0.1) else None
+    if p.options["lengths"] is not None and call.chance(0.3):
+        for b, n in enumerate(p.options["lengths"]):    # past the end anything may stand
+            p.upstream["dy"][n:, b] = np.nan
+            if p.inputs["x"].ndim == 3:
+                p.inputs["x"][n:, b] = np.nan
     ids = {"x": I} if p.inputs["x"].ndim == 2 else {}
     given = call.spoil(p.inputs, sizes=ids)
     lengths = p.options["lengths"]
@@ -463,7 +475,12 @@ def one_layer(call):
     forward = getattr(functional, p.kind + "_forward")
     if packed is not None and packed in (3, "packed"):
         legal = False
-    result = call.run(forward, legal, **given, **options, packed=packed, n_threads=call.threads(),
+    n_threads = call.threads()
+    if call.chance(0.03):
+        n_threads, legal = call.pick(0, -1, True, 2.0, "2", 10**4, [1]), False
+        call.say("n_threads", n_threads)
+    call.switch()
+    result = call.run(forward, legal, **given, **options, packed=packed, n_threads=n_threads,
                       keep_tape=call.chance(0.8))
     if result is None:
         return
@@ -496,6 +513,7 @@ def backward(call, p, given, tape, wide_tape, y):
     fits = dict(zip("TBP", y.shape), H=H)
     legal = sizes is not None and all(fits[letter] == n for letter, n in sizes.items())
     kind = call.rng.integers(10)
+    call.switch()
     want = getattr(reference, p.kind + "_backward")(wide_tape, **{k: up(a) for k, a in upstream.items()}) \
         if legal else None
     if kind == 0:                   # copies are used one by one, as often as tapes are made
@@ -569,6 +587,7 @@ def step_by_step(call):
     want = getattr(reference, p.kind + "_forward")(
         up(xs) if ids is None else np.eye(I)[ids], **wide, **options)[0]
     for t in range(5):
+        call.switch()
         if call.chance(0.2):
             old = step
             step = call.pick(copy.copy, copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a)))(step)
@@ -631,6 +650,7 @@ def dense_layer(call):
     if call.chance(0.4):
         of = call.pick(W, W, np.array(W), call.floats(O, I, dtype=dtype))
         packed, _ = attempt(functional.pack, "linear", of)
+        call.switch()
     actual = getattr(given["x"], "dtype", None)
     sizes = unified(dict(x="nI", W="OI", b="O"), given, actual)
     legal = sizes is not None and actual in (np.float32, np.float64) and sizes["I"] > 0
@@ -1088,7 +1108,7 @@ def a_loss(call):
         if ignore == -1 and targets.size:
             targets = np.where(call.rng.random(shape) < 0.3, -1, targets)
         given = call.spoil(dict(logits=z, targets=targets, mask=mask), 0.3, 0.2, {"targets": V})
-        fitting = getattr(given["logits"], "dtype", None) == dtype
+        fitting = is_floats(given["logits"], dtype)
         out, fine = out_for(call, given["logits"].shape if fitting else z.shape, dtype,
                             [given["mask"], given["logits"]])
         if out is given["mask"] and out is not None:

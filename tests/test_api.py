@@ -12,7 +12,7 @@ import pytest
 from problems import backward, forward, in_float64, lstm_problem, rnn_problem
 
 import lstmcore
-from lstmcore import functional, reference
+from lstmcore import dense, functional, reference
 
 T, B, I, H = 4, 3, 5, 2
 MAKE = {"lstm": lstm_problem, "rnn": rnn_problem}
@@ -350,6 +350,42 @@ def test_the_state_of_a_step_cannot_be_resized():
     for state in step.h, step.c:
         with pytest.raises(ValueError, match="resize"):
             state.resize((10**6,), refcheck=False)
+
+
+@both
+@pytest.mark.parametrize("T", [0, 4])
+def test_n_threads_is_checked_even_where_there_is_nothing_to_do(kind, T):
+    problem = MAKE[kind](T, B, I, H)
+    with pytest.raises(TypeError, match="n_threads must be an int >= 1, got 2.0"):
+        forward(functional, problem, n_threads=2.0)
+    tape = forward(functional, problem)[-1]
+    with pytest.raises(TypeError, match="n_threads must be an int >= 1, got 2.0"):
+        getattr(functional, kind + "_backward")(tape, **problem.upstream, n_threads=2.0)
+    getattr(functional, kind + "_backward")(tape, **problem.upstream)
+
+
+@pytest.mark.parametrize("n", [0, 4])
+def test_n_threads_of_dense_layers_is_checked(n):
+    x, W = zeros(n, 3), zeros(2, 3)
+    for call in (lambda: dense.linear_forward(x, W, n_threads=0),
+                 lambda: dense.linear_backward(x, W, zeros(n, 2), n_threads=0),
+                 lambda: dense.cross_entropy(x, np.zeros(n, int), zeros(n), zeros(n, 3), n_threads=0)):
+        with pytest.raises(ValueError, match="n_threads must be in 1..1024, got 0"):
+            call()
+
+
+@pytest.mark.parametrize("n, O", [(0, 2), (6, 0), (0, 0)])
+def test_gradients_of_an_empty_dense_layer_are_zero(n, O, monkeypatch):
+    monkeypatch.setattr(dense, "empty", lambda shape, dtype: np.full(shape, np.nan, dtype))
+    g = dense.linear_backward(zeros(n, 3), zeros(O, 3), zeros(n, O))
+    assert [d.shape for d in g] == [(n, 3), (O, 3), (O,)] and not any(d.any() for d in g)
+    assert dense.linear_backward(zeros(n, 3), zeros(O, 3), zeros(n, O), need_dx=False).dx is None
+
+
+def test_a_parameter_that_is_no_array_is_named():
+    a = [np.ones(()) for _ in range(3)]
+    with pytest.raises(TypeError, match="p must be a NumPy array, got float"):
+        dense.adam_step(1.0, *a, betas=(0.9, 0.9), rate=0.1, eps=0.1)
 
 
 def test_public_names_are_the_functions():
