@@ -234,7 +234,7 @@ def _steps(lib, cell, dtype, B, H, ids=False, n_threads=None, P=0, peepholes=Fal
                                peepholes=_draw(1, 3, H, dtype=dtype) if peepholes else None,
                                W_hr=_draw(2, P, H, dtype=dtype) if P else None)
     out = {f"y{t}": step(_ids(t, I, B) if ids else _draw(t, B, I, dtype=dtype)) for t in range(5)}
-    return dict(out, h=step.h, c=step.c)
+    return dict(out, h=step.h, **({"c": step.c} if cell == "lstm" else {}))  # an RNN has no c
 
 
 def _streamed(lib, cell, ids):
