@@ -374,6 +374,21 @@ def test_n_threads_of_dense_layers_is_checked(n):
             call()
 
 
+def test_dlogits_may_not_lie_in_the_targets():
+    memory = np.zeros(4)
+    with pytest.raises(ValueError, match="dlogits must not share memory with the other arguments"):
+        dense.cross_entropy(np.zeros((2, 2)), memory.view("int64")[:2], np.ones(2),
+                            memory.reshape(2, 2))
+
+
+@pytest.mark.parametrize("cell", [None, 3, b"lstm"])
+def test_a_cell_is_named_by_a_string(cell):
+    W = np.ones((8, 2))
+    for make in functional.pack, lambda cell, *W: functional.Step(cell, 1, *W):
+        with pytest.raises(TypeError, match="cell must be a name, got"):
+            make(cell, W, W)
+
+
 @pytest.mark.parametrize("n, O", [(0, 2), (6, 0), (0, 0)])
 def test_gradients_of_an_empty_dense_layer_are_zero(n, O, monkeypatch):
     monkeypatch.setattr(dense, "empty", lambda shape, dtype: np.full(shape, np.nan, dtype))
