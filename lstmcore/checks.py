@@ -110,8 +110,8 @@ def ids(value, name, size, shape=None, letter=None):
 def lengths(value, T, B):
     """A copy of lengths (B,) as int64 in 0..T."""
     unmasked("lengths", value)
-    value = np.array(value, order="C") if B else np.array(value, np.int64)
-    if value.dtype.kind not in "iu":
+    value = np.array(value, order="C")
+    if value.size and value.dtype.kind not in "iu":     # an empty list is not yet of any type
         raise TypeError(f"lengths must be integers, got {value.dtype}")
     if value.shape != (B,):
         raise ValueError(f"lengths must be (B,) = ({B},), got {value.shape}")

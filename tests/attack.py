@@ -680,7 +680,7 @@ def softmax(call):
     out, fine = np.empty((n, V), dtype), True
     if call.chance(0.3):
         out, fine = out_for(call, (n, V), dtype, [given["weights"], given["logits"]])
-        fine = False if out is None or (out is given["weights"]) else fine
+        fine = out is not None and out is not given["weights"] and (fine or out is given["logits"])
     call.say("cross_entropy", dtype, (n, V))
     actual = getattr(given["logits"], "dtype", None)
     sizes = unified(dict(logits="nV", weights="n"), given, actual)

@@ -403,6 +403,12 @@ def test_a_parameter_that_is_no_array_is_named():
         dense.adam_step(1.0, *a, betas=(0.9, 0.9), rate=0.1, eps=0.1)
 
 
+@pytest.mark.parametrize("B", [0, 3])
+def test_lengths_that_are_no_numbers_are_named(B):
+    with pytest.raises(TypeError, match="lengths must be integers, got <U1"):
+        functional.lstm_forward(zeros(T, B, I), zeros(8, I), zeros(8, 2), lengths="x")
+
+
 def test_public_names_are_the_functions():
     for name in ("lstm_forward", "lstm_backward", "rnn_forward", "rnn_backward"):
         assert getattr(lstmcore, name) is getattr(functional, name)
