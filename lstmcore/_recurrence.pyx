@@ -38,9 +38,11 @@ Cell = namedtuple("Cell", "name gates fed keeps_gates has_c reads_h has_projecti
 cells = {}                         # name -> Cell, of those that were asked for
 
 
-def cell(str name):
+def cell(name):
     """The row of a cell, as far as Python asks it; ValueError for a name that no row has."""
     cdef const lstm_cell *row
+    if not isinstance(name, str):
+        raise TypeError(f"cell must be a name, got {type(name).__name__}")
     if name not in cells:
         row = cell_of(kernels_of("float64"), name)
         if row == NULL:

@@ -374,6 +374,21 @@ def test_n_threads_of_dense_layers_is_checked(n):
             call()
 
 
+def test_dlogits_may_not_lie_in_the_targets():
+    memory = np.zeros(4)
+    with pytest.raises(ValueError, match="dlogits must not share memory with the other arguments"):
+        dense.cross_entropy(np.zeros((2, 2)), memory.view("int64")[:2], np.ones(2),
+                            memory.reshape(2, 2))
+
+
+@pytest.mark.parametrize("cell", [None, 3, b"lstm"])
+def test_a_cell_is_named_by_a_string(cell):
+    W = np.ones((8, 2))
+    for make in functional.pack, lambda cell, *W: functional.Step(cell, 1, *W):
+        with pytest.raises(TypeError, match="cell must be a name, got"):
+            make(cell, W, W)
+
+
 @pytest.mark.parametrize("n, O", [(0, 2), (6, 0), (0, 0)])
 def test_gradients_of_an_empty_dense_layer_are_zero(n, O, monkeypatch):
     monkeypatch.setattr(dense, "empty", lambda shape, dtype: np.full(shape, np.nan, dtype))
@@ -386,6 +401,12 @@ def test_a_parameter_that_is_no_array_is_named():
     a = [np.ones(()) for _ in range(3)]
     with pytest.raises(TypeError, match="p must be a NumPy array, got float"):
         dense.adam_step(1.0, *a, betas=(0.9, 0.9), rate=0.1, eps=0.1)
+
+
+@pytest.mark.parametrize("B", [0, 3])
+def test_lengths_that_are_no_numbers_are_named(B):
+    with pytest.raises(TypeError, match="lengths must be integers, got <U1"):
+        functional.lstm_forward(zeros(T, B, I), zeros(8, I), zeros(8, 2), lengths="x")
 
 
 def test_public_names_are_the_functions():
