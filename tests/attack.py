@@ -1111,8 +1111,8 @@ def a_loss(call):
         fitting = is_floats(given["logits"], dtype)
         out, fine = out_for(call, given["logits"].shape if fitting else z.shape, dtype,
                             [given["mask"], given["logits"]])
-        if out is given["mask"] and out is not None:
-            fine = False
+        if out is not None:
+            fine = out is not given["mask"] and (fine or out is given["logits"])
         logits, targets, mask = given["logits"], given["targets"], given["mask"]
         legal = (isinstance(logits, np.ndarray) and not is_masked(logits) and logits.ndim > 0
                  and logits.dtype in (np.float32, np.float64))
