@@ -133,7 +133,9 @@ def _weights(mask, shape, dtype):
     weights = np.asarray(checks.unmasked("mask", mask))
     if weights.shape != shape:
         raise ValueError(f"mask must be {shape}, got {weights.shape}")
-    if weights.dtype.kind not in "biuf" and weights.size:
+    if not weights.size:
+        return np.ones(shape, dtype)    # an empty list is not yet of any type
+    if weights.dtype.kind not in "biuf":
         raise TypeError(f"mask must be bool or real numbers, got {weights.dtype}")
     finite = np.abs(weights) <= np.finfo(dtype).max if weights.dtype.kind == "f" else True
     if not np.all(finite):

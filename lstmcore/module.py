@@ -139,8 +139,9 @@ class Module:
     def __getstate__(self):
         state = {name: value for name, value in vars(self).items() if name != "_tape"}
         if self._thawed is not None:
-            state.update(_own=self._melted(), _thawed=None, _packed=None)
-            self._hold_back()
+            # apart from the arrays that wait for `unfreeze`, which a shallow copy would share
+            own = {name: (np.array(p), np.array(g)) for name, (p, g) in self._own.items()}
+            state.update(_own=own, _thawed=None, _packed=None)
         return state
 
     def __repr__(self):
@@ -167,14 +168,19 @@ class Module:
     def _melted(self):
         """`_own` with the parameters from before `freeze`, set to what the frozen ones hold."""
         for name, p in self._thawed.items():
-            p.flags.writeable = True
+            if not p.flags.writeable:
+                p.flags.writeable = True
             p[...] = self._own[name][0]
         return {name: (self._thawed[name], g) for name, (_, g) in self._own.items()}
 
     def _hold_back(self):
-        """Let who still has the parameters from before `freeze` notice: they are read-only."""
+        """Let who still has the parameters from before `freeze` notice: they are read-only.
+
+        Unpickled arrays stay writable: in the memory of bytes, they would be read-only for good.
+        """
         for p in (self._thawed or {}).values():
-            p.flags.writeable = False
+            if p.flags.owndata:
+                p.flags.writeable = False
 
     def _check_not_frozen(self, what):
         if not all(p.flags.writeable for p in self.parameters().values()):

@@ -384,12 +384,32 @@ def test_a_copy_of_a_frozen_net_can_be_trained():
     net = Sequential(Linear(3, 4, seed=0), LSTM(4, 2, seed=1)).freeze()
     for copied in copy.deepcopy(net), pickle.loads(pickle.dumps(net)):
         copied.train()
+        copied.freeze().unfreeze().train()
         for name, p in copied.parameters().items():
             p += 1
             assert (p == net.parameters()[name] + 1).all() and p.flags.owndata
         assert not net.training
         with pytest.raises(ValueError, match="unfreeze"):
             net.train()
+
+
+def test_a_shallow_copy_of_a_frozen_layer_is_apart_from_it():
+    layer, x = Linear(3, 2, seed=0).freeze(), normal(5, 3).astype("float32")
+    want, copied = layer(x), copy.copy(layer).train()
+    copied.parameters()["weight"][...] = 0
+    assert (layer(x) == want).all() and (layer.unfreeze()(x) == want).all()
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_what_was_copied_can_be_frozen_and_thawed(copied):
+    # NumPy keeps unpickled arrays beyond 1000 bytes in the memory of bytes.
+    layer = COPIES[copied](Linear(50, 20, seed=0)).freeze().unfreeze().train()
+    layer.parameters()["weight"][...] = 0
+
+
+def test_dropout_at_rest_gives_a_copy():
+    x = np.ones(3)
+    assert not np.shares_memory(Dropout(0.5).eval()(x), x)
 
 
 def test_a_part_may_be_frozen_alone():

@@ -229,6 +229,12 @@ def test_out_that_must_not_be_written_to_is_refused(out, words):
     assert all((a == b).all() for a, b in zip(given, (logits, targets, mask)))
 
 
+@pytest.mark.parametrize("dtype", [bool, object, str, complex])
+def test_an_empty_mask_may_be_of_any_type(dtype):
+    loss, d = mse_loss(np.ones((5, 0)), np.ones((5, 0)), mask=np.empty((5, 0), dtype))
+    assert loss == 0.0 and d.shape == (5, 0)
+
+
 def test_long_float32_sums_stay_exact():
     """A million equal losses: a float32 sum would be off in the third digit."""
     y = np.full(1_000_000, 0.1, "float32")

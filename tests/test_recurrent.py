@@ -417,6 +417,20 @@ def test_streams_are_apart_and_keep_the_weights_they_were_made_with():
     assert (layer.stream(2).step(x) != first).any()
 
 
+@by_name({"copy": copy.copy, "deepcopy": copy.deepcopy,
+          "pickle": lambda s: pickle.loads(pickle.dumps(s))}, "copied")
+def test_a_copied_stream_goes_on_by_itself(copied):
+    layer, x = LSTM(3, 4, num_layers=2, seed=0), normal(4, 2, 3, dtype="float32")
+    want, stream = layer(x)[0], layer.stream(2)
+    stream.step(x[0])
+    other = copied(stream)
+    for t in 1, 2, 3:
+        assert (stream.step(x[t]) == other.step(x[t])).all()
+        other.step(x[0])
+        other.state = stream.state
+    assert np.allclose(other.state[0][1], want[3], atol=1e-6)
+
+
 @pytest.mark.parametrize("H", [5, 300])
 @pytest.mark.parametrize("n_threads", [1, 2])
 def test_a_stream_may_write_over_its_input(H, n_threads):
