@@ -2,13 +2,16 @@
 
 Copies the tree to a scratch directory, builds it there once, and for every mutant of mutants.py
 changes the one line, rebuilds what depends on it (for one instruction set, without optimization
-beyond -O1) and runs the tests that should notice. Prints a table of what was killed and what
-survived; the exit code is 1 if anything survived, 2 if a mutant's text is not found exactly once.
+beyond -O1) and runs the tests that should notice, the C programs before the Python ones. Prints what
+became of each and a table by file; the exit code is 1 if anything survived, 2 if a mutant's text is
+not found exactly once or a test fails without any mutant.
 """
 
 import argparse
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -16,37 +19,72 @@ import tempfile
 import time
 from pathlib import Path
 
-from mutants import ACT, BACKWARD, DENSE, FORWARD, MUTANTS, PASS, QUICK, REF
+from mutants import MUTANTS, QUICK
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = ["-O1", "-fPIC", "-ffp-contract=off", "-std=gnu11", "-fopenmp", "-Icsrc", "-w"]
-PLAN = (PASS, FORWARD, BACKWARD, DENSE)
-TESTS = {REF: ["test_reference.py"], ACT: ["test_activations.py", "test_kernels.py"],
-         **dict.fromkeys(PLAN, ["test_kernels.py", "test_determinism.py", "test_identities.py",
-                                "test_api.py", "test_losses.py"])}
-C_TESTS = ["test_kernels.py", "test_activations.py", "test_determinism.py", "test_losses.py",
-           "test_optim.py"]
+FLAGS = ["-O1", "-fPIC", "-ffp-contract=off", "-std=gnu11", "-Icsrc", "-w"]
+EMULATE = ["-Itests/csrc/avx512", "-D__builtin_cpu_supports(feature)=1"]
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+
+# By what a path starts with: the C programs, then the tests, those first that are likeliest to notice.
+KERNELS = ("test_kernels", "test_activations", "test_determinism", "test_losses", "test_optim")
+PLANS = ("test_kernels", "test_determinism", "test_recurrent", "test_api", "test_layers",
+         "test_losses")
+CALLS = ("test_api", "test_checks", "test_recurrent", "test_layers", "test_losses", "test_arguments",
+         "test_optim")
+NOTICE = {
+    "csrc/team.c": (("barrier", "region"), ("test_threads",)),
+    "csrc/": (("check",), KERNELS),
+    "lstmcore/_grid": ((), ("test_grid", "test_kernels")),
+    "lstmcore/_memory": ((), ("test_memory", *PLANS)),
+    "lstmcore/_dense": ((), ("test_losses", "test_optim", "test_layers", *PLANS)),
+    "lstmcore/_products": ((), (*PLANS, "test_threads")),
+    "lstmcore/_": ((), PLANS),
+    "lstmcore/reference": ((), ("test_reference",)),
+    "lstmcore/threads": ((), ("test_threads",)),
+    "lstmcore/module": ((), ("test_layers", *CALLS)),
+    "lstmcore/layers": ((), ("test_layers", *CALLS)),
+    "lstmcore/": ((), CALLS),
+}
+
+
+def noticing(file):
+    return next(tests for start, tests in NOTICE.items() if file.startswith(start))
 
 
 class Scratch:
     """A copy of the tree in which single files are changed, built and tested."""
 
-    def __init__(self, directory):
+    def __init__(self, directory, isa):
         import numpy
 
         self.tree = Path(directory, "tree")
         skip = shutil.ignore_patterns(".git", "build", "*.so", "__pycache__", ".hypothesis", "dist")
         shutil.copytree(ROOT, self.tree, skip)
         self.includes = [f"-I{p}" for p in (numpy.get_include(), sysconfig.get_path("include"))]
-        self.sources = sorted(p.name for p in (self.tree / "csrc").glob("*.c"))
-        for module in "_kernels", "_blas":
-            self.cython(module)
+        self.modules = sorted(p.stem for p in (self.tree / "lstmcore").glob("*.pyx"))
+        self.sources = sorted(p.stem for p in (self.tree / "csrc").glob("*.c"))
+        self.emulated = []
+        self.took = {}      # seconds of the programs and tests that pass without a mutant
         for source in self.sources:
-            self.compile(f"csrc/{source}")
-        self.link("_kernels", self.sources)
-        self.link("_blas", [])
-        self.isa = self.python("-c", "from lstmcore import _kernels as k; print(k.available_isas()[0])",
-                               check=True).stdout.strip()
+            self.compile(f"csrc/{source}.c")
+        for module in self.modules:
+            self.cython(module)
+        self.link()
+        if isa == "avx512" and isa not in self.isas():
+            self.emulated = EMULATE
+            for source in "dispatch", "isa_avx512":
+                self.compile(f"csrc/{source}.c")
+            self.link()
+        self.isa = isa or self.isas()[0]
+        if self.isa not in self.isas():
+            raise SystemExit(f"--isa must be one of {', '.join(self.isas())}, got {isa}")
+        for checks in sorted((self.tree / "tests/csrc").glob("check*.c")):
+            self.compile(f"tests/csrc/{checks.name}")
+
+    def isas(self):
+        code = "from lstmcore import _kernels as k; print(*k.available_isas())"
+        return self.run(sys.executable, "-c", code).stdout.split()
 
     def run(self, *command, check=True):
         done = subprocess.run(command, cwd=self.tree, capture_output=True, text=True)
@@ -54,89 +92,173 @@ class Scratch:
             raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
         return done
 
+    # ---- building: False where something does not compile
+
     def cython(self, module, check=True):
         done = self.run(sys.executable, "-m", "cython", "-3", f"lstmcore/{module}.pyx", check=check)
-        return done.returncode == 0 and self.compile(f"lstmcore/{module}.c", check)
+        if done.returncode or not self.compile(f"lstmcore/{module}.c", check):
+            return False
+        if module != "_kernels":
+            self.run("gcc", "-shared", f"{module}.o", "-o", f"lstmcore/{module}{SUFFIX}")
+        return True
 
     def compile(self, source, check=True):
-        return self.run("gcc", *FLAGS, *self.includes, "-c", source, "-o", self.object(source),
-                        check=check).returncode == 0
+        command = ["gcc", *FLAGS, "-fopenmp", *self.emulated, *self.includes, "-c", source]
+        return self.run(*command, "-o", Path(source).stem + ".o", check=check).returncode == 0
 
-    @staticmethod
-    def object(source):
-        return Path(source).stem + ".o"
+    def link(self):
+        """The kernels go into one module."""
+        objects = [f"{stem}.o" for stem in ("_kernels", *self.sources)]
+        self.run("gcc", "-shared", "-fopenmp", *objects, "-o", f"lstmcore/_kernels{SUFFIX}")
 
-    def link(self, module, sources):
-        suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        self.run("gcc", "-shared", "-fopenmp", f"{module}.o", *map(self.object, sources),
-                 "-o", f"lstmcore/{module}{suffix}")
-
-    def python(self, *arguments, check=False, **environment):
-        try:
-            done = subprocess.run([sys.executable, *arguments], cwd=self.tree, text=True, timeout=600,
-                                  capture_output=True, env={**os.environ, **environment})
-        except subprocess.TimeoutExpired as late:
-            return subprocess.CompletedProcess(late.cmd, 1, "timeout", "")
-        if check and done.returncode:
-            raise SystemExit(done.stdout + done.stderr)
-        return done
+    def dependents(self, file):
+        """The Cython modules that a .pyx or .pxd is part of."""
+        name, known = Path(file).stem, {}
+        if file.endswith(".pyx"):
+            return [name]
+        for source in (self.tree / "lstmcore").glob("*.p[yx][xd]"):
+            used = re.findall(r"^from lstmcore\.(\w+) cimport", source.read_text(), re.MULTILINE)
+            known.setdefault(source.stem, {source.stem}).update(used)
+        while True:
+            more = {stem: set().union(*(known[used] for used in uses)) for stem, uses in known.items()}
+            if more == known:
+                return [module for module in self.modules if name in known[module]]
+            known = more
 
     def build(self, file):
-        """Rebuild what depends on a file; False if it does not compile."""
-        if file == REF:
+        if file.endswith(".py"):
             return True
-        built = self.cython("_kernels", False) if file in PLAN else self.compile(
-            f"csrc/isa_{self.isa}.c", False)
-        if built:
-            self.link("_kernels", self.sources)
-        return built
+        if file.startswith("lstmcore/"):
+            return all([self.cython(module, False) for module in self.dependents(file)])
+        source = file if file.endswith(".c") else f"csrc/isa_{self.isa}.c"
+        if not self.compile(source, False):
+            return False
+        self.link()
+        return True
 
-    def tests_pass(self, file):
-        tests = [f"tests/{name}" for name in TESTS.get(file, C_TESTS)]
-        done = self.python("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests,
-                           LSTMCORE_ISA=self.isa)
-        return done.returncode == 0, done.stdout
+    # ---- testing
+
+    def program(self, name):
+        """The command that builds a C program: all kernels against loops, or half of team.c's checks."""
+        command = ["gcc", "-w", "-o", name]
+        if name == "check":
+            stems = [p.stem for p in (self.tree / "tests/csrc").glob("check*.c")]
+            stems += ["dispatch", *(s for s in self.sources if s.startswith("isa_"))]
+            return [*command, *(f"{stem}.o" for stem in stems), "-lm"]
+        openmp = ["-fopenmp"] if name == "region" else []
+        return [*command, *FLAGS, *openmp, "tests/csrc/team.c", "csrc/team.c", "-lpthread", "-ldl"]
+
+    def passes(self, limit, *command):
+        """Whether a command says yes in time, and what it says."""
+        environment = {**os.environ, "LSTMCORE_ISA": self.isa, "PYTHONDONTWRITEBYTECODE": "1"}
+        process = subprocess.Popen(command, cwd=self.tree, text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        try:
+            said, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            return False, "no end"
+        return process.returncode == 0, said
+
+    def test(self, *names, limit):
+        return self.passes(limit, sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+                           *(f"tests/{name}.py" for name in names))
+
+    def failure_without_mutant(self, file):
+        """What the first test that should notice says, each run once; None if all pass."""
+        programs, tests = noticing(file)
+        for name in dict.fromkeys((*programs, *tests)):
+            if name in self.took:
+                continue
+            start = time.perf_counter()
+            if name in programs:
+                self.run(*self.program(name))
+                passed, said = self.passes(600, f"./{name}")
+            else:
+                passed, said = self.test(name, limit=600)
+            if not passed:
+                return said
+            self.took[name] = time.perf_counter() - start
+
+    def failure(self, file):
+        """The same with a mutant: what hangs fails a minute after it should have ended."""
+        programs, tests = noticing(file)
+        for name in programs:
+            self.run(*self.program(name))
+            passed, said = self.passes(60 + 3 * self.took[name], f"./{name}")
+            if not passed:
+                return said
+        tests = dict.fromkeys(tests)
+        passed, said = self.test(*tests, limit=60 + 3 * sum(self.took[name] for name in tests))
+        return None if passed else said
 
     def judge(self, file, text, wrong):
-        """What became of a mutant: "killed", "survived" or "does not compile"."""
+        """What became of a mutant: "survived" or "does not compile", or who killed it."""
         path = self.tree / file
         original = path.read_text()
         path.write_text(original.replace(text, wrong))
         try:
             if not self.build(file):
                 return "does not compile"
-            return "survived" if self.tests_pass(file)[0] else "killed"
+            said = self.failure(file)
+            return "survived" if said is None else killer(said)
         finally:
             path.write_text(original)
+
+
+def killer(said):
+    """The test that failed first, or the last line that was said."""
+    test = re.search(r"^(?:FAILED|ERROR) tests/(\S+?)(?:\[| |$)", said, re.MULTILINE)
+    return "killed by " + (test[1] if test else (said.strip().splitlines() or ["a crash"])[-1])
+
+
+def table(fates):
+    """Markdown: mutants and killed by file."""
+    lines = ["| one line broken in | mutants | killed | for example |", "|---|--:|--:|---|"]
+    counts = []
+    for file in dict.fromkeys(file for _, file, _, _ in MUTANTS):
+        names = [name for name, where, _, _ in MUTANTS if where == file and name in fates]
+        if names:
+            counts.append((len(names), sum(fates[name].startswith("killed") for name in names)))
+            examples = "; ".join(dict.fromkeys([names[0], names[len(names) // 2], names[-1]]))
+            lines.append(f"| `{file}` | {counts[-1][0]} | {counts[-1][1]} | {examples} |")
+    mutants, killed = map(sum, zip(*counts)) if counts else (0, 0)
+    return "\n".join([*lines, f"| together | {mutants} | {killed} | |"])
 
 
 def main():
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--quick", action="store_true", help="only the few that CI runs")
-    arguments.add_argument("--only", metavar="TEXT", default="", help="mutants whose name has TEXT")
+    arguments.add_argument("--only", metavar="TEXT", default="",
+                           help="mutants with TEXT in 'file: name', a regular expression")
+    arguments.add_argument("--isa", metavar="NAME", help="the instruction set of the kernels; avx512 is "
+                           "emulated where the CPU lacks it (default: the best that runs here)")
     options = arguments.parse_args()
-    chosen = [m for m in MUTANTS if options.only in m[0] and (m[0] in QUICK or not options.quick)]
-    for name, file, text, _ in MUTANTS:
+    chosen = [m for m in MUTANTS if re.search(options.only, f"{m[1]}: {m[0]}")
+              and (m[0] in QUICK or not options.quick)]
+    for name, file, text, wrong in MUTANTS:
         found = (ROOT / file).read_text().count(text)
-        if found != 1:
+        if found != 1 or text == wrong:
             print(f"{name}: its text is found {found} times in {file}")
             return 2
     fates = {}
     with tempfile.TemporaryDirectory(prefix="lstmcore-mutants-") as directory:
-        scratch = Scratch(directory)
-        for file in sorted({m[1] for m in chosen}):
-            passed, said = scratch.tests_pass(file)
-            if not passed:
-                print(f"the tests of {file} fail without any mutant:\n{said}")
-                return 2
+        scratch = Scratch(directory, options.isa)
+        print(f"{scratch.isa}{', emulated' if scratch.emulated else ''}: {len(chosen)} mutants; "
+              f"--only and --quick leave out {len(MUTANTS) - len(chosen)}", flush=True)
         previous = None
         for name, file, text, wrong in sorted(chosen, key=lambda m: m[1]):
             if previous not in (None, file):
-                scratch.build(previous)  # without its last mutant
+                scratch.build(previous)     # without its last mutant
+            if (said := scratch.failure_without_mutant(file)) is not None:
+                print(f"the tests of {file} fail without any mutant:\n{said}")
+                return 2
             previous, start = file, time.perf_counter()
             fates[name] = scratch.judge(file, text, wrong)
-            print(f"{fates[name]:<18}{time.perf_counter() - start:5.1f} s  {file}: {name}", flush=True)
-    killed = sum(fate == "killed" for fate in fates.values())
+            print(f"{time.perf_counter() - start:5.1f} s  {file}: {name}: {fates[name]}", flush=True)
+    killed = sum(fate.startswith("killed") for fate in fates.values())
+    print(table(fates))
     print(f"{killed} of {len(fates)} mutants killed ({scratch.isa})")
     return 0 if killed == len(fates) else 1
 
