@@ -10,6 +10,7 @@
 #include "products.h"     /* gemm, the gradients of weights, sums of rows */
 #include "cell_lstm.h"    /* a cell each: its equations, and its steps through step.h */
 #include "cell_rnn.h"
+#include "cell_gru.h"
 #include "loss.h"
 #include "optimizer.h"
 
@@ -19,6 +20,8 @@ static const lstm_cell F(cells)[] = {
      .peephole_gradient = F(peephole_gradient)},
     {.name = "tanh", .gates = 1, .step = F(tanh_step), .back_step = F(tanh_back_step)},
     {.name = "relu", .gates = 1, .step = F(relu_step), .back_step = F(relu_back_step)},
+    {.name = "gru", .gates = 4, .apart = 1, .keeps_gates = 1, .reads_h = 1, .step = F(gru_step),
+     .back_step = F(gru_back_step)},
     {.name = NULL},
 };
 

@@ -10,66 +10,70 @@
 
 enum { MOST_GATES = 4 };
 
-/* One unit: p are its peepholes, zero where there are none. */
+/* One unit of one row. */
+typedef struct {
+    double a[MOST_GATES], gates[MOST_GATES];  /* before activation and after; backward, a are da */
+    double p[3];                              /* its peepholes, zero where there are none */
+    double h_prev, c_prev, h, c;
+    double dh, dc;  /* backward: what reaches h_t and c_t; then, but through a, h_{t-1} and c_{t-1} */
+} unit;
+
 typedef struct {
     const char *name;
-    int gates, keeps_gates, has_c, has_peepholes, has_output;
-    void (*forward)(const double *a, double c_prev, const double *p, double *gates, double *c, double *h);
-    void (*backward)(const double *gates, double h, double c, double c_prev, const double *p, double dh,
-                     double *dc, double *da);
+    int gates, apart, keeps_gates, has_c, reads_h, has_peepholes, has_output;
+    void (*forward)(unit *u);
+    void (*backward)(unit *u);
 } equations;
 
 static double sigmoid(double a) { return 1 / (1 + exp(-a)); }
 
-static void lstm_forward(const double *a, double c_prev, const double *p, double *gates, double *c,
-                         double *h) {
-    double i = sigmoid(a[0] + p[0] * c_prev), f = sigmoid(a[1] + p[1] * c_prev), g = tanh(a[2]);
-    *c = f * c_prev + i * g;
-    double o = sigmoid(a[3] + p[2] * *c);
-    *h = o * tanh(*c);
-    gates[0] = i, gates[1] = f, gates[2] = g, gates[3] = o;
+static void lstm_forward(unit *u) {
+    double i = sigmoid(u->a[0] + u->p[0] * u->c_prev), f = sigmoid(u->a[1] + u->p[1] * u->c_prev);
+    double g = tanh(u->a[2]);
+    u->c = f * u->c_prev + i * g;
+    double o = sigmoid(u->a[3] + u->p[2] * u->c);
+    u->h = o * tanh(u->c);
+    u->gates[0] = i, u->gates[1] = f, u->gates[2] = g, u->gates[3] = o;
 }
 
-static void lstm_backward(const double *gates, double h, double c, double c_prev, const double *p,
-                          double dh, double *dc, double *da) {
-    double i = gates[0], f = gates[1], g = gates[2], o = gates[3], t = tanh(c);
-    (void)h;
-    da[3] = dh * t * o * (1 - o);
-    double dc_t = *dc + dh * o * (1 - t * t) + p[2] * da[3];
-    da[0] = dc_t * g * i * (1 - i);
-    da[1] = dc_t * c_prev * f * (1 - f);
-    da[2] = dc_t * i * (1 - g * g);
-    *dc = dc_t * f + p[0] * da[0] + p[1] * da[1];
+static void lstm_backward(unit *u) {
+    double i = u->gates[0], f = u->gates[1], g = u->gates[2], o = u->gates[3], t = tanh(u->c);
+    u->a[3] = u->dh * t * o * (1 - o);
+    double dc = u->dc + u->dh * o * (1 - t * t) + u->p[2] * u->a[3];
+    u->a[0] = dc * g * i * (1 - i);
+    u->a[1] = dc * u->c_prev * f * (1 - f);
+    u->a[2] = dc * i * (1 - g * g);
+    u->dc = dc * f + u->p[0] * u->a[0] + u->p[1] * u->a[1];
 }
 
-static void tanh_forward(const double *a, double c_prev, const double *p, double *gates, double *c,
-                         double *h) {
-    (void)c_prev, (void)p, (void)gates, (void)c;
-    *h = tanh(a[0]);
+static void tanh_forward(unit *u) { u->h = tanh(u->a[0]); }
+
+static void tanh_backward(unit *u) { u->a[0] = u->dh * (1 - u->h * u->h); }
+
+static void relu_forward(unit *u) { u->h = u->a[0] > 0 ? u->a[0] : 0; }
+
+static void relu_backward(unit *u) { u->a[0] = u->h > 0 ? u->dh : 0; }
+
+static void gru_forward(unit *u) {
+    double r = sigmoid(u->a[1]), z = sigmoid(u->a[2]), q = u->a[3], n = tanh(u->a[0] + r * q);
+    u->h = (1 - z) * n + z * u->h_prev;
+    u->gates[0] = n, u->gates[1] = r, u->gates[2] = z, u->gates[3] = q;
 }
 
-static void tanh_backward(const double *gates, double h, double c, double c_prev, const double *p,
-                          double dh, double *dc, double *da) {
-    (void)gates, (void)c, (void)c_prev, (void)p, (void)dc;
-    da[0] = dh * (1 - h * h);
-}
-
-static void relu_forward(const double *a, double c_prev, const double *p, double *gates, double *c,
-                         double *h) {
-    (void)c_prev, (void)p, (void)gates, (void)c;
-    *h = a[0] > 0 ? a[0] : 0;
-}
-
-static void relu_backward(const double *gates, double h, double c, double c_prev, const double *p,
-                          double dh, double *dc, double *da) {
-    (void)gates, (void)c, (void)c_prev, (void)p, (void)dc;
-    da[0] = h > 0 ? dh : 0;
+static void gru_backward(unit *u) {
+    double n = u->gates[0], r = u->gates[1], z = u->gates[2], q = u->gates[3];
+    u->a[0] = u->dh * (1 - z) * (1 - n * n);
+    u->a[1] = u->a[0] * q * r * (1 - r);
+    u->a[2] = u->dh * (u->h_prev - n) * z * (1 - z);
+    u->a[3] = u->a[0] * r;
+    u->dh *= z;
 }
 
 static const equations known[] = {
-    {"lstm", 4, 1, 1, 1, 1, lstm_forward, lstm_backward},
-    {"tanh", 1, 0, 0, 0, 0, tanh_forward, tanh_backward},
-    {"relu", 1, 0, 0, 0, 0, relu_forward, relu_backward},
+    {"lstm", 4, 0, 1, 1, 0, 1, 1, lstm_forward, lstm_backward},
+    {"tanh", 1, 0, 0, 0, 0, 0, 0, tanh_forward, tanh_backward},
+    {"relu", 1, 0, 0, 0, 0, 0, 0, relu_forward, relu_backward},
+    {"gru", 4, 1, 1, 0, 1, 0, 0, gru_forward, gru_backward},
 };
 enum { N_KNOWN = sizeof known / sizeof known[0] };
 
@@ -82,22 +86,25 @@ static const equations *of_cell(const lstm_cell *cell) {
 
 /* ---- forward -------------------------------------------------------------------------------------- */
 
-/* A step's operands and states; what a step writes is in `gates`, `c` and `h`. */
+/* A step's operands, and the states before it. */
 typedef struct {
     const lstm_cell *cell;
     ptrdiff_t n, I, K, H;
     int with_bias, with_peepholes;
-    matrix W_ih, W_hh, bias, peepholes;  /* W_ih (gates·H, I) and W_hh (gates·H, K) in one row each */
-    matrix x, h_prev, c_prev;
+    matrix W_ih, W_hh, bias, peepholes;  /* W_ih (fed·H, I) and W_hh (fed·H, K) in one row each */
+    matrix x, h_prev, c_prev;            /* h_prev has K columns, and H if the cell reads h */
 } forward_problem;
 
+static int fed(const lstm_cell *cell) { return cell->gates - cell->apart; }
+
+/* What a step writes: the gates, c and h; backward da, dc and dh in their place. */
 typedef struct {
     matrix gates, c, h;
 } states;
 
-static states new_states(const forward_problem *f, int rough) {
+static states new_states(const lstm_cell *cell, ptrdiff_t n, ptrdiff_t H, int rough) {
     matrix (*make)(ptrdiff_t, ptrdiff_t) = rough ? rough_matrix : new_matrix;
-    return (states){make(f->n, f->cell->gates * f->H), make(f->n, f->H), make(f->n, f->H)};
+    return (states){make(n, cell->gates * H), make(n, H), make(n, H)};
 }
 
 static states copy_states(const states *s) {
@@ -119,8 +126,8 @@ enum { FUSED = 1, DESCENDING = 2, C_IN_PLACE = 4, H_IN_PLACE = 8 };
 static void step(const forward_problem *f, int how, ptrdiff_t r0, ptrdiff_t r1, ptrdiff_t j0,
                  ptrdiff_t j1, states *out) {
     const lstm_cell *cell = f->cell;
-    packed ih = pack(cell->gates, how & FUSED ? f->I : 0, f->H, j0, j1, &f->W_ih, 1, f->I);
-    packed hh = pack(cell->gates, f->K, f->H, j0, j1, &f->W_hh, 1, f->K);
+    packed ih = pack(fed(cell), how & FUSED ? f->I : 0, f->H, j0, j1, &f->W_ih, 1, f->I);
+    packed hh = pack(fed(cell), f->K, f->H, j0, j1, &f->W_hh, 1, f->K);
     lstm_weights w = {how & FUSED ? f->I : 0, f->K, f->H, ih.panels, hh.panels,
                       f->with_bias ? f->bias.row[0] : NULL,
                       f->with_peepholes ? f->peepholes.row[0] : NULL};
@@ -128,7 +135,7 @@ static void step(const forward_problem *f, int how, ptrdiff_t r0, ptrdiff_t r1, 
     for (ptrdiff_t r = r0; r < r1; r++)
         rows[r - r0] = (lstm_row){
             .x = how & FUSED ? f->x.row[r] : NULL,
-            .h_prev = f->K ? f->h_prev.row[r] : NULL,
+            .h_prev = f->K || cell->reads_h ? f->h_prev.row[r] : NULL,
             .c_prev = !cell->has_c ? NULL : how & C_IN_PLACE ? out->c.row[r] : f->c_prev.row[r],
             .gates = how & FUSED && !cell->keeps_gates ? NULL
                      : how & H_IN_PLACE ? out->h.row[r] : out->gates.row[r],
@@ -144,30 +151,34 @@ static void plain_step(const forward_problem *f, const equations *e, int how, pt
     ptrdiff_t H = f->H, G = e->gates * H;
     for (ptrdiff_t r = 0; r < f->n; r++)
         for (ptrdiff_t j = j0; j < j1; j++) {
-            double a[MOST_GATES], gates[MOST_GATES], p[3] = {0, 0, 0}, c = 0;
+            unit u = {.c_prev = get(&f->c_prev, r, j)};
+            if (e->reads_h) u.h_prev = get(&f->h_prev, r, j);
             for (int v = 0; v < e->gates; v++) {
-                ptrdiff_t m = v * H + j;
-                a[v] = how & FUSED ? (f->with_bias ? get(&f->bias, 0, m) : 0)
-                                   : get(how & H_IN_PLACE ? &before->h : &before->gates, r, m);
-                for (ptrdiff_t q = 0; how & FUSED && q < f->I; q++)
-                    a[v] += get(&f->x, r, q) * get(&f->W_ih, 0, m * f->I + q);
-                for (ptrdiff_t q = 0; q < f->K; q++)
-                    a[v] += get(&f->h_prev, r, q) * get(&f->W_hh, 0, m * f->K + q);
+                ptrdiff_t m = v * H + j, m_hh = m - e->apart * H;
+                u.a[v] = how & FUSED ? (f->with_bias ? get(&f->bias, 0, m) : 0)
+                                     : get(how & H_IN_PLACE ? &before->h : &before->gates, r, m);
+                for (ptrdiff_t q = 0; how & FUSED && v < e->gates - e->apart && q < f->I; q++)
+                    u.a[v] += get(&f->x, r, q) * get(&f->W_ih, 0, m * f->I + q);
+                for (ptrdiff_t q = 0; v >= e->apart && q < f->K; q++)
+                    u.a[v] += get(&f->h_prev, r, q) * get(&f->W_hh, 0, m_hh * f->K + q);
             }
-            for (int q = 0; q < 3 && f->with_peepholes; q++) p[q] = get(&f->peepholes, 0, q * H + j);
-            e->forward(a, get(&f->c_prev, r, j), p, gates, &c, &want_h[r * H + j]);
-            if (e->has_c) want_c[r * H + j] = c;
-            for (int v = 0; v < e->gates && e->keeps_gates; v++) want_gates[r * G + v * H + j] = gates[v];
+            for (int q = 0; q < 3 && f->with_peepholes; q++) u.p[q] = get(&f->peepholes, 0, q * H + j);
+            e->forward(&u);
+            want_h[r * H + j] = u.h;
+            if (e->has_c) want_c[r * H + j] = u.c;
+            for (int v = 0; v < e->gates && e->keeps_gates; v++)
+                want_gates[r * G + v * H + j] = u.gates[v];
         }
 }
 
 static forward_problem new_forward(const lstm_cell *cell, const equations *e, ptrdiff_t n, ptrdiff_t I,
                                    ptrdiff_t K, ptrdiff_t H, int rough) {
     matrix (*make)(ptrdiff_t, ptrdiff_t) = rough ? rough_matrix : new_matrix;
-    ptrdiff_t G = cell->gates * H;
+    ptrdiff_t rows = fed(cell) * H;
     return (forward_problem){
-        cell, n, I, K, H, (int)pick(2), e->has_peepholes && pick(2), make(1, G * I + 1),
-        make(1, G * K + 1), make(1, G), make(1, 3 * H), make(n, I), make(n, K), make(n, H)};
+        cell, n, I, K, H, (int)pick(2), e->has_peepholes && pick(2), make(1, rows * I + 1),
+        make(1, rows * K + 1), make(1, cell->gates * H), make(1, 3 * H), make(n, I),
+        make(n, e->reads_h && K < H ? H : K), make(n, H)};
 }
 
 static void free_forward(forward_problem *f) {
@@ -180,7 +191,7 @@ static void check_forward(const lstm_cell *cell, const equations *e, ptrdiff_t n
     if (!e->has_c) how &= ~C_IN_PLACE;
     if (e->gates > 1 || how & FUSED) how &= ~H_IN_PLACE;
     forward_problem f = new_forward(cell, e, n, I, K, H, 0);
-    states got = new_states(&f, 0);
+    states got = new_states(cell, n, H, 0);
     for (ptrdiff_t r = 0; r < n && how & C_IN_PLACE; r++)
         for (ptrdiff_t j = 0; j < H; j++) set(&got.c, r, j, get(&f.c_prev, r, j));
     double *gates = doubles(&got.gates), *c = doubles(&got.c), *h = doubles(&got.h);
@@ -199,7 +210,7 @@ static void check_forward(const lstm_cell *cell, const equations *e, ptrdiff_t n
 static void check_forward_bits(const lstm_cell *cell, const equations *e, ptrdiff_t n, ptrdiff_t I,
                                ptrdiff_t K, ptrdiff_t H) {
     forward_problem f = new_forward(cell, e, n, I, K, H, 1);
-    states blank = new_states(&f, 1), whole = copy_states(&blank), other = copy_states(&blank);
+    states blank = new_states(cell, n, H, 1), whole = copy_states(&blank), other = copy_states(&blank);
     step(&f, FUSED, 0, n, 0, H, &whole);
 
     step(&f, FUSED | DESCENDING, 0, n, 0, H, &other);
@@ -212,12 +223,15 @@ static void check_forward_bits(const lstm_cell *cell, const equations *e, ptrdif
     check_same_states(&whole, &other, "a step, whole or cut");
     free_states(&other), other = copy_states(&blank);
 
-    packed ih = pack(cell->gates, I, H, 0, H, &f.W_ih, 1, I);
+    packed ih = pack(fed(cell), I, H, 0, H, &f.W_ih, 1, I);
     int in_place = e->keeps_gates ? 0 : H_IN_PLACE;
     under_test->gemm(&ih.w, 0, H, &(lstm_rows){f.with_bias ? START_BIAS : START_ZERO, n, rows_of(&f.x),
                                                f.bias.row[0],
                                                (in_place ? &other.h : &other.gates)->row});
     free(ih.panels);
+    for (ptrdiff_t r = 0; r < n; r++)
+        for (ptrdiff_t j = fed(cell) * H; j < cell->gates * H; j++)
+            set(&other.gates, r, j, f.with_bias ? get(&f.bias, 0, j) : 0);
     step(&f, in_place, 0, n, 0, H, &other);
     check_same_states(&whole, &other, "x in the step or before it");
     free_states(&other), other = copy_states(&blank);
@@ -246,13 +260,13 @@ typedef struct {
     ptrdiff_t n, K, H;
     int with_peepholes;
     matrix W_hh, peepholes;  /* W_hh (K, H) in one row */
-    matrix da_next, h, c, c_prev, dy;
+    matrix da_next, h, h_prev, c, c_prev, dy;
 } backward_problem;
 
 enum { DY_IN_PLACE = 4 };  /* dy is the row of gates */
 
 static void back_step(const backward_problem *b, int how, ptrdiff_t r0, ptrdiff_t r1, ptrdiff_t j0,
-                      ptrdiff_t j1, matrix *gates, matrix *dc) {
+                      ptrdiff_t j1, states *out) {
     const lstm_cell *cell = b->cell;
     packed hh = pack(1, b->K, b->H, j0, j1, &b->W_hh, b->H, 1);
     lstm_weights w = {0, b->K, b->H, NULL, hh.panels, NULL,
@@ -261,12 +275,14 @@ static void back_step(const backward_problem *b, int how, ptrdiff_t r0, ptrdiff_
     for (ptrdiff_t r = r0; r < r1; r++)
         rows[r - r0] = (lstm_back_row){
             .da_next = b->K ? b->da_next.row[r] : NULL,
-            .gates = gates->row[r],
+            .gates = out->gates.row[r],
             .h = cell->keeps_gates ? NULL : b->h.row[r],
             .c = cell->has_c ? b->c.row[r] : NULL,
             .c_prev = cell->has_c ? b->c_prev.row[r] : NULL,
-            .dy = how & DY_IN_PLACE ? gates->row[r] : b->dy.row[r],
-            .dc = cell->has_c ? dc->row[r] : NULL};
+            .dy = how & DY_IN_PLACE ? out->gates.row[r] : b->dy.row[r],
+            .h_prev = cell->reads_h ? b->h_prev.row[r] : NULL,
+            .dh = cell->reads_h ? out->h.row[r] : NULL,
+            .dc = cell->has_c ? out->c.row[r] : NULL};
     cell->back_step(&w, !!(how & DESCENDING), r1 - r0, j0, j1, rows);
     free(rows), free(hh.panels);
 }
@@ -276,12 +292,12 @@ static backward_problem new_backward(const lstm_cell *cell, const equations *e, 
     matrix (*make)(ptrdiff_t, ptrdiff_t) = rough ? rough_matrix : new_matrix;
     return (backward_problem){
         cell, n, K, H, e->has_peepholes && pick(2), make(1, K * H + 1), make(1, 3 * H), make(n, K),
-        make(n, H), make(n, H), make(n, H), make(n, H)};
+        make(n, H), make(n, H), make(n, H), make(n, H), make(n, H)};
 }
 
 static void free_backward(backward_problem *b) {
     free_matrix(&b->W_hh), free_matrix(&b->peepholes), free_matrix(&b->da_next), free_matrix(&b->h);
-    free_matrix(&b->c), free_matrix(&b->c_prev), free_matrix(&b->dy);
+    free_matrix(&b->h_prev), free_matrix(&b->c), free_matrix(&b->c_prev), free_matrix(&b->dy);
 }
 
 static void check_backward(const lstm_cell *cell, const equations *e, ptrdiff_t n, ptrdiff_t K,
@@ -291,40 +307,42 @@ static void check_backward(const lstm_cell *cell, const equations *e, ptrdiff_t 
     j0 *= 4 * under_test->VL;
     ptrdiff_t j1 = pick(2) ? H : j0 + 1 + pick(H - j0);
     backward_problem b = new_backward(cell, e, n, K, H, 0);
-    matrix gates = new_matrix(n, G), dc = new_matrix(n, H);
-    double *want = doubles(&gates), *want_dc = doubles(&dc);
+    states got = new_states(cell, n, H, 0);
+    double *want = doubles(&got.gates), *want_dc = doubles(&got.c), *want_dh = doubles(&got.h);
     for (ptrdiff_t r = 0; r < n; r++)
         for (ptrdiff_t j = j0; j < j1; j++) {
-            double now[MOST_GATES], da[MOST_GATES], p[3] = {0, 0, 0};
-            double dh = get(how & DY_IN_PLACE ? &gates : &b.dy, r, j);
-            for (ptrdiff_t q = 0; q < K; q++) dh += get(&b.da_next, r, q) * get(&b.W_hh, 0, q * H + j);
-            for (int v = 0; v < e->gates; v++) now[v] = get(&gates, r, v * H + j);
-            for (int q = 0; q < 3 && b.with_peepholes; q++) p[q] = get(&b.peepholes, 0, q * H + j);
-            e->backward(now, get(&b.h, r, j), get(&b.c, r, j), get(&b.c_prev, r, j), p, dh,
-                        &want_dc[r * H + j], da);
-            for (int v = 0; v < e->gates; v++) want[r * G + v * H + j] = da[v];
+            unit u = {.h_prev = get(&b.h_prev, r, j), .c_prev = get(&b.c_prev, r, j),
+                      .h = get(&b.h, r, j), .c = get(&b.c, r, j), .dc = get(&got.c, r, j)};
+            u.dh = get(how & DY_IN_PLACE ? &got.gates : &b.dy, r, j);
+            for (ptrdiff_t q = 0; q < K; q++)
+                u.dh += get(&b.da_next, r, q) * get(&b.W_hh, 0, q * H + j);
+            if (e->reads_h) u.dh += get(&got.h, r, j);
+            for (int v = 0; v < e->gates; v++) u.gates[v] = get(&got.gates, r, v * H + j);
+            for (int q = 0; q < 3 && b.with_peepholes; q++) u.p[q] = get(&b.peepholes, 0, q * H + j);
+            e->backward(&u);
+            for (int v = 0; v < e->gates; v++) want[r * G + v * H + j] = u.a[v];
+            if (e->has_c) want_dc[r * H + j] = u.dc;
+            if (e->reads_h) want_dh[r * H + j] = u.dh;
         }
-    back_step(&b, how, 0, n, j0, j1, &gates, &dc);
-    check_close(&gates, want, 32, "da");
-    check_close(&dc, want_dc, 32, "dc");
-    free_matrix(&gates), free_matrix(&dc), free_backward(&b), free(want), free(want_dc);
+    back_step(&b, how, 0, n, j0, j1, &got);
+    check_close(&got.gates, want, 32, "da");
+    check_close(&got.c, want_dc, 32, "dc");
+    check_close(&got.h, want_dh, 32, "dh");
+    free_states(&got), free_backward(&b), free(want), free(want_dc), free(want_dh);
 }
 
 static void check_backward_bits(const lstm_cell *cell, const equations *e, ptrdiff_t n, ptrdiff_t K,
                                 ptrdiff_t H) {
     backward_problem b = new_backward(cell, e, n, K, H, 1);
-    matrix gates = rough_matrix(n, e->gates * H), dc = rough_matrix(n, H);
-    matrix cut = copy_of(&gates), cut_dc = copy_of(&dc), turned = copy_of(&gates), turned_dc = copy_of(&dc);
+    states whole = new_states(cell, n, H, 1), cut = copy_states(&whole), turned = copy_states(&whole);
     ptrdiff_t width = panel_width(1);
-    back_step(&b, 0, 0, n, 0, H, &gates, &dc);
-    back_step(&b, DESCENDING, 0, n, 0, H, &turned, &turned_dc);
+    back_step(&b, 0, 0, n, 0, H, &whole);
+    back_step(&b, DESCENDING, 0, n, 0, H, &turned);
     for (ptrdiff_t j = 0; j < H; j += width)
-        for (ptrdiff_t r = 0; r < n; r++)
-            back_step(&b, 0, r, r + 1, j, least(j + width, H), &cut, &cut_dc);
-    check_same(&gates, &turned, "da from either end"), check_same(&dc, &turned_dc, "dc from either end");
-    check_same(&gates, &cut, "da, whole or cut"), check_same(&dc, &cut_dc, "dc, whole or cut");
-    free_matrix(&gates), free_matrix(&dc), free_matrix(&cut), free_matrix(&cut_dc);
-    free_matrix(&turned), free_matrix(&turned_dc), free_backward(&b);
+        for (ptrdiff_t r = 0; r < n; r++) back_step(&b, 0, r, r + 1, j, least(j + width, H), &cut);
+    check_same_states(&whole, &turned, "a step back from either end");
+    check_same_states(&whole, &cut, "a step back, whole or cut");
+    free_states(&whole), free_states(&cut), free_states(&turned), free_backward(&b);
 }
 
 static void check_peephole_gradient(const lstm_cell *cell, ptrdiff_t K, ptrdiff_t H) {
@@ -368,8 +386,9 @@ void check_cells(void) {
     int found = 0;
     for (const lstm_cell *cell = under_test->cells; cell->name; cell++, found++) {
         const equations *e = of_cell(cell);
-        check_true(cell->gates == e->gates && cell->keeps_gates == e->keeps_gates &&
-                   cell->has_c == e->has_c && !!cell->output == e->has_output &&
+        check_true(cell->gates == e->gates && cell->apart == e->apart &&
+                   cell->keeps_gates == e->keeps_gates && cell->has_c == e->has_c &&
+                   cell->reads_h == e->reads_h && !!cell->output == e->has_output &&
                    !!cell->peephole_gradient == e->has_peepholes, "a cell's row says what it is");
         for (size_t w = 0; w < sizeof widths / sizeof widths[0]; w++) {
             ptrdiff_t H = widths[w];
