@@ -7,6 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import Cython
 import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -60,5 +61,6 @@ setup(
                   include_dirs=["csrc", numpy.get_include()],
                   define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")])
         for source in files("lstmcore/*.pyx")
-    ]),
+    # What Cython writes depends on NumPy's headers: another environment must not find it here.
+    ], build_dir=f"build/cython-{Cython.__version__}-numpy-{numpy.__version__}"),
 )
