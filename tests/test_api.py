@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from problems import backward, forward, in_float64, lstm_problem, rnn_problem
+from test_checks import Changing
 
 import lstmcore
 from lstmcore import dense, functional, reference
@@ -321,6 +322,46 @@ def test_token_ids_stay_as_they_were_checked(copied):
         ids.array[0, 0] = 10**9
     with pytest.raises(ValueError, match="WRITEABLE"):
         ids.array.flags.writeable = True
+
+
+def test_token_ids_are_what_was_checked():
+    ids = functional.TokenIds(Changing([[0, 2]], [[9, 9]]), 3)
+    assert ids.array.tolist() == [[0, 2]]
+
+
+# What becomes of an array that packed weights are of. NumPy lets its owner say it anew.
+REMADE = {
+    "equal": lambda W: {},
+    "another dtype": lambda W: dict(dtype=np.dtype("int32")),
+    "other strides": lambda W: dict(strides=(W.itemsize, W.itemsize * len(W))),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("remade", REMADE)
+@pytest.mark.parametrize("name", ["W_ih", "W_hh", "W_hr"])
+def test_packed_of_other_weights_is_refused(name, remade):
+    inputs = problem_of("lstm", P=3).inputs
+    packed = functional.pack("lstm", inputs["W_ih"], inputs["W_hh"], inputs["W_hr"])
+    functional.lstm_forward(**inputs, packed=packed)
+    changes = REMADE[remade](inputs[name])
+    for attribute, value in changes.items():
+        setattr(inputs[name], attribute, value)
+    if not changes:
+        inputs[name] = inputs[name].copy()
+    with pytest.raises(ValueError, match=f"packed must be of functional.pack with the {name} of"):
+        functional.lstm_forward(**inputs, packed=packed)
+
+
+def test_packed_of_another_cell_is_refused():
+    inputs = problem_of("rnn").inputs
+    packed = functional.pack("relu", inputs["W_ih"], inputs["W_hh"])
+    with pytest.raises(ValueError, match="packed must be of a tanh cell's weights, got of relu"):
+        functional.rnn_forward(**inputs, packed=packed)
+    W = zeros(4, I)
+    packed = functional.pack("linear", W)
+    with pytest.raises(ValueError, match="packed must be of functional.pack with the W_ih of"):
+        dense.linear_forward(zeros(B, I), W.copy(), packed=packed)
 
 
 @both

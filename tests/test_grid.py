@@ -30,6 +30,7 @@ GRIDS = [  # what, problem, team, (row groups, unit slabs)
     ("three threads, two rows: one has nothing to do", loop(2, 64), 3, (2, 1)),
     ("a cache of 256 KB asks for slabs", loop(50, 128, cache=1 << 18), 2, (1, 2)),
     ("one vector cannot be shared out", loop(8, 16), 2, (2, 1)),
+    ("three slabs of four threads would leave one without", loop(9, 330), 4, (1, 4)),
     ("one thread", loop(20, 650), 1, (1, 1)),
 ]
 

@@ -140,6 +140,37 @@ def test_many_rows_share_slabs_of_large_weights(options, H, isa, close):
     assert rows * slabs == 4
 
 
+def packed_of(problem):
+    return functional.pack("lstm", *(problem.inputs[name] for name in ("W_ih", "W_hh", "W_hr")))
+
+
+@needs_openmp
+@pytest.mark.parametrize("B", GRIDS)
+@pytest.mark.parametrize("P", [None, 70])
+def test_packed_weights_give_the_same_bits_on_any_grid(B, P, isa, share_small_work):
+    problem = lstm_problem(3, B, 5, 70, P=P, dtype="float32", seed=11)
+    want, states, _ = forward(functional, problem, n_threads=1)
+    packed = packed_of(problem)
+    for n_threads in 1, 4:
+        y, got, _ = forward(functional, problem, packed=packed, n_threads=n_threads)
+        assert np.array_equal(y, want) and all(map(np.array_equal, got, states))
+    assert _kernels.last_plan[1:] == GRIDS[B]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_packed_weights_run_on_the_instruction_set_that_they_are_packed_for(dtype, isa, close):
+    problem = lstm_problem(3, 4, 5, 33, P=20, dtype=dtype, seed=12)
+    x, W = problem.inputs["x"][0], problem.inputs["W_ih"]
+    want = forward(functional, problem)[0], linear_forward(x, W)
+    for other in _kernels.available_isas():
+        _kernels.use_isa(other)
+        packed, dense = packed_of(problem), functional.pack("linear", W)
+        _kernels.use_isa(isa)
+        assert packed.isa == dense.isa == other
+        close(forward(functional, problem, packed=packed)[0], want[0], "identity")
+        close(linear_forward(x, W, packed=dense), want[1], "identity")
+
+
 @pytest.mark.parametrize("B", [1, 2, 3])
 def test_fewer_rows_than_threads(B, plan, isa, share_small_work, close):
     check(lstm_problem, close, n_threads=4, T=3, B=B, I=4, H=35, dtype="float32", seed=6)

@@ -2,11 +2,13 @@
 
 import sys
 
+import numpy as np
 import pytest
 from problems import forward, lstm_problem, rnn_problem
 from test_api import python
 
 from lstmcore import functional
+from lstmcore._memory import empty
 
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 
@@ -83,3 +85,43 @@ print(kilobytes('VmRSS') - before)
 """)
     assert code == 0, said
     assert int(said) < 2000, f"grew by {said} kB"
+
+
+def test_large_arrays_begin_on_a_cache_line_and_lie_apart():
+    sizes = [300_000 + 40_000 * n for n in range(12)]
+    for order in sizes, sizes[::-1], sizes[::2] * 2:    # the later ones in memory of the earlier
+        arrays = [empty((size,), np.dtype("f4")) for size in order]
+        for n, a in enumerate(arrays):
+            a.fill(n)
+        assert all((a == n).all() and a.ctypes.data % 64 == 0 for n, a in enumerate(arrays))
+
+
+def test_large_arrays_take_the_memory_of_earlier_ones_of_their_size():
+    """Numbers that were left behind show which memory it is: beyond 32 MB malloc's is always zero."""
+    code, said = python("""
+import numpy as np
+from lstmcore._memory import empty
+large, small, f8 = (5_000_000,), (1_000_000,), np.dtype("f8")
+a = empty(large, f8)
+a.fill(7)
+b = empty(large, f8)
+print((b == 7).any())
+del a
+print((empty(large, f8) == 7).all(), (empty(small, f8) == 7).any())
+""")
+    assert code == 0 and said.split() == ["False", "True", "False"], said
+
+
+@needs_proc
+def test_few_blocks_wait_for_reuse():
+    """Of 40 arrays of 4 MB that are gone, 16 stay."""
+    code, said = python(RESIDENT + """
+from lstmcore._memory import empty
+before = kilobytes('VmRSS')
+arrays = [empty((1 << 20,), np.dtype('f4')) for _ in range(40)]
+for a in arrays:
+    a.fill(1)
+del a, arrays
+print(kilobytes('VmRSS') - before)
+""")
+    assert code == 0 and 60_000 < int(said) < 80_000, said

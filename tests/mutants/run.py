@@ -1,10 +1,10 @@
 """Breaks one line at a time and sees that a test turns red:  python tests/mutants/run.py [--quick]
 
 Copies the tree to a scratch directory, builds it there once, and for every mutant of mutants.py
-changes the one line, rebuilds what depends on it (for one instruction set, without optimization
-beyond -O1) and runs the tests that should notice, the C programs before the Python ones. Prints what
-became of each and a table by file; the exit code is 1 if anything survived, 2 if a mutant's text is
-not found exactly once or a test fails without any mutant.
+changes the one place, rebuilds what depends on it (for one instruction set, at -O1 or, what only
+plans, -O0) and runs the tests that should notice, the C programs before the Python ones. Prints
+what became of each and a table by file; the exit code is 1 if anything survived, 2 if a mutant's
+text is not found exactly once or a test fails without any mutant.
 """
 
 import argparse
@@ -22,16 +22,16 @@ from pathlib import Path
 from mutants import MUTANTS, QUICK
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = ["-O1", "-fPIC", "-ffp-contract=off", "-std=gnu11", "-Icsrc", "-w"]
+FLAGS = ["-fPIC", "-ffp-contract=off", "-std=gnu11", "-Icsrc", "-w"]
 EMULATE = ["-Itests/csrc/avx512", "-D__builtin_cpu_supports(feature)=1"]
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
-# By what a path starts with: the C programs, then the tests, those first that are likeliest to notice.
+# By what a path starts with: the C programs, then the tests, the likeliest to notice first.
 KERNELS = ("test_kernels", "test_activations", "test_determinism", "test_losses", "test_optim")
 PLANS = ("test_kernels", "test_determinism", "test_recurrent", "test_api", "test_layers",
          "test_losses")
-CALLS = ("test_api", "test_checks", "test_recurrent", "test_layers", "test_losses", "test_arguments",
-         "test_optim")
+CALLS = ("test_api", "test_checks", "test_recurrent", "test_layers", "test_losses",
+         "test_arguments", "test_optim")
 NOTICE = {
     "csrc/team.c": (("barrier", "region"), ("test_threads",)),
     "csrc/": (("check",), KERNELS),
@@ -70,12 +70,10 @@ class Scratch:
             self.compile(f"csrc/{source}.c")
         for module in self.modules:
             self.cython(module)
-        self.link()
         if isa == "avx512" and isa not in self.isas():
             self.emulated = EMULATE
             for source in "dispatch", "isa_avx512":
                 self.compile(f"csrc/{source}.c")
-            self.link()
         self.isa = isa or self.isas()[0]
         if self.isa not in self.isas():
             raise SystemExit(f"--isa must be one of {', '.join(self.isas())}, got {isa}")
@@ -83,6 +81,7 @@ class Scratch:
             self.compile(f"tests/csrc/{checks.name}")
 
     def isas(self):
+        self.link()
         code = "from lstmcore import _kernels as k; print(*k.available_isas())"
         return self.run(sys.executable, "-c", code).stdout.split()
 
@@ -103,13 +102,16 @@ class Scratch:
         return True
 
     def compile(self, source, check=True):
-        command = ["gcc", *FLAGS, "-fopenmp", *self.emulated, *self.includes, "-c", source]
+        self.linked = False
+        level = "-O0" if source.startswith("lstmcore") else "-O1"
+        command = ["gcc", level, *FLAGS, "-fopenmp", *self.emulated, *self.includes, "-c", source]
         return self.run(*command, "-o", Path(source).stem + ".o", check=check).returncode == 0
 
     def link(self):
         """The kernels go into one module."""
         objects = [f"{stem}.o" for stem in ("_kernels", *self.sources)]
         self.run("gcc", "-shared", "-fopenmp", *objects, "-o", f"lstmcore/_kernels{SUFFIX}")
+        self.linked = True
 
     def dependents(self, file):
         """The Cython modules that a .pyx or .pxd is part of."""
@@ -120,7 +122,7 @@ class Scratch:
             used = re.findall(r"^from lstmcore\.(\w+) cimport", source.read_text(), re.MULTILINE)
             known.setdefault(source.stem, {source.stem}).update(used)
         while True:
-            more = {stem: set().union(*(known[used] for used in uses)) for stem, uses in known.items()}
+            more = {stem: set().union(*map(known.get, uses)) for stem, uses in known.items()}
             if more == known:
                 return [module for module in self.modules if name in known[module]]
             known = more
@@ -130,29 +132,27 @@ class Scratch:
             return True
         if file.startswith("lstmcore/"):
             return all([self.cython(module, False) for module in self.dependents(file)])
-        source = file if file.endswith(".c") else f"csrc/isa_{self.isa}.c"
-        if not self.compile(source, False):
-            return False
-        self.link()
-        return True
+        return self.compile(file if file.endswith(".c") else f"csrc/isa_{self.isa}.c", False)
 
     # ---- testing
 
     def program(self, name):
-        """The command that builds a C program: all kernels against loops, or half of team.c's checks."""
+        """The command that builds a C program: of all kernels, or of a half of team.c's checks."""
         command = ["gcc", "-w", "-o", name]
         if name == "check":
             stems = [p.stem for p in (self.tree / "tests/csrc").glob("check*.c")]
             stems += ["dispatch", *(s for s in self.sources if s.startswith("isa_"))]
             return [*command, *(f"{stem}.o" for stem in stems), "-lm"]
         openmp = ["-fopenmp"] if name == "region" else []
-        return [*command, *FLAGS, *openmp, "tests/csrc/team.c", "csrc/team.c", "-lpthread", "-ldl"]
+        return [*command, "-O1", *FLAGS, *openmp, "tests/csrc/team.c", "csrc/team.c", "-lpthread",
+                "-ldl"]
 
     def passes(self, limit, *command):
         """Whether a command says yes in time, and what it says."""
         environment = {**os.environ, "LSTMCORE_ISA": self.isa, "PYTHONDONTWRITEBYTECODE": "1"}
-        process = subprocess.Popen(command, cwd=self.tree, text=True, stdout=subprocess.PIPE,
-                                   stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        process = subprocess.Popen(command, cwd=self.tree, text=True, env=environment,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   start_new_session=True)
         try:
             said, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
@@ -162,8 +162,10 @@ class Scratch:
         return process.returncode == 0, said
 
     def test(self, *names, limit):
-        return self.passes(limit, sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
-                           *(f"tests/{name}.py" for name in names))
+        if not self.linked:
+            self.link()
+        return self.passes(limit, sys.executable, "-m", "pytest", "-x", "-q",
+                           "-p", "no:cacheprovider", *(f"tests/{name}.py" for name in names))
 
     def failure_without_mutant(self, file):
         """What the first test that should notice says, each run once; None if all pass."""
@@ -232,8 +234,9 @@ def main():
     arguments.add_argument("--quick", action="store_true", help="only the few that CI runs")
     arguments.add_argument("--only", metavar="TEXT", default="",
                            help="mutants with TEXT in 'file: name', a regular expression")
-    arguments.add_argument("--isa", metavar="NAME", help="the instruction set of the kernels; avx512 is "
-                           "emulated where the CPU lacks it (default: the best that runs here)")
+    arguments.add_argument("--isa", metavar="NAME",
+                           help="the instruction set of the kernels; avx512 is emulated where the "
+                                "CPU lacks it (default: the best that runs here)")
     options = arguments.parse_args()
     chosen = [m for m in MUTANTS if re.search(options.only, f"{m[1]}: {m[0]}")
               and (m[0] in QUICK or not options.quick)]
@@ -256,7 +259,8 @@ def main():
                 return 2
             previous, start = file, time.perf_counter()
             fates[name] = scratch.judge(file, text, wrong)
-            print(f"{time.perf_counter() - start:5.1f} s  {file}: {name}: {fates[name]}", flush=True)
+            took = time.perf_counter() - start
+            print(f"{took:5.1f} s  {file}: {name}: {fates[name]}", flush=True)
     killed = sum(fate.startswith("killed") for fate in fates.values())
     print(table(fates))
     print(f"{killed} of {len(fates)} mutants killed ({scratch.isa})")
