@@ -147,6 +147,29 @@ def all_fit(pairs, bint is_double):
     return True
 
 
+def fit_to_update(written, read):
+    """Whether arrays fit one another to be updated in place: like the first, apart, and writable."""
+    cdef Py_ssize_t q, t
+    first = written[0]
+    if not cnp.PyArray_Check(first):
+        return False
+    arrays, is_double = (*written, *read), cnp.PyArray_TYPE(first) == cnp.NPY_DOUBLE
+    for q in range(len(arrays)):
+        if not fits(arrays[q], first.shape, is_double):
+            return False
+        if q < len(written) and not cnp.PyArray_ISWRITEABLE(arrays[q]):
+            return False
+        for t in range(q):
+            if overlap(arrays[q], arrays[t]):
+                return False
+    return True
+
+
+def layout(arrays):
+    """Where arrays lie and how: equal as long as none moves or changes its shape, strides or dtype."""
+    return [(<size_t>cnp.PyArray_DATA(a), a.shape, a.strides, a.dtype) for a in arrays]
+
+
 def shares_memory(a, b):
     """Whether two contiguous arrays, or None, have memory in common."""
     return b is not None and overlap(a, b)

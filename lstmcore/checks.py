@@ -75,8 +75,12 @@ def out(name, value, shape, dtype, *inputs, over=None):
     if over is not None and value.__array_interface__ != over.__array_interface__:
         inputs += (over,)
     for other in inputs:
-        # 1000 tries settle the strides in use; a case too hard counts as shared.
-        if other is not None and np.may_share_memory(value, other, 1000):
+        if isinstance(other, np.ndarray) and other.flags.c_contiguous:
+            shared = _kernels.shares_memory(value, other)
+        else:
+            # 1000 tries settle the strides in use; a case too hard counts as shared.
+            shared = other is not None and np.may_share_memory(value, other, 1000)
+        if shared:
             raise ValueError(f"{name} must not share memory with the other arguments")
     return value
 

@@ -8,7 +8,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from lstmcore import _dense, checks
+from lstmcore import _dense, _kernels, checks
 from lstmcore._memory import empty
 from lstmcore.checks import F64
 from lstmcore.functional import _found_packed, _threads
@@ -120,10 +120,11 @@ def adam_step(p, g, m, v, *, betas, rate, eps, decay=0.0, keep=1.0, n_threads=No
     >>> p, m, v
     (array([0.9]), array([0.1]), array([0.25]))
     """
-    dtype = checks.float_dtype(checks.floats("p", p).dtype)
-    g = checks.array(g, "g", "as p", np.shape(p), dtype)
-    for name, a, others in ("p", p, (g, m, v)), ("m", m, (g, v)), ("v", v, (g,)):
-        checks.out(name, a, g.shape, dtype, *others)
+    if not _kernels.fit_to_update((p, m, v), (g,)):
+        dtype = checks.float_dtype(checks.floats("p", p).dtype)
+        g = checks.array(g, "g", "as p", np.shape(p), dtype)
+        for name, a, others in ("p", p, (g, m, v)), ("m", m, (g, v)), ("v", v, (g,)):
+            checks.out(name, a, g.shape, dtype, *others)
     rule = dict(b1=betas[0], b2=betas[1], rate=rate, eps=eps, decay=decay, keep=keep)
     # root and quotient cost about 16 multiply-adds
     _dense.run_adam(p, g, m, v, rule, n_threads=_threads(n_threads, p.size, 16, 1))

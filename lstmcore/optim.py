@@ -12,7 +12,7 @@ from math import cos, inf, pi, sqrt
 
 import numpy as np
 
-from lstmcore import checks, dense
+from lstmcore import _kernels, checks, dense
 from lstmcore.module import Module
 
 BLOCK = 32768   # numbers: six blocks of float32, 768 KB, stay in a second-level cache
@@ -83,7 +83,7 @@ class Optimizer:
     def _check_unchanged(self):
         """The arrays must be those of the model still; if one has moved, the blocks are cut again.
 
-        A block of an array that was resized would point into freed memory. 5 µs per parameter.
+        A block of an array that was resized would point into freed memory.
         """
         now = dict(_pairs(self._model))
         for name, p in self._parameters.items():
@@ -93,8 +93,7 @@ class Optimizer:
             if own[0] is not found[0] or own[1] is not found[1]:
                 raise ValueError(f"parameter {name} and its gradient must be the arrays that this "
                                  "optimizer was made for: make a new one for others")
-        seen = [a.__array_interface__ for arrays in (self._parameters, self._gradients)
-                for a in arrays.values()]
+        seen = _kernels.layout([*self._parameters.values(), *self._gradients.values()])
         if seen == self._seen:
             return
         _parameters_and_gradients((self._parameters, self._gradients))
