@@ -45,6 +45,19 @@ def rnn_problem(T, B, I, H, *, nonlinearity="tanh", bias=True, states=True, leng
     return SimpleNamespace(kind="rnn", inputs=inputs, upstream=upstream, options=options)
 
 
+def gru_problem(T, B, I, H, *, bias=True, states=True, lengths=None, reverse=False, dtype="float64",
+                seed=0):
+    """A GRU problem, like lstm_problem: W_ih in the order n, r, z, W_hh in r, z, q, b in n, r, z, q."""
+    draw = _drawer(seed, dtype)
+    inputs = dict(
+        x=draw(T, B, I), W_ih=draw(3 * H, I, scale=1.5 / np.sqrt(I + 1)),
+        W_hh=draw(3 * H, H, scale=1.5 / np.sqrt(H + 1)), b=draw(4 * H) if bias else None,
+        h0=draw(B, H) if states else None)
+    upstream = dict(dy=draw(T, B, H), dh_n=draw(B, H))
+    return SimpleNamespace(kind="gru", inputs=inputs, upstream=upstream,
+                           options=dict(lengths=_lengths(lengths, T, B, seed), reverse=reverse))
+
+
 def forward(module, problem, **options):
     """y, state, tape of a problem; `options` come on top of the problem's own."""
     run = getattr(module, problem.kind + "_forward")
