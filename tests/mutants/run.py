@@ -42,6 +42,8 @@ NOTICE = {
     "lstmcore/_": ((), PLANS),
     "lstmcore/reference": ((), ("test_reference",)),
     "lstmcore/threads": ((), ("test_threads",)),
+    "lstmcore/checks": ((), ("test_checks", *CALLS)),
+    "lstmcore/dense": ((), ("test_losses", "test_optim", *CALLS)),
     "lstmcore/module": ((), ("test_layers", *CALLS)),
     "lstmcore/layers": ((), ("test_layers", *CALLS)),
     "lstmcore/": ((), CALLS),
@@ -222,8 +224,10 @@ class Scratch:
 
 def killer(said):
     """The test that failed first, or the last line that was said."""
-    test = re.search(r"^(?:FAILED|ERROR) tests/(\S+?)(?:\[| |$)", said, re.MULTILINE)
-    return "killed by " + (test[1] if test else (said.strip().splitlines() or ["a crash"])[-1])
+    test = re.search(r"^(?:FAILED|ERROR) tests/(\S+?)(?:\[| |$)|^Fatal Python error: (.*)", said,
+                     re.MULTILINE)
+    return "killed by " + (test[1] or test[2] if test else
+                           (said.strip().splitlines() or ["a crash"])[-1])
 
 
 def table(fates):
