@@ -300,6 +300,33 @@ def test_a_tape_whose_lengths_were_changed_is_refused(name, value):
         functional.lstm_backward(tape, **problem.upstream)
 
 
+TAPED = "x W_ih W_hh peepholes W_hr h0 c0 y raw_gates raw_c".split()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", TAPED)
+def test_a_tape_whose_arrays_were_changed_is_refused(name):
+    problem = problem_of("lstm", P=3, peepholes=True)
+    y, _, tape = forward(functional, problem)
+    array = {**problem.inputs, "y": y, "raw_gates": tape.raw_gates, "raw_c": tape.raw_c}[name]
+    array.shape = array.size, 1
+    with pytest.raises(ValueError, match=f"{name} of the tape must be as in the forward pass"):
+        functional.lstm_backward(tape, **problem.upstream)
+
+
+def test_gates_of_a_tape_must_be_writable_and_alone():
+    problem = problem_of("lstm")
+    tape = forward(functional, problem)[-1]
+    tape.raw_gates.flags.writeable = False
+    with pytest.raises(ValueError, match="raw_gates of the tape must be writable"):
+        functional.lstm_backward(tape, **problem.upstream)
+    inputs = {k: a for k, a in problem.inputs.items() if k != "b"}
+    both = zeros(T * B * 5 * H)
+    gates, c = both[:T * B * 4 * H].reshape(-1, 4 * H), both[-1 - T * B * H:-1].reshape(-1, H)
+    with pytest.raises(ValueError, match="raw_gates must not share memory with the other arguments"):
+        functional.tape_from(**inputs, y=tape.y, raw_gates=gates, raw_c=c)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["y", "raw_c"])
 def test_a_stored_tape_may_lie_anyhow_in_memory(name, layout):
@@ -327,6 +354,8 @@ def test_token_ids_stay_as_they_were_checked(copied):
 def test_token_ids_are_what_was_checked():
     ids = functional.TokenIds(Changing([[0, 2]], [[9, 9]]), 3)
     assert ids.array.tolist() == [[0, 2]]
+    with pytest.raises(ValueError, match="token ids must be of I = 5 tokens, got of 3"):
+        run_forward("lstm", x=ids, h0=None, c0=None)
 
 
 # What becomes of an array that packed weights are of. NumPy lets its owner say it anew.
@@ -383,6 +412,28 @@ def test_a_copied_step_still_wants_its_dtype(copied):
     step = COPIES[copied](functional.Step("lstm", B, inputs["W_ih"], inputs["W_hh"]))
     with pytest.raises(TypeError, match="x_t must be float64 like the other arrays, got float32"):
         step(zeros(B, I))
+
+
+def test_a_step_keeps_the_weights_that_it_was_made_with():
+    inputs = problem_of("lstm", P=3, peepholes=True).inputs
+    x, _, _ = (inputs.pop(name) for name in ("x", "h0", "c0"))
+    step, ids = functional.Step("lstm", B, **inputs), np.array([4, 0, 2])
+    other = copy.deepcopy(step)
+    for W in inputs.values():
+        W.fill(0.5)
+    for now in x[0], ids, x[1]:
+        assert np.array_equal(step(now), other(now))
+
+
+def test_a_step_writes_where_it_may():
+    inputs = problem_of("lstm").inputs
+    step, x = functional.Step("lstm", B, inputs["W_ih"], inputs["W_hh"]), inputs["x"][0]
+    for state in step.h, step.c:
+        with pytest.raises(ValueError, match="out must not be the state"):
+            step(x, out=state)
+    with pytest.raises(ValueError, match="out must be a writable C-contiguous float32 array"):
+        step(x, out=read_only(zeros(B, H)))
+    assert not step.h.any() and not step.c.any()
 
 
 def test_the_state_of_a_step_cannot_be_resized():

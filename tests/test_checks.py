@@ -44,6 +44,15 @@ def test_what_is_checked_is_what_is_returned():
             check(Changing([0, 99], [0, 2]))
 
 
+def test_ids_and_lengths_are_in_their_range():
+    assert checks.ids([0, 2], "tokens", 3).tolist() == checks.lengths([0, 2], 2, 2).tolist() == [0, 2]
+    for wrong in [0, 3], [-1, 2]:
+        with pytest.raises(ValueError, match="must be in"):
+            checks.ids(wrong, "tokens", 3)
+        with pytest.raises(ValueError, match="must be in"):
+            checks.lengths(wrong, 2, 2)
+
+
 def test_a_buffer_refilled_by_another_thread_does_not_get_past_the_check():
     shared, stop = np.zeros(20_000, np.int64), threading.Event()
 

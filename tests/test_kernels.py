@@ -157,6 +157,20 @@ def test_packed_weights_give_the_same_bits_on_any_grid(B, P, isa, share_small_wo
     assert _kernels.last_plan[1:] == GRIDS[B]
 
 
+@needs_openmp
+@pytest.mark.parametrize("B", GRIDS)
+@pytest.mark.parametrize("make", [lstm_problem, rnn_problem])
+def test_token_ids_give_the_same_bits_on_any_grid(make, B, isa, share_small_work):
+    problem = make(6, B, 12, 70, dtype="float32", seed=13)
+    problem.inputs["x"] = np.random.default_rng(13).integers(0, 12, (6, B))
+    want, gradients = forward(functional, problem, n_threads=1), backward(functional, problem)
+    got = forward(functional, problem, n_threads=4)
+    assert _kernels.last_plan[1:] == GRIDS[B]
+    assert np.array_equal(got[0], want[0]) and np.array_equal(got[1], want[1])
+    for g, w in zip(backward(functional, problem, n_threads=4), gradients, strict=True):
+        assert g is w is None or np.array_equal(g, w)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_packed_weights_run_on_the_instruction_set_that_they_are_packed_for(dtype, isa, close):
     problem = lstm_problem(3, 4, 5, 33, P=20, dtype=dtype, seed=12)

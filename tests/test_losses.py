@@ -5,7 +5,7 @@ import pytest
 from slopes import assert_gradients
 
 import lstmcore
-from lstmcore import bce_with_logits, mse_loss, softmax_cross_entropy
+from lstmcore import bce_with_logits, dense, mse_loss, softmax_cross_entropy
 
 
 def normal(*shape, seed=0, dtype="float64", scale=2.0):
@@ -233,6 +233,14 @@ def test_out_that_must_not_be_written_to_is_refused(out, words):
 def test_an_empty_mask_may_be_of_any_type(dtype):
     loss, d = mse_loss(np.ones((5, 0)), np.ones((5, 0)), mask=np.empty((5, 0), dtype))
     assert loss == 0.0 and d.shape == (5, 0)
+
+
+def test_gradient_may_lie_over_no_weights():
+    both, targets = np.ones(3 + 3 * 4), np.array([0, 3, 1])
+    with pytest.raises(ValueError, match="dlogits must not share memory"):
+        dense.cross_entropy(np.zeros((3, 4)), targets, both[:3], both[2:14].reshape(3, 4))
+    with pytest.raises(ValueError, match="targets must be in 0..3, got 0..4"):
+        dense.cross_entropy(np.zeros((3, 4)), targets + (targets > 2), np.ones(3), np.ones((3, 4)))
 
 
 def test_long_float32_sums_stay_exact():

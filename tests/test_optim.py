@@ -10,6 +10,7 @@ import pytest
 
 import lstmcore
 from lstmcore import Linear, clip_grad_norm, clip_grad_value
+from lstmcore.dense import adam_step
 from lstmcore.optim import (BLOCK, SGD, Adagrad, Adam, AdamW, CosineDecay, Plateau, RMSprop,
                             StepDecay, WarmUp)
 
@@ -416,3 +417,11 @@ def test_clipping_writes_to_all_or_none():
         with pytest.raises(ValueError, match="gradient b must be writable"):
             clip({"a": first, "b": second}, 1.0)
         assert (first == 9).all()
+
+
+def test_arrays_of_an_adam_step_are_apart():
+    for place in range(3):
+        arrays = list(np.ones((4, 5)))
+        arrays[place + 1] = arrays[place]
+        with pytest.raises(ValueError, match="must not share memory"):
+            adam_step(*arrays, betas=(0.9, 0.99), rate=0.1, eps=1e-8)

@@ -3,8 +3,8 @@
 Copies the tree to a scratch directory, builds it there once, and for every mutant of mutants.py
 changes the one place, rebuilds what depends on it (for one instruction set, at -O1 or, what only
 plans, -O0) and runs the tests that should notice, the C programs before the Python ones. Prints
-what became of each and a table by file; the exit code is 1 if anything survived, 2 if a mutant's
-text is not found exactly once or a test fails without any mutant.
+what became of each and a table by file; the exit code is 1 if anything survived or a test fails
+without any mutant, 2 if a mutant's text is not found exactly once.
 """
 
 import argparse
@@ -42,6 +42,8 @@ NOTICE = {
     "lstmcore/_": ((), PLANS),
     "lstmcore/reference": ((), ("test_reference",)),
     "lstmcore/threads": ((), ("test_threads",)),
+    "lstmcore/checks": ((), ("test_checks", *CALLS)),
+    "lstmcore/dense": ((), ("test_losses", "test_optim", *CALLS)),
     "lstmcore/module": ((), ("test_layers", *CALLS)),
     "lstmcore/layers": ((), ("test_layers", *CALLS)),
     "lstmcore/": ((), CALLS),
@@ -49,7 +51,9 @@ NOTICE = {
 
 
 def noticing(file):
-    return next(tests for start, tests in NOTICE.items() if file.startswith(start))
+    """The C programs and the tests of a file, each once."""
+    found = next(names for start, names in NOTICE.items() if file.startswith(start))
+    return [tuple(dict.fromkeys(names)) for names in found]
 
 
 class Scratch:
@@ -66,6 +70,7 @@ class Scratch:
         self.sources = sorted(p.stem for p in (self.tree / "csrc").glob("*.c"))
         self.emulated = []
         self.took = {}      # seconds of the programs and tests that pass without a mutant
+        self.broken = None  # the file whose last mutant is still built in
         for source in self.sources:
             self.compile(f"csrc/{source}.c")
         for module in self.modules:
@@ -102,7 +107,8 @@ class Scratch:
         return True
 
     def compile(self, source, check=True):
-        self.linked = False
+        if source.startswith("csrc/") or source == "lstmcore/_kernels.c":
+            self.linked = False
         level = "-O0" if source.startswith("lstmcore") else "-O1"
         command = ["gcc", level, *FLAGS, "-fopenmp", *self.emulated, *self.includes, "-c", source]
         return self.run(*command, "-o", Path(source).stem + ".o", check=check).returncode == 0
@@ -161,58 +167,67 @@ class Scratch:
             return False, "no end"
         return process.returncode == 0, said
 
-    def test(self, *names, limit):
-        if not self.linked:
-            self.link()
-        return self.passes(limit, sys.executable, "-m", "pytest", "-x", "-q",
-                           "-p", "no:cacheprovider", *(f"tests/{name}.py" for name in names))
-
-    def failure_without_mutant(self, file):
-        """What the first test that should notice says, each run once; None if all pass."""
-        programs, tests = noticing(file)
-        for name in dict.fromkeys((*programs, *tests)):
-            if name in self.took:
-                continue
-            start = time.perf_counter()
-            if name in programs:
-                self.run(*self.program(name))
-                passed, said = self.passes(600, f"./{name}")
-            else:
-                passed, said = self.test(name, limit=600)
-            if not passed:
-                return said
-            self.took[name] = time.perf_counter() - start
-
-    def failure(self, file):
-        """The same with a mutant: what hangs fails a minute after it should have ended."""
-        programs, tests = noticing(file)
-        for name in programs:
+    def complaint(self, names, limit):
+        """What the first C program says that fails, or pytest of all tests; None if all pass."""
+        if names[0].startswith("test_"):
+            if not self.linked:
+                self.link()
+            passed, said = self.passes(limit, sys.executable, "-m", "pytest", "-x", "-q", "-p",
+                                       "no:cacheprovider", *(f"tests/{name}.py" for name in names))
+            return None if passed else said
+        for name in names:
             self.run(*self.program(name))
-            passed, said = self.passes(60 + 3 * self.took[name], f"./{name}")
+            passed, said = self.passes(limit, f"./{name}")
             if not passed:
                 return said
-        tests = dict.fromkeys(tests)
-        passed, said = self.test(*tests, limit=60 + 3 * sum(self.took[name] for name in tests))
-        return None if passed else said
+
+    def limit(self, file, names):
+        """Seconds that these may take with a mutant: once each has been seen to pass without."""
+        for name in names:
+            if name not in self.took:
+                self.mend()
+                start = time.perf_counter()
+                said = self.complaint([name], 600)
+                if said is not None:
+                    raise SystemExit(f"the tests of {file} fail without any mutant:\n{said}")
+                self.took[name] = time.perf_counter() - start
+        return 60 + 3 * sum(self.took[name] for name in names)
+
+    def mend(self):
+        """Build what the last mutant was built into."""
+        if self.broken:
+            self.build(self.broken)
+            self.broken = None
 
     def judge(self, file, text, wrong):
         """What became of a mutant: "survived" or "does not compile", or who killed it."""
         path = self.tree / file
         original = path.read_text()
-        path.write_text(original.replace(text, wrong))
-        try:
-            if not self.build(file):
-                return "does not compile"
-            said = self.failure(file)
-            return "survived" if said is None else killer(said)
-        finally:
-            path.write_text(original)
+        if self.broken != file:
+            self.mend()
+        for names in noticing(file):
+            if not names:
+                continue
+            limit = self.limit(file, names)
+            path.write_text(original.replace(text, wrong))
+            try:
+                self.broken = file
+                if not self.build(file):
+                    return "does not compile"
+                said = self.complaint(names, limit)
+            finally:
+                path.write_text(original)
+            if said is not None:
+                return killer(said)
+        return "survived"
 
 
 def killer(said):
     """The test that failed first, or the last line that was said."""
-    test = re.search(r"^(?:FAILED|ERROR) tests/(\S+?)(?:\[| |$)", said, re.MULTILINE)
-    return "killed by " + (test[1] if test else (said.strip().splitlines() or ["a crash"])[-1])
+    test = re.search(r"^(?:FAILED|ERROR) tests/(\S+?)(?:\[| |$)|^Fatal Python error: (.*)", said,
+                     re.MULTILINE)
+    return "killed by " + (test[1] or test[2] if test else
+                           (said.strip().splitlines() or ["a crash"])[-1])
 
 
 def table(fates):
@@ -250,14 +265,8 @@ def main():
         scratch = Scratch(directory, options.isa)
         print(f"{scratch.isa}{', emulated' if scratch.emulated else ''}: {len(chosen)} mutants; "
               f"--only and --quick leave out {len(MUTANTS) - len(chosen)}", flush=True)
-        previous = None
         for name, file, text, wrong in sorted(chosen, key=lambda m: m[1]):
-            if previous not in (None, file):
-                scratch.build(previous)     # without its last mutant
-            if (said := scratch.failure_without_mutant(file)) is not None:
-                print(f"the tests of {file} fail without any mutant:\n{said}")
-                return 2
-            previous, start = file, time.perf_counter()
+            start = time.perf_counter()
             fates[name] = scratch.judge(file, text, wrong)
             took = time.perf_counter() - start
             print(f"{took:5.1f} s  {file}: {name}: {fates[name]}", flush=True)
