@@ -7,6 +7,7 @@ A mutant is (name, file, text, wrong text). The text must be found exactly once 
 SIMD, ACT, TILE, PANELS, PRODUCTS_H, STEP, LSTM, RNN, LOSS, OPTIMIZER = (
     f"csrc/{name}.h" for name in ("simd", "activations", "tile", "panels", "products", "step",
                                   "cell_lstm", "cell_rnn", "loss", "optimizer"))
+GRU = "csrc/cell_gru.h"
 DISPATCH, TEAM = "csrc/dispatch.c", "csrc/team.c"
 KERNELS, GRID, MEMORY, PRODUCTS, RECURRENCE, FORWARD, BACKWARD, DENSE, BLAS = (
     f"lstmcore/_{name}.pyx" for name in ("kernels", "grid", "memory", "products", "recurrence",
@@ -484,7 +485,8 @@ MUTANTS = [
     ("a dense layer's packed is not compared", DENSE_PY,
      '_found_packed(packed, "linear", (W, None, None))', "pass"),
     ("gradients of an empty batch are what was there", DENSE_PY, "d.fill(0)", "pass"),
-    ("dlogits may be the weights", DENSE_PY, "dtype, weights, over=logits)", "dtype, over=logits)"),
+    ("dlogits may be the weights", DENSE_PY, "dtype, weights, targets, over=logits)",
+     "dtype, targets, over=logits)"),
     ("targets are not looked at", DENSE_PY, 'checks.ids(targets, "targets", V, (n,))',
      "np.asarray(targets, np.int64)"),
     ("Adam's arrays may be one", DENSE_PY, "dtype, *others)", "dtype)"),
@@ -495,7 +497,7 @@ MUTANTS = [
      "(value, *value) if isinstance(value, (list, tuple)) else (value,)", "(value,)"),
     ("out may be read-only memory", CHECKS, '("W", "writable"), ', ""),
     ("out may share memory", CHECKS,
-     "if other is not None and np.may_share_memory(value, other, 1000):", "if False:"),
+     "shared = _kernels.shares_memory(value, other)", "shared = False"),
     ("out may lie across what it replaces", CHECKS,
      "value.__array_interface__ != over.__array_interface__", "False"),
     ("a strided array is used as it is", CHECKS, 'return np.array(value, order="C", subok=False)',
@@ -553,6 +555,33 @@ MUTANTS = [
      "db = da.sum(axis=0)\n        da_i"),
     ("reference: reverse in the padded length", REF, "t = lengths[r] - 1 - s if reverse",
      "t = T - 1 - s + 0 * lengths[r] if reverse"),
+    # a cell fed apart, which reads its own h
+    ("the reset gate is left out", GRU, "F(v_tanh)(v_fma(r, q, a[0]))", "F(v_tanh)(q + a[0])"),
+    ("what reaches h past the product is lost", GRU, "dh += F(v_load_n)(dh_row, lanes);", ";"),
+    ("h_{t-1} gets all of dh", GRU, "F(v_store_n)(dh_row, dh * z, lanes);",
+     "F(v_store_n)(dh_row, dh, lanes);"),
+    ("dq is da_n", GRU, "da_n, da_r, da_z, da_n * r, w->H", "da_n, da_r, da_z, da_n, w->H"),
+    ("h feeds the gates of x", STEP, "(F(row4) *)&acc[0][APART]);", "acc);"),
+    ("x feeds the gate of h", STEP, "F(group)(m, w.I, g.nv - APART, x, ih, hh, acc);",
+     "F(group)(m, w.I, g.nv, x, ih, hh, acc);"),
+    ("panels of all gates", STEP, "#define FED (GATES - APART)", "#define FED GATES"),
+    ("over BLAS, h feeds the gates of x", FORWARD,
+     "<char *>rows[q].gates + (p.G - p.fed) * p.item", "<char *>rows[q].gates"),
+    ("gates that h feeds alone do not start", FORWARD,
+     "for q in range(count if p.cell.apart else 0):", "for q in range(0):"),
+    ("without a bias they start from anything", FORWARD,
+     "memset(<char *>out + (gate * H + j0) * item, 0, (j1 - j0) * item)", "pass"),
+    ("dh0 without what passed h by", BACKWARD, "START_ADD if p.cell.reads_h else START_ZERO, going_on",
+     "START_ZERO, going_on"),
+    ("the cell reads h_t", BACKWARD, "row.h_prev, row.dh = h_before(p, s, r), f.dh0",
+     "row.h_prev, row.dh = p.y + at * row_h, f.dh0"),
+    ("W_hh sends back the first gates", BACKWARD, "(token * p.G + p.G - p.fed) * p.item",
+     "token * p.G * p.item"),
+    ("dW_hh lacks the gates of h alone", BACKWARD,
+     "sums.first, sums.last, sums.n_products = p.fed, p.G, 1",
+     "sums.first, sums.last, sums.n_products = p.fed, p.fed, 1"),
+    ("BLAS sums the first rows of da", PRODUCTS,
+     "start, end = sums.first + start, sums.first + end", "pass"),
 ]
 
 QUICK = {"o looks at the old c", "da_f from c_t", "gates are a vector apart",

@@ -27,9 +27,10 @@ EMULATE = ["-Itests/csrc/avx512", "-D__builtin_cpu_supports(feature)=1"]
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 # By what a path starts with: the C programs, then the tests, the likeliest to notice first.
-KERNELS = ("test_kernels", "test_activations", "test_determinism", "test_losses", "test_optim")
-PLANS = ("test_kernels", "test_determinism", "test_recurrent", "test_api", "test_layers",
-         "test_losses")
+KERNELS = ("test_kernels", "test_activations", "test_determinism", "test_losses", "test_optim",
+           "test_gru")
+PLANS = ("test_kernels", "test_gru", "test_determinism", "test_recurrent", "test_api",
+         "test_layers", "test_losses")
 CALLS = ("test_api", "test_checks", "test_recurrent", "test_layers", "test_losses",
          "test_arguments", "test_optim")
 NOTICE = {
