@@ -369,8 +369,9 @@ def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, l
     if packed is not None:
         packed = _found_packed(packed, name, (W_ih, W_hh, W_hr), looked_up)
     weights = _weights(cell, sizes, W_ih, W_hh, b, peepholes, W_hr, looked_up)
-    h0, c0 = _states(cell, sizes, h0, c0, ("h0", "c0"), W_hr is not None)
-    order, lengths = _order(lengths, T, B)
+    if h0 is not None or c0 is not None:
+        h0, c0 = _states(cell, sizes, h0, c0, ("h0", "c0"), W_hr is not None)
+    order, lengths = (None, None) if lengths is None else _order(lengths, T, B)
     tokens = T * B if order is None else int(lengths.sum())
     y = empty((T, B, K), dtype) if order is None else np.zeros((T, B, K), dtype)
     h_n, c_n = np.empty((B, K), dtype), np.empty((B, H), dtype) if cell.has_c else None
