@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -434,6 +435,26 @@ def test_a_step_writes_where_it_may():
     with pytest.raises(ValueError, match="out must be a writable C-contiguous float32 array"):
         step(x, out=read_only(zeros(B, H)))
     assert not step.h.any() and not step.c.any()
+
+
+def test_a_step_runs_in_one_thread_at_a_time():
+    rng, refused = np.random.default_rng(0), []
+    W_ih, W_hh = (rng.standard_normal((2000, n)).astype("float32") for n in (300, 500))
+    step, x = functional.Step("lstm", 8, W_ih, W_hh, n_threads=1), zeros(8, 300)
+
+    def call():
+        for _ in range(100):
+            try:
+                step(x)
+            except RuntimeError as error:
+                refused.append(str(error))
+
+    both = [threading.Thread(target=call) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert refused and all("this step is running in another thread" in said for said in refused)
 
 
 def test_the_state_of_a_step_cannot_be_resized():
