@@ -5,23 +5,31 @@
 
 #include "simd.h"         /* the vector type and its operations */
 #include "activations.h"  /* sigmoid and tanh on vectors */
-#include "tile.h"         /* the register tile */
+#include "tile.h"         /* the register tile of the format: format_float.h, ..._bfloat16.h, ..._int8.h */
 #include "panels.h"       /* packed operands, and a group of rows over a panel */
-#include "products.h"     /* gemm, the gradients of weights, sums of rows */
+#include "products.h"     /* gemm, the gradients of weights */
 #include "cell_lstm.h"    /* a cell each: its equations, and its steps through step.h */
 #include "cell_rnn.h"
 #include "cell_gru.h"
+#if !BELOW
 #include "loss.h"
 #include "optimizer.h"
+#endif
+
+#if TRAINS
+#define TRAINED(function) F(function)
+#else
+#define TRAINED(function) NULL
+#endif
 
 static const lstm_cell F(cells)[] = {
     {.name = "lstm", .gates = 4, .keeps_gates = 1, .has_c = 1, .step = F(lstm_step),
-     .back_step = F(lstm_back_step), .output = F(lstm_output),
+     .back_step = TRAINED(lstm_back_step), .output = F(lstm_output),
      .peephole_gradient = F(peephole_gradient)},
-    {.name = "tanh", .gates = 1, .step = F(tanh_step), .back_step = F(tanh_back_step)},
-    {.name = "relu", .gates = 1, .step = F(relu_step), .back_step = F(relu_back_step)},
+    {.name = "tanh", .gates = 1, .step = F(tanh_step), .back_step = TRAINED(tanh_back_step)},
+    {.name = "relu", .gates = 1, .step = F(relu_step), .back_step = TRAINED(relu_back_step)},
     {.name = "gru", .gates = 4, .apart = 1, .keeps_gates = 1, .reads_h = 1, .step = F(gru_step),
-     .back_step = F(gru_back_step)},
+     .back_step = TRAINED(gru_back_step)},
     {.name = NULL},
 };
 
@@ -36,17 +44,39 @@ static const lstm_kernels F(kernels) = {
     .isa = NAME(ISA),
     .format = FORMAT,
     .item = sizeof(R),
-    .packed = sizeof(PACKED),
+    .packed = sizeof(PACKED) / PACKED_NUMBERS,
     .VL = F(lanes_of_vector),
     .MR = F(rows_of_tile),
     .cells = F(cells),
+    .vector_bytes = F(vector_bytes),
+#if LOWERS
+    .lowered_bytes = F(lowered_bytes),
+    .lower = F(lower),
+#endif
     .pack = F(pack),
     .gemm = F(gemm),
-    .weight_gradient = F(weight_gradient),
-    .weight_gradient_work = F(weight_gradient_work),
-    .add_rows = F(add_rows),
+    .weight_gradient = TRAINED(weight_gradient),
+    .weight_gradient_work = TRAINED(weight_gradient_work),
+    .add_rows = TRAINED(add_rows),
+#if !BELOW
     .cross_entropy = F(cross_entropy),
     .adam = F(adam),
+#endif
     .sigmoid = F(array_sigmoid),
     .tanh = F(array_tanh),
 };
+
+#undef TRAINED
+#undef NAME_
+#undef NAME
+#undef LEFT
+#undef LEFT_STEP
+#undef PACKED
+#undef PACKED_NUMBERS
+#undef STEP
+#undef KC
+#undef ZERO
+#undef LOWERS
+#undef TRAINS
+#undef TILE_MODE_BEGIN
+#undef TILE_MODE_END

@@ -5,33 +5,60 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
 #endif
+#if defined(__GNUC__) && defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__) && defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
 
 extern const lstm_kernels *const lstm_tables_base[];
 
 #if defined(__GNUC__) && defined(__x86_64__)
-extern const lstm_kernels *const lstm_tables_avx2[], *const lstm_tables_avx512[];
+extern const lstm_kernels *const lstm_tables_avx2[], *const lstm_tables_avxvnni[];
+extern const lstm_kernels *const lstm_tables_avx512[], *const lstm_tables_avx512vnni[];
+extern const lstm_kernels *const lstm_tables_avx512bf16[];
 static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+static int has_avxvnni(void) {          /* older compilers have no name for it to ask by */
+    unsigned a, b, c, d;
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+}
 static int has_avx512(void) {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
+static int has_avx512vnni(void) { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+static int has_avx512bf16(void) { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 #elif defined(__GNUC__) && defined(__aarch64__)
-extern const lstm_kernels *const lstm_tables_neon[];
+extern const lstm_kernels *const lstm_tables_neon[], *const lstm_tables_neondot[];
+static int has_neondot(void) {
+#if defined(__linux__)
+    return (getauxval(AT_HWCAP) & 1 << 20) != 0;  /* HWCAP_ASIMDDP */
+#else
+    return 1;                                     /* every Apple CPU that runs AArch64 in a computer */
+#endif
+}
 #endif
 static int always(void) { return 1; }
 
+/* Best first.  A row with `more` lacks formats that the next row has for it. */
 static const struct {
     const char *isa;
     int (*runs_here)(void);
+    int more;
     const lstm_kernels *const *tables;  /* one per number format, then NULL */
 } known[] = {
 #if defined(__GNUC__) && defined(__x86_64__)
-    {"avx512", has_avx512, lstm_tables_avx512},
-    {"avx2", has_avx2, lstm_tables_avx2},
+    {"avx512bf16", has_avx512bf16, 1, lstm_tables_avx512bf16},
+    {"avx512vnni", has_avx512vnni, 1, lstm_tables_avx512vnni},
+    {"avx512", has_avx512, 0, lstm_tables_avx512},
+    {"avxvnni", has_avxvnni, 1, lstm_tables_avxvnni},
+    {"avx2", has_avx2, 0, lstm_tables_avx2},
 #elif defined(__GNUC__) && defined(__aarch64__)
-    {"neon", always, lstm_tables_neon},
+    {"neondot", has_neondot, 1, lstm_tables_neondot},
+    {"neon", always, 0, lstm_tables_neon},
 #endif
-    {"base", always, lstm_tables_base},
+    {"base", always, 0, lstm_tables_base},
 };
 enum { N_KNOWN = sizeof known / sizeof known[0] };
 
@@ -42,10 +69,14 @@ const char *lstm_isa(int k) {
 }
 
 const lstm_kernels *lstm_kernels_for(const char *isa, const char *format) {
-    for (int q = 0; q < N_KNOWN; q++)
-        if (known[q].runs_here() && (!isa || strcmp(isa, known[q].isa) == 0))
+    for (int q = 0; q < N_KNOWN; q++) {
+        if (!known[q].runs_here() || (isa && strcmp(isa, known[q].isa) != 0)) continue;
+        do {
             for (const lstm_kernels *const *k = known[q].tables; *k; k++)
                 if (strcmp(format, (*k)->format) == 0) return *k;
+        } while (known[q++].more);
+        return NULL;
+    }
     return NULL;
 }
 

@@ -6,6 +6,9 @@
    Rows:   kernels see rows, never time or batch: the plan (lstmcore/_forward.pyx, _backward.pyx) says
            where the row of each sequence lies at each step, so dense, ragged and reversed are the same
            to a kernel.
+   Products: of a format without `lower`, rows are multiplied as they are. Of the others, each row that
+           is multiplied is first lowered: a row of the format's own, made by `lower`. Sums, states and
+           all that is written are numbers of the arrays.
    Units:  a kernel computes the columns [j0, j1) and writes nothing else.
    Bits:   every output element is one chain of multiply-adds over k in ascending order, whatever tile,
            row group or thread computes it: results do not depend on n, j0, j1 or the other rows.
@@ -31,8 +34,9 @@ typedef struct {
 
 /* Where one sequence's forward step lives. */
 typedef struct {
-    const void *x;       /* (I)   x_t; not read if I = 0 */
-    const void *h_prev;  /* (K)   h_{t-1}; not read if K = 0, but by cells that read h */
+    const void *x;       /* (I)   x_t, lowered; not read if I = 0 */
+    const void *h_low;   /* (K)   h_{t-1}, lowered; not read if K = 0 */
+    const void *h_prev;  /* (H)   h_{t-1}, of cells that read h */
     const void *c_prev;  /* (H)   c_{t-1}, of cells with c; may be the same row as c */
     void *gates;         /* in: the pre-activations without the recurrent part; out: the gates, of cells
                                   that keep them; of others it may be the same row as h */
@@ -42,7 +46,7 @@ typedef struct {
 
 /* Where one sequence's backward step lives. */
 typedef struct {
-    const void *da_next; /* da_{t+1}, the gates that h feeds; not read if K = 0 */
+    const void *da_next; /* da_{t+1}, the gates that h feeds, lowered; not read if K = 0 */
     void *gates;         /* in: the gates, of cells that keep them; out: da_t */
     const void *h;       /* (H)   h_t, of cells that do not keep their gates */
     const void *c;       /* (H)   c_t, of cells with c */
@@ -86,17 +90,17 @@ typedef struct {
                               const void *const *c, void *dp);
 } lstm_cell;
 
-/* The right side W[k, column] of a product.  Packed, its columns are grouped into panels, as
-   panel[k][vector][lane]; the row k of a panel is
+/* The right side W[k, column] of a product.  Packed, its columns are grouped into panels of vectors:
        gates >= 2:  one vector of units from each of so many gates, whose columns are N apart;
        gates == 1:  up to four neighboring vectors of columns.
-   Panels are counted from the first column of a range [j0, j1) (of each gate), where `packed` of that
+   A vector takes vector_bytes(K), in an order that is the format's own.  Panels are counted from the first column of a range [j0, j1) (of each gate), where `packed` of that
    range begins, 64-byte aligned. */
 typedef struct {
     int gates;
     ptrdiff_t K, N;                 /* N columns, of each gate */
     const void *W;                  /* W[k·k_stride + column·col_stride]; read by pack alone */
     ptrdiff_t k_stride, col_stride;
+    const float *scales;            /* of each column, where W is of int8_t: the format int8 */
     void *packed;
 } lstm_operand;
 
@@ -107,7 +111,7 @@ enum { START_ZERO = 0, START_BIAS = 1, START_ADD = 2 };
 typedef struct {
     int start;
     ptrdiff_t n;
-    const void **a;        /* (K) each */
+    const void **a;        /* (K) each, lowered */
     const void *bias;      /* indexed by column; read if start is START_BIAS */
     void **C;              /* a number for each column */
 } lstm_rows;
@@ -127,12 +131,19 @@ typedef struct {
 
 typedef struct {
     const char *isa;
-    const char *format;  /* the number format of its products: "float32" or "float64" */
+    const char *format;  /* the number format of its products: "float32", "float64", "bfloat16", "int8" */
     ptrdiff_t item;      /* bytes of a number in the arrays */
     ptrdiff_t packed;    /* bytes of a number in a packed operand */
     ptrdiff_t VL;        /* lanes of a vector */
     ptrdiff_t MR;        /* rows of a full tile */
     const lstm_cell *cells;  /* the last one has no name */
+
+    /* Bytes of a vector of columns of K numbers, packed. */
+    ptrdiff_t (*vector_bytes)(ptrdiff_t K);
+    /* Bytes of a lowered row of K numbers, and a lowered row.  Both NULL where rows are taken as they
+       are. */
+    ptrdiff_t (*lowered_bytes)(ptrdiff_t K);
+    void (*lower)(ptrdiff_t K, const void *a, void *row);
 
     /* Packs the panels [first, last) of the columns [j0, j1), padded with zeros. */
     void (*pack)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, ptrdiff_t first, ptrdiff_t last);
@@ -142,7 +153,8 @@ typedef struct {
 
     /* dW[m, n] = Σ_k da[k][m] x[k][n] of each product and, if db is not NULL, db[m] = Σ_k da[k][m],
        for m in [m0, m1) and K >= 1.  Sums are cut into blocks of a fixed number of k and added in order.
-       work: weight_gradient_work(m1 - m0) bytes, 64-byte aligned. */
+       da and x are not lowered.  work: weight_gradient_work(m1 - m0) bytes, 64-byte aligned.  NULL, as
+       back_step, where the format does not train. */
     void (*weight_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t m1, const void *const *da,
                             int n_products, const lstm_product *products, void *db, void *work);
     ptrdiff_t (*weight_gradient_work)(ptrdiff_t M);
@@ -151,7 +163,8 @@ typedef struct {
     void (*add_rows)(ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1, const void *const *a, void *const *out);
 
     /* Softmax cross-entropy of n rows z (V) with their targets, V >= 1:  loss[r] = log Σ e^z - z_k;
-       dz[r] = weight[r] (softmax(z) - [j = k]), of weight 0 whatever z is.  dz may be z. */
+       dz[r] = weight[r] (softmax(z) - [j = k]), of weight 0 whatever z is.  dz may be z.
+       NULL, as adam, in formats below float32. */
     void (*cross_entropy)(ptrdiff_t n, ptrdiff_t V, const void *z, const int64_t *target,
                           const void *weight, void *loss, void *dz);
 

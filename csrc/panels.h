@@ -5,7 +5,6 @@
    columns mean, and what becomes of the sums, is none of its business. */
 
 #define GROUP (8 * MR)  /* rows per group */
-#define KC 512          /* k per block of a panel: KC·4·VECTOR_BYTES is 128 KB with AVX-512 */
 
 typedef struct {
     ptrdiff_t col, stride, end; /* column of vector 0, distance of the vectors, end of the last one */
@@ -42,72 +41,38 @@ INLINE ptrdiff_t F(lanes)(const F(panel) *g, int v) {
 
 /* Where panel p of a packed operand lies; an operand of no k may be NULL. */
 INLINE const PACKED *F(packed_panel)(int gates, const void *packed, ptrdiff_t K, ptrdiff_t p) {
-    return K ? (const PACKED *)packed + p * K * (gates == 1 ? 4 : gates) * VL : NULL;
-}
-
-/* out[k·out_stride + l] = in[l·in_stride + k] for k, l < VL, packed.  Interleaving the two halves of
-   the rows log2(VL) times transposes them. */
-INLINE void F(transpose)(const R *in, ptrdiff_t in_stride, PACKED *out, ptrdiff_t out_stride) {
-    vec row[VECTOR_BYTES / sizeof(R)];
-    for (int l = 0; l < VL; l++) row[l] = F(v_load)(in + l * in_stride);
-    for (int width = 1; width < VL; width *= 2) {
-        vec next[VECTOR_BYTES / sizeof(R)];
-        for (int l = 0; l < VL / 2; l++) {
-            next[2 * l] = F(v_interleave)(row[l], row[l + VL / 2], 0);
-            next[2 * l + 1] = F(v_interleave)(row[l], row[l + VL / 2], 1);
-        }
-        for (int l = 0; l < VL; l++) row[l] = next[l];
-    }
-    for (int k = 0; k < VL; k++) F(v_pack)(out + k * out_stride, row[k]);
+    ptrdiff_t vectors = gates == 1 ? 4 : gates;
+    return K ? (const PACKED *)((const char *)packed + p * vectors * F(vector_bytes)(K)) : NULL;
 }
 
 static void F(pack)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, ptrdiff_t first,
                     ptrdiff_t last) {
-    enum { BLOCK = 16 };  /* k at a time, so that the written lines stay in L1 */
-    const ptrdiff_t K = w->K, k_stride = w->k_stride, col_stride = w->col_stride;
-    if (K == 0) return;
+    if (w->K == 0) return;
     for (ptrdiff_t p = first; p < last; p++) {
         F(panel) g = F(panel_at)(w->gates, p, w->N, j0, j1);
-        PACKED *out = (PACKED *)F(packed_panel)(w->gates, w->packed, K, p);
-        for (int v = 0; v < g.nv; v++) {
-            ptrdiff_t n = F(lanes)(&g, v);
-            const R *W = (const R *)w->W + (g.col + v * g.stride) * col_stride;
-            for (ptrdiff_t k0 = 0; k0 < K; k0 += BLOCK) {
-                ptrdiff_t k1 = MIN(K, k0 + BLOCK);
-                if (col_stride == 1)
-                    for (ptrdiff_t k = k0; k < k1; k++)
-                        F(v_pack)(out + (k * g.nv + v) * VL, F(v_load_n)(W + k * k_stride, n));
-                else if (n == VL && k1 - k0 == BLOCK && k_stride == 1)
-                    for (ptrdiff_t k = k0; k < k1; k += VL)
-                        F(transpose)(W + k, col_stride, out + (k * g.nv + v) * VL, g.nv * VL);
-                else
-                    for (ptrdiff_t k = k0; k < k1; k++) {
-                        R lanes[VECTOR_BYTES / sizeof(R)] = {0};
-                        for (ptrdiff_t l = 0; l < n; l++) lanes[l] = W[k * k_stride + l * col_stride];
-                        F(v_pack)(out + (k * g.nv + v) * VL, F(v_load)(lanes));
-                    }
-            }
-        }
+        PACKED *panel = (PACKED *)F(packed_panel)(w->gates, w->packed, w->K, p);
+        for (int v = 0; v < g.nv; v++)
+            F(pack_vector)(w, g.col + v * g.stride, F(lanes)(&g, v), g.nv, v, panel);
     }
 }
 
 /* acc[r] += a[r] · panel for n <= GROUP rows, in tiles of nearly equal height.  Meanwhile the tiles
    fetch the next panel, a line per k: its first use by the first tile of the next group would wait for
    the third-level cache (6 % of inference at (35,20,650,650)).  The sums lie on the stack, 12 KB. */
-static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const R *const *a, const PACKED *panel,
+static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, const PACKED *panel,
                      const PACKED *next, F(row4) *acc) {
     uintptr_t ahead = (uintptr_t)next;
+    TILE_MODE_BEGIN
     for (ptrdiff_t k = 0; k < K; k += KC) {
         ptrdiff_t kn = MIN(KC, K - k);
-        const R *ak[MR];
         for (ptrdiff_t r = 0, tiles = (n + MR - 1) / MR; tiles > 0; tiles--) {
             ptrdiff_t mr = (n - r + tiles - 1) / tiles;
-            for (ptrdiff_t q = 0; q < mr; q++) ak[q] = a[r + q] + k;
-            F(tiles)[mr][nv](kn, ak, panel + k * nv * VL, ahead, acc + r);
+            F(tiles)[mr][nv](k, kn, a + r, panel, ahead, acc + r);
             r += mr;
-            ahead += (uintptr_t)kn * 64;
+            ahead += (uintptr_t)(kn + STEP - 1) / STEP * 64;
         }
     }
+    TILE_MODE_END
 }
 
 /* The size of equal groups of n >= 1 rows. */

@@ -7,7 +7,8 @@
 
 static void F(gemm)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, const lstm_rows *rows) {
     F(row4) acc[GROUP];
-    const R *a[GROUP], *bias = rows->bias;
+    const LEFT *a[GROUP];
+    const R *bias = rows->bias;
     const ptrdiff_t n = rows->n, K = w->K;
     const int gates = w->gates, start = rows->start;
     if (n == 0) return;
@@ -33,35 +34,62 @@ static void F(gemm)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, const lst
     }
 }
 
+#if TRAINS
+
+/* K and what pads it to whole steps. */
+INLINE ptrdiff_t F(whole_steps)(ptrdiff_t K) { return (K + STEP - 1) / STEP * STEP; }
+
 static ptrdiff_t F(weight_gradient_work)(ptrdiff_t M) {
-    return ((M + MR - 1) / MR * MR + 16) * KW * (ptrdiff_t)sizeof(R) +
-           KW * 4 * VL * (ptrdiff_t)sizeof(PACKED);
+    return ((M + MR - 1) / MR * MR + 16) * KW * (ptrdiff_t)sizeof(R) + 4 * F(vector_bytes)(KW);
 }
 
-/* acc[r][v] = Σ_k a[k·MR + r] panel[k][v]: both operands packed. */
-static void F(packed_tile)(int nv, ptrdiff_t K, const R *a, const PACKED *panel, F(row4) *acc) {
-    const R *rows[MR];
-    uintptr_t ahead = (uintptr_t)a;
+/* acc[r][v] += Σ_k a[LEFT_K(k)·MR + r] panel[k][v]: both operands packed. */
+#define GRADIENT_TILE(nv)                                                                            \
+    NOINLINE static void F(gradient_tile_##nv)(ptrdiff_t K, const LEFT *const *rows, const PACKED *panel,     \
+                                      F(row4) *acc) {                                                \
+        F(tile)(MR, nv, MR, 0, K, rows, panel, (uintptr_t)rows[0], acc);                             \
+    }
+GRADIENT_TILE(1) GRADIENT_TILE(2) GRADIENT_TILE(3) GRADIENT_TILE(4)
+
+INLINE void F(packed_tile)(int nv, ptrdiff_t K, const LEFT *a, const PACKED *panel, F(row4) *acc) {
+    static void (*const tiles[])(ptrdiff_t, const LEFT *const *, const PACKED *, F(row4) *) = {
+        0, F(gradient_tile_1), F(gradient_tile_2), F(gradient_tile_3), F(gradient_tile_4)};
+    const LEFT *rows[MR];
     for (int r = 0; r < MR; r++) {
         rows[r] = a + r;
         for (int v = 0; v < nv; v++) acc[r][v] = F(v_set1)(0);
     }
-    if (nv == 4) F(tile)(MR, 4, MR, K, rows, panel, ahead, acc);
-    else if (nv == 3) F(tile)(MR, 3, MR, K, rows, panel, ahead, acc);
-    else if (nv == 2) F(tile)(MR, 2, MR, K, rows, panel, ahead, acc);
-    else F(tile)(MR, 1, MR, K, rows, panel, ahead, acc);
+    TILE_MODE_BEGIN
+    tiles[nv](K, rows, panel, acc);
+    TILE_MODE_END
 }
 
-/* A[tile][k][r] = da[k][m0 + tile·MR + r], the last tile padded with zeros; db += Σ_k da[k] */
+/* A[tile][k][r] = da[k][m0 + tile·MR + r] as the tiles take it, the last tile and the last step padded
+   with zeros; db += Σ_k da[k] */
 static void F(pack_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t M, const void *const *da, R *A, R *db) {
-    for (ptrdiff_t k = 0; k < K; k++) {
-        const R *row = (const R *)da[k] + m0;
+    const ptrdiff_t padded = F(whole_steps)(K);
+    for (ptrdiff_t k = 0; k < padded; k++) {
+        const R *row = (const R *)da[MIN(k, K - 1)] + m0;
         R *out = A + k * MR;
-        ptrdiff_t m = 0;
-        for (; m + MR <= M; m += MR, out += K * MR) memcpy(out, row + m, MR * sizeof(R));
-        for (ptrdiff_t r = 0; m < M && r < MR; r++) out[r] = m + r < M ? row[m + r] : 0;
-        for (m = 0; db && m < M; m++) db[m0 + m] += row[m];
+        ptrdiff_t m = 0, columns = k < K ? M : 0;
+        for (; m + MR <= columns; m += MR, out += padded * MR) memcpy(out, row + m, MR * sizeof(R));
+        for (; m < M; m += MR, out += padded * MR)
+            for (ptrdiff_t r = 0; r < MR; r++) out[r] = m + r < columns ? row[m + r] : 0;
+        for (m = 0; db && m < columns; m++) db[m0 + m] += row[m];
     }
+    for (ptrdiff_t m = 0; m < M; m += MR, A += padded * MR) F(pack_left)(padded, A);
+}
+
+/* The columns of a panel of K rows x, packed. */
+INLINE void F(pack_rows)(const F(panel) *g, ptrdiff_t K, const void *const *x, PACKED *panel) {
+    for (ptrdiff_t k = 0; k < K; k += STEP)
+        for (int v = 0; v < g->nv; v++) {
+            vec row[STEP];
+            for (int s = 0; s < STEP; s++)
+                row[s] = k + s < K ? F(v_load_n)((const R *)x[k + s] + g->col + v * VL, F(lanes)(g, v))
+                                   : F(v_set1)(0);
+            F(pack_step)(panel, g->nv, v, k, row);
+        }
 }
 
 static void F(weight_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t m1, const void *const *da,
@@ -69,7 +97,7 @@ static void F(weight_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t m1, const vo
     F(row4) acc[MR];
     ptrdiff_t M = m1 - m0, tiles = (M + MR - 1) / MR;
     PACKED *panel = work;
-    R *A = (R *)(panel + KW * 4 * VL), *db = db_;
+    R *A = (R *)((char *)work + 4 * F(vector_bytes)(KW)), *db = db_;
     for (ptrdiff_t m = m0; db && m < m1; m++) db[m] = 0;
     for (ptrdiff_t k0 = 0; k0 < K; k0 += KW) {
         ptrdiff_t kn = MIN(KW, K - k0);
@@ -78,13 +106,9 @@ static void F(weight_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t m1, const vo
             const lstm_product *q = &products[s];
             for (ptrdiff_t p = 0; p < F(n_panels)(1, 0, q->N); p++) {
                 F(panel) g = F(panel_at)(1, p, 0, 0, q->N);
-                for (ptrdiff_t k = 0; k < kn; k++)
-                    for (int v = 0; v < g.nv; v++)
-                        F(v_pack)(panel + (k * g.nv + v) * VL,
-                                  F(v_load_n)((const R *)q->x[k0 + k] + g.col + v * VL,
-                                              F(lanes)(&g, v)));
+                F(pack_rows)(&g, kn, q->x + k0, panel);
                 for (ptrdiff_t t = 0; t < tiles; t++) {
-                    F(packed_tile)(g.nv, kn, A + t * kn * MR, panel, acc);
+                    F(packed_tile)(g.nv, kn, (const LEFT *)(A + t * F(whole_steps)(kn) * MR), panel, acc);
                     for (ptrdiff_t r = 0; r < MIN(MR, M - t * MR); r++)
                         for (int v = 0; v < g.nv; v++) {
                             R *out = (R *)q->dW + (m0 + t * MR + r) * q->N + g.col + v * VL;
@@ -103,3 +127,5 @@ static void F(add_rows)(ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1, const void *con
     for (ptrdiff_t k = 0; k < n; k++)
         for (ptrdiff_t j = j0; j < j1; j++) ((R *)out[k])[j] += ((const R *)a[k])[j];
 }
+
+#endif

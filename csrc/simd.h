@@ -2,7 +2,7 @@
    kernels need.
 
    Included once per format by body.h; the file of the instruction set has defined ISA_AVX512, ISA_AVX2,
-   ISA_NEON or ISA_BASE, and instances.h F and DOUBLE.  Arithmetic, comparison and shifts are GCC's
+   ISA_NEON or ISA_BASE, and instances.h F, DOUBLE and BELOW.  Arithmetic, comparison and shifts are GCC's
    vector extensions; only what these lack (fused multiply-add, min, max, partial load and store) is an
    intrinsic.  A compiler without the extensions gets vectors of one lane. */
 
@@ -13,7 +13,6 @@
 #undef bits
 #undef int_t
 #undef uint_t
-#undef PACKED
 #undef v_fma
 #undef v_min
 #undef v_max
@@ -34,11 +33,12 @@
 #define ivec F(ivec)  /* what a comparison gives: all bits of a lane, or none */
 #define bits F(bits)  /* without sign, so that no shift overflows */
 
-#define PACKED R  /* a number of a packed operand */
-
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
+#if defined(ISA_AVX512) || defined(ISA_AVX2) || defined(ISA_NEON)
+#define FUSED           /* a multiply-add is one instruction, with one rounding */
+#endif
 #if defined(ISA_AVX512)
 #define VECTOR_BYTES 64
 #define MR 6            /* 6 x 4 accumulators + 4 of the panel + 1 broadcast: 29 of 32 registers */
@@ -57,6 +57,7 @@
 
 #ifdef __GNUC__
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 typedef R vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef R F(uvec) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(R)), may_alias));
 typedef int_t ivec __attribute__((vector_size(VECTOR_BYTES)));
@@ -64,6 +65,7 @@ typedef uint_t bits __attribute__((vector_size(VECTOR_BYTES)));
 #define VL ((ptrdiff_t)(VECTOR_BYTES / sizeof(R)))
 #else
 #define INLINE static __inline
+#define NOINLINE
 #define restrict __restrict
 #define VL ((ptrdiff_t)1)
 #define VECTOR_BYTES sizeof(R)
@@ -93,6 +95,8 @@ typedef uint_t bits;
 #define v_fma(a, b, c) ((vec)vfmaq_f64((float64x2_t)(c), (float64x2_t)(a), (float64x2_t)(b)))
 #elif defined(ISA_NEON)
 #define v_fma(a, b, c) ((vec)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
+#elif BELOW
+#define v_fma(a, b, c) F(v_fma_lanes)(a, b, c)
 #else
 #define v_fma(a, b, c) ((a) * (b) + (c))  /* two roundings; the build forbids contraction */
 #endif
@@ -132,6 +136,16 @@ INLINE vec F(v_abs)(vec a) { return (vec)fabs(a); }
 INLINE vec F(v_copysign)(vec a, vec s) { return (vec)copysign(a, s); }
 INLINE vec F(v_from_bits)(bits a) { vec v; memcpy(&v, &a, sizeof v); return v; }
 INLINE bits F(v_bits)(vec a) { bits v; memcpy(&v, &a, sizeof v); return v; }
+#endif
+
+#if BELOW && !defined(FUSED)
+/* Below float32 every instruction set has the same bits, so one rounding here too, slowly. */
+INLINE vec F(v_fma_lanes)(vec a, vec b, vec c) {
+    R x[VECTOR_BYTES / sizeof(R)], y[VECTOR_BYTES / sizeof(R)], z[VECTOR_BYTES / sizeof(R)];
+    F(v_store)(x, a), F(v_store)(y, b), F(v_store)(z, c);
+    for (ptrdiff_t l = 0; l < VL; l++) z[l] = (R)fmaf((float)x[l], (float)y[l], (float)z[l]);
+    return F(v_load)(z);
+}
 #endif
 
 INLINE vec F(v_sqrt)(vec a) {
@@ -181,8 +195,3 @@ INLINE void F(v_store_n)(R *p, vec a, ptrdiff_t n) {
     for (ptrdiff_t l = 0; l < n; l++) p[l] = lanes[l];
 #endif
 }
-
-/* What a product sees: a vector of a packed operand, and a row's number in every lane. */
-INLINE vec F(v_unpack)(const PACKED *p) { return F(v_load)(p); }
-INLINE void F(v_pack)(PACKED *p, vec a) { F(v_store)(p, a); }
-INLINE vec F(v_broadcast)(R a) { return F(v_set1)(a); }

@@ -23,7 +23,7 @@ _Static_assert(2 * APART <= GATES && (FED > 1 || GATES == 1), "panels of one gat
 static void CELL(step)(const lstm_weights *weights, int descending, ptrdiff_t n, ptrdiff_t j0,
                        ptrdiff_t j1, const lstm_row *rows) {
     F(row4) acc[GROUP];
-    const R *x[GROUP], *h[GROUP];
+    const LEFT *x[GROUP], *h[GROUP];
     const lstm_weights w = *weights;  /* a copy, which no store can change */
     ptrdiff_t panels = F(n_panels)(GATES, j0, j1);
     if (n == 0) return;
@@ -38,7 +38,7 @@ static void CELL(step)(const lstm_weights *weights, int descending, ptrdiff_t n,
             const lstm_row *row = rows + r0;
             for (ptrdiff_t r = 0; r < m; r++) {
                 const R *start = w.I ? w.bias : row[r].gates;
-                x[r] = row[r].x, h[r] = row[r].h_prev;
+                x[r] = row[r].x, h[r] = row[r].h_low;
                 for (int v = 0; v < g.nv; v++)
                     acc[r][v] = start ? F(v_load_n)(start + g.col + v * g.stride, F(lanes)(&g, v))
                                       : F(v_set1)(0);
@@ -58,10 +58,11 @@ static void CELL(step)(const lstm_weights *weights, int descending, ptrdiff_t n,
     }
 }
 
+#if TRAINS
 static void CELL(back_step)(const lstm_weights *weights, int descending, ptrdiff_t n, ptrdiff_t j0,
                             ptrdiff_t j1, const lstm_back_row *rows) {
     F(row4) acc[GROUP];
-    const R *da[GROUP];
+    const LEFT *da[GROUP];
     const lstm_weights w = *weights;
     ptrdiff_t panels = F(n_panels)(1, j0, j1);
     if (n == 0) return;
@@ -89,6 +90,8 @@ static void CELL(back_step)(const lstm_weights *weights, int descending, ptrdiff
         }
     }
 }
+
+#endif
 
 #undef CELL
 #undef GATES

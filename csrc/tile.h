@@ -1,8 +1,7 @@
-/* tile.h: the register tile, which does all the multiplying there is.
+/* tile.h: the register tile of the format, for every number of rows and vectors.
 
-   Up to MR rows times a panel of up to four vectors, whose row k is panel[k][vector][lane].  Every lane
-   is one chain of fma over k in ascending order, from what `out` holds on.  It knows neither what the
-   columns are nor where the rows go: that is panels.h. */
+   Up to MR rows times a panel of up to four vectors.  It knows neither what the columns are nor where
+   the rows go: that is panels.h. */
 
 #ifdef __GNUC__
 #define PREFETCH(p) __builtin_prefetch((const void *)(p), 0, 2)
@@ -14,32 +13,15 @@
 
 typedef vec F(row4)[4];
 
-/* out[r][v] += Σ_k a[r][k·step] panel[k][v] for rows r < mr, vectors v < nv.  Meanwhile it fetches the
-   lines from the address `ahead` on, one per k; nobody reads there, so it may lie past the end. */
-INLINE void F(tile)(const int mr, const int nv, const ptrdiff_t step, ptrdiff_t K,
-                    const R *const *a, const PACKED *restrict panel, uintptr_t ahead,
-                    F(row4) *restrict out) {
-    vec acc[MR][4];
-    EACH(r, mr) EACH(v, nv) acc[r][v] = out[r][v];
-    for (ptrdiff_t k = 0; k < K; k++, panel += nv * VL, ahead += 64) {
-        vec w[4];
-        PREFETCH(ahead);
-        EACH(v, nv) w[v] = F(v_unpack)(panel + v * VL);
-        EACH(r, mr) {
-            vec x = F(v_broadcast)(a[r][k * step]);
-            EACH(v, nv) acc[r][v] = v_fma(x, w[v], acc[r][v]);
-        }
-    }
-    EACH(r, mr) EACH(v, nv) out[r][v] = acc[r][v];
-}
+#include PRODUCTS
 
-typedef void F(tile_fn)(ptrdiff_t K, const R *const *a, const PACKED *panel, uintptr_t ahead,
-                        F(row4) *out);
+typedef void F(tile_fn)(ptrdiff_t k0, ptrdiff_t K, const LEFT *const *rows, const PACKED *panel,
+                        uintptr_t ahead, F(row4) *out);
 
 #define TILE(mr, nv)                                                                                 \
-    static void F(tile_##mr##_##nv)(ptrdiff_t K, const R *const *a, const PACKED *panel,             \
-                                    uintptr_t ahead, F(row4) *out) {                                 \
-        F(tile)(mr, nv, 1, K, a, panel, ahead, out);                                                 \
+    static void F(tile_##mr##_##nv)(ptrdiff_t k0, ptrdiff_t K, const LEFT *const *rows,              \
+                                    const PACKED *panel, uintptr_t ahead, F(row4) *out) {            \
+        F(tile)(mr, nv, 1, k0, K, rows, panel, ahead, out);                                          \
     }
 #define TILES(mr) TILE(mr, 1) TILE(mr, 2) TILE(mr, 3) TILE(mr, 4)
 #define TILE_NAMES(mr) {0, F(tile_##mr##_1), F(tile_##mr##_2), F(tile_##mr##_3), F(tile_##mr##_4)}

@@ -12,7 +12,8 @@ from lstmcore._kernels cimport address, wait
 from lstmcore._lstm cimport START_ADD, START_ZERO, lstm_back_row, lstm_product, lstm_rows, lstm_weights
 from lstmcore._memory cimport Arena, take
 from lstmcore._products cimport (Engine, Operand, Part, Plan, Sums, Widths, choose_engine,
-                                 lay_out_operand, operand, packed_at, run_plan, unit_range)
+                                 lay_out_operand, lowered, lowered_stride, operand, packed_at,
+                                 run_plan, unit_range)
 from lstmcore._recurrence cimport (Group, Member, Problem, Steps, active, fill_problem, initial,
                                    lay_out_problem, loop_of, note_plan, place, rows_of, scratch_of)
 
@@ -36,6 +37,7 @@ cdef struct Backward:
     char *dc0
     # workspace
     lstm_back_row *rows            # (B) of each thread
+    char *low                      # (B) lowered rows of da, of each thread
     const void **a                 # row pointers for products, (B) of each thread
     void **C
     const void **da                # row pointers of all tokens, in the order of steps
@@ -60,6 +62,7 @@ cdef void lay_out(Plan *plan, Arena *arena) noexcept nogil:
     widths.row, widths.M = max(max(p.G, p.H), max(p.I, p.K)), max(p.G, p.K)
     lay_out_problem(p, arena, widths)
     f.rows = <lstm_back_row *>take(arena, threads * B * sizeof(lstm_back_row))
+    f.low = take(arena, threads * B * lowered_stride(plan.e.k, p.fed))
     f.a = <const void **>take(arena, threads * B * sizeof(void *))
     f.C = <void **>take(arena, threads * B * sizeof(void *))
     f.da = <const void **>take(arena, pointers)
@@ -106,7 +109,7 @@ cdef void backward(void *arg, int me, int team) noexcept nogil:
     if not idle:
         m.own, m.barrier = rows_of(&p.steps, group, grid.rows), &p.shared.barriers[1 + group]
         m.products.a, m.products.C = f.a + me * p.steps.B, f.C + me * p.steps.B
-        m.products.bias = NULL
+        m.products.bias, m.low = NULL, f.low + me * p.steps.B * lowered_stride(p.plan.e.k, p.fed)
         backward_rows(f, &m, f.rows + me * p.steps.B)
     wait(&p.shared.barriers[0], team)
     if f.dx != NULL:
@@ -212,9 +215,11 @@ cdef inline void step(const Backward *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t 
                       lstm_back_row *rows) noexcept nogil:
     """dh = dy + da_next W_hh for the first rows, dh = dy for the others, then the cell's gradient."""
     cdef const Problem *p = &f.p
-    cdef Py_ssize_t j0, j1
+    cdef Py_ssize_t q, j0, j1
     cdef lstm_weights w
     unit_range(p.H, p.plan.e.k.VL, m.slab.part, m.slab.parts, &j0, &j1)
+    for q in range(multiplied):
+        rows[q].da_next = lowered(p.plan.e.k, p.fed, rows[q].da_next, m.low, q)
     w.I, w.H, w.ih, w.bias, w.peepholes = 0, p.H, NULL, NULL, p.peepholes
     if multiplied:
         w.K, w.hh = p.fed, packed_at(p.plan.e.k, &f.hh, j0)

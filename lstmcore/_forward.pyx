@@ -11,7 +11,8 @@ from lstmcore._kernels cimport address, forced_plan, overlap, wait
 from lstmcore._lstm cimport START_ADD, START_BIAS, START_ZERO, lstm_row, lstm_weights
 from lstmcore._memory cimport Arena, take
 from lstmcore._products cimport (Engine, Operand, Packed, Part, Plan, Widths, choose_engine,
-                                 lay_out_operand, operand, packed_at, run_plan, unit_range)
+                                 lay_out_operand, lowered, lowered_stride, operand, packed_at,
+                                 run_plan, unit_range)
 from lstmcore._recurrence cimport (Member, Problem, Steps, active, fill_problem, initial,
                                    lay_out_problem, loop_of, note_plan, place, rows_of, scratch_of)
 
@@ -31,6 +32,7 @@ cdef struct Forward:
     char *c_n
     # workspace
     lstm_row *rows                 # (B) of each thread
+    char *low                      # (B) lowered rows of h and, if fused, x, of each thread
     const void **a                 # row pointers for products, (chunk·B) of each thread
     void **C
     char *m                        # (B, H): o ∘ tanh(c), with a projection
@@ -46,6 +48,7 @@ cdef void lay_out(Plan *plan, Arena *arena) noexcept nogil:
     f.rows = <lstm_row *>take(arena, threads * B * sizeof(lstm_row))
     f.a = <const void **>take(arena, threads * f.chunk * B * sizeof(void *))
     f.C = <void **>take(arena, threads * f.chunk * B * sizeof(void *))
+    f.low = take(arena, threads * B * (lowered_stride(plan.e.k, p.K) + lowered_stride(plan.e.k, p.I)))
     lay_out_operand(plan, arena, &f.ih)
     lay_out_operand(plan, arena, &f.hh)
     lay_out_operand(plan, arena, &f.hr)
@@ -73,6 +76,8 @@ cdef void forward(void *arg, int me, int team) noexcept nogil:
         m.products.a = f.a + me * f.chunk * p.steps.B
         m.products.C = f.C + me * f.chunk * p.steps.B
         m.products.bias = NULL
+        m.low = f.low + me * p.steps.B * (lowered_stride(p.plan.e.k, p.K)
+                                          + lowered_stride(p.plan.e.k, p.I))
         forward_rows(f, &m, f.rows + me * p.steps.B)
 
 
@@ -176,11 +181,15 @@ cdef inline void step(const Forward *f, Py_ssize_t s, Py_ssize_t n, Member *m,
     cdef const Problem *p = &f.p
     cdef bint in_step = p.plan.e.by.in_step, from_zero = s == 0 and p.h0 == NULL
     cdef Py_ssize_t q, j0, j1
+    cdef char *x_low = m.low + p.steps.B * lowered_stride(p.plan.e.k, p.K)
     cdef lstm_weights w
     unit_range(p.H, f.hh.cut, m.slab.part, m.slab.parts, &j0, &j1)
     w.I, w.K, w.H = p.I if f.fused else 0, 0 if from_zero or not in_step else p.K, p.H
     w.ih, w.hh = packed_at(p.plan.e.k, &f.ih, j0), packed_at(p.plan.e.k, &f.hh, j0)
     w.bias, w.peepholes = f.b, p.peepholes
+    for q in range(n if in_step else 0):
+        rows[q].h_low = lowered(p.plan.e.k, w.K, rows[q].h_prev, m.low, q)
+        rows[q].x = lowered(p.plan.e.k, w.I, rows[q].x, x_low, q)
     if not in_step and not from_zero:
         for q in range(n):
             m.products.a[q] = rows[q].h_prev

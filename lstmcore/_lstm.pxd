@@ -23,6 +23,7 @@ cdef extern from "lstm.h" nogil:
         const void *peepholes
     ctypedef struct lstm_row:
         const void *x
+        const void *h_low
         const void *h_prev
         const void *c_prev
         void *gates
@@ -61,6 +62,7 @@ cdef extern from "lstm.h" nogil:
         const void *W
         Py_ssize_t k_stride
         Py_ssize_t col_stride
+        const float *scales
         void *packed
     ctypedef struct lstm_rows:
         int start
@@ -87,6 +89,9 @@ cdef extern from "lstm.h" nogil:
         Py_ssize_t VL
         Py_ssize_t MR
         const lstm_cell *cells
+        Py_ssize_t (*vector_bytes)(Py_ssize_t K) noexcept nogil
+        Py_ssize_t (*lowered_bytes)(Py_ssize_t K) noexcept nogil
+        void (*lower)(Py_ssize_t K, const void *a, void *row) noexcept nogil
         void (*pack)(const lstm_operand *w, Py_ssize_t j0, Py_ssize_t j1, Py_ssize_t first,
                      Py_ssize_t last) noexcept nogil
         void (*gemm)(const lstm_operand *w, Py_ssize_t j0, Py_ssize_t j1,

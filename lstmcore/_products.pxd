@@ -8,6 +8,7 @@ from lstmcore._memory cimport Arena, Workspace, take
 cdef struct Operand:               # the right side W[k, column] of products
     lstm_operand w
     Py_ssize_t cut                 # parts of its columns end at multiples of it
+    Py_ssize_t lane_bytes          # bytes of a packed column: those of a vector divided by its lanes
 
 
 cdef struct Part:                  # a thread's part of the columns, and its scratch
@@ -58,6 +59,7 @@ cdef struct Plan:
 
 cdef int choose_engine(Engine *e, str format) except -1
 cdef Operand operand(const lstm_kernels *k, int gates, W, bint transposed)
+cdef Py_ssize_t lowered_stride(const lstm_kernels *k, Py_ssize_t K) noexcept nogil
 cdef int run_plan(Plan *plan) except -1
 
 
@@ -80,7 +82,18 @@ cdef inline void unit_range(Py_ssize_t N, Py_ssize_t cut, int part, int parts, P
 
 cdef inline char *packed_at(const lstm_kernels *k, const Operand *w, Py_ssize_t j0) noexcept nogil:
     """Where the panels of the columns from j0 on begin."""
-    return <char *>w.w.packed + j0 * w.w.K * k.packed * w.w.gates
+    return <char *>w.w.packed + j0 * w.lane_bytes * w.w.gates
+
+
+cdef inline const void *lowered(const lstm_kernels *k, Py_ssize_t K, const void *a, char *rows,
+                                Py_ssize_t q) noexcept nogil:
+    """a (K) as products take it: itself, or lowered as row q of rows."""
+    cdef char *row
+    if k.lower == NULL or K == 0:
+        return a
+    row = rows + q * lowered_stride(k, K)
+    k.lower(K, a, row)
+    return row
 
 
 cdef inline void lay_out_operand(const Plan *plan, Arena *arena, Operand *w) noexcept nogil:

@@ -20,16 +20,23 @@ from lstmcore._memory cimport Arena, Workspace, arena_of, give_back, padded, tak
 cnp.import_array()
 
 
+cdef enum: LOWERED_ROWS = 192  # rows per block of a product: as many as an input projection has
+
+
 cdef Operand operand(const lstm_kernels *k, int gates, W, bint transposed):
     """W (columns, K) as W[k, column] = W[column, k], or transposed: W (K, columns) as it stands.
 
-    Of several gates each has its share of the columns. An absent W has none.
+    Of several gates each has its share of the columns. An absent W has none. W is a matrix of the
+    arrays' numbers, or the int8 numbers and the scales (columns,) of `reference.quantize`.
     """
     cdef Operand w
     cdef Py_ssize_t rows, columns
     memset(&w, 0, sizeof(Operand))
     if W is None:
         return w
+    if isinstance(W, tuple):
+        W, scales = W
+        w.w.scales = <const float *>address(scales)
     rows, columns = cnp.PyArray_DIM(W, 0), cnp.PyArray_DIM(W, 1)
     w.w.gates, w.w.W, w.cut = gates, address(W), k.VL
     w.w.K, w.w.N = columns, rows // gates
@@ -37,6 +44,7 @@ cdef Operand operand(const lstm_kernels *k, int gates, W, bint transposed):
     if transposed:
         w.w.K, w.w.N = rows, columns // gates
         w.w.k_stride, w.w.col_stride = columns, 1
+    w.lane_bytes = k.vector_bytes(w.w.K) // k.VL
     return w
 
 
@@ -44,7 +52,7 @@ cdef Operand operand(const lstm_kernels *k, int gates, W, bint transposed):
 
 cdef Py_ssize_t tile_packed_bytes(const lstm_kernels *k, const Operand *w) noexcept nogil:
     cdef Py_ssize_t vectors = (w.w.N + k.VL - 1) // k.VL
-    return vectors * k.VL * w.w.K * k.packed * w.w.gates
+    return vectors * k.VL * w.lane_bytes * w.w.gates
 
 
 cdef void tile_pack(const lstm_kernels *k, const Operand *w, const Part *mine, int share,
@@ -62,11 +70,30 @@ cdef void tile_pack(const lstm_kernels *k, const Operand *w, const Part *mine, i
 
 cdef void tile_multiply(const lstm_kernels *k, const Operand *w, const Part *mine,
                         const lstm_rows *rows) noexcept nogil:
-    cdef Py_ssize_t j0, j1
+    """Rows are lowered by each thread that multiplies them: a product of N columns takes N / 8 times as
+    long as that, and more."""
+    cdef Py_ssize_t j0, j1, r, done = 0, stride = lowered_stride(k, w.w.K)
     cdef lstm_operand packed = w.w
+    cdef lstm_rows block = rows[0]
+    cdef char *low = mine.scratch + padded(LOWERED_ROWS * sizeof(void *))
     unit_range(w.w.N, w.cut, mine.part, mine.parts, &j0, &j1)
     packed.packed = packed_at(k, w, j0)
-    k.gemm(&packed, j0, j1, rows)
+    if k.lower == NULL:
+        k.gemm(&packed, j0, j1, rows)
+        return
+    block.a = <const void **>mine.scratch
+    while done < rows.n:
+        block.n, block.C = min(<Py_ssize_t>LOWERED_ROWS, rows.n - done), rows.C + done
+        for r in range(block.n):
+            block.a[r] = low + r * stride
+            k.lower(w.w.K, rows.a[done + r], low + r * stride)
+        k.gemm(&packed, j0, j1, &block)
+        done += block.n
+
+
+cdef Py_ssize_t lowered_stride(const lstm_kernels *k, Py_ssize_t K) noexcept nogil:
+    """Bytes from a lowered row to the next; 0 where rows are taken as they are."""
+    return padded(k.lowered_bytes(K)) if k.lower != NULL else 0
 
 
 cdef void tile_add_up(const lstm_kernels *k, const Sums *sums, const Part *mine) noexcept nogil:
@@ -78,7 +105,10 @@ cdef void tile_add_up(const lstm_kernels *k, const Sums *sums, const Part *mine)
 
 
 cdef Py_ssize_t tile_scratch_bytes(const lstm_kernels *k, const Widths *widths) noexcept nogil:
-    return k.weight_gradient_work(widths.M) if widths.M else 0
+    cdef Py_ssize_t bytes = 0
+    if k.lower != NULL:
+        bytes = padded(LOWERED_ROWS * sizeof(void *)) + LOWERED_ROWS * lowered_stride(k, widths.row)
+    return max(bytes, k.weight_gradient_work(widths.M) if widths.M else 0)
 
 
 cdef Products tiles

@@ -52,7 +52,8 @@ cdef struct Member:                # a thread in the time loop: its row group, a
     Group own
     Part slab
     team_barrier *barrier          # of the row group
-    lstm_rows products                  # with room for its row pointers
+    lstm_rows products             # with room for its row pointers
+    char *low                      # room for its lowered rows
 
 
 cdef int fill_problem(Problem *p, Engine e, cell, weights, batch, tape) except -1
