@@ -12,6 +12,10 @@ The gradient through c is multiplied by f_t alone: that is why an LSTM remembers
 Schmidhuber 1997; forget gate: Gers, Schmidhuber and Cummins 2000; peepholes: Gers, Schraudolph and
 Schmidhuber 2002; projection: Sak, Senior and Beaufays 2014).
 
+`compute` names the number format of the operands of every product, forward and backward: None (as
+they are), "bfloat16", or "int8" (forward only). All else, and so c, gates, bias and every sum, stays
+in the dtype of x. Backward takes rounding for the identity.
+
 The kernels are proven against this file, and this file against finite differences. It has the
 signatures of `lstmcore.functional`, checks nothing, knows nothing but NumPy, and is never a
 fallback. Sizes: T steps, B batch, I inputs, H hidden units, P projected units (P = H without W_hr).
@@ -21,8 +25,8 @@ from collections import namedtuple
 
 import numpy as np
 
-Tape = namedtuple("Tape", "x W_ih W_hh peepholes W_hr h0 c0 lengths reverse y gates c")
-RNNTape = namedtuple("RNNTape", "x W_ih W_hh h0 lengths reverse nonlinearity y")
+Tape = namedtuple("Tape", "x W_ih W_hh peepholes W_hr h0 c0 lengths reverse compute y gates c")
+RNNTape = namedtuple("RNNTape", "x W_ih W_hh h0 lengths reverse compute nonlinearity y")
 Gradients = namedtuple("Gradients", "dx dW_ih dW_hh db dpeepholes dh0 dc0 dW_hr")
 RNNGradients = namedtuple("RNNGradients", "dx dW_ih dW_hh db dh0")
 
@@ -30,6 +34,38 @@ RNNGradients = namedtuple("RNNGradients", "dx dW_ih dW_hh db dh0")
 def sigmoid(a):
     """σ(a) = 1 / (1 + e^-a), by tanh, which does not overflow."""
     return 0.5 * (1 + np.tanh(0.5 * a))
+
+
+def rounded(a):
+    """a as float32, rounded to the 8 significant bits of bfloat16: to nearest, ties to even."""
+    a = np.asarray(a, "float32")
+    bits = a.view("uint32")
+    return np.where(np.isnan(a), a, (bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000).view("float32"))
+
+
+def quantize(W):
+    """W (n, K) -> q (n, K) int8 and scale (n,) float32 with W ≈ q scale: max |W| of a row is 127.
+
+    A row below 2^-100 is zeros with scale 0; a row that holds nan or inf is zeros with scale nan.
+    """
+    W = np.asarray(W, "float32")
+    largest = np.abs(W).max(axis=1, initial=0)
+    largest = np.where(np.isfinite(largest), largest, np.float32(np.nan))
+    kept = largest >= 2.0**-100
+    factor = np.divide(127, largest, out=np.zeros_like(largest), where=kept)
+    q = np.rint(np.where(kept[:, None], W, 0) * factor[:, None]).astype("int8")
+    return q, np.where(largest < 2.0**-100, 0, largest / 127)
+
+
+def product(a, b, compute):
+    """a (n, K) times b (K, m), both in the number format `compute`; int8 has a scale per K numbers."""
+    if compute == "bfloat16":
+        return rounded(a).astype(a.dtype) @ rounded(b).astype(a.dtype)
+    if compute == "int8":
+        (q_a, scale_a), (q_b, scale_b) = quantize(a), quantize(b.T)
+        sums = q_a.astype("float64") @ q_b.T.astype("float64")  # of integers: exact up to 2^53
+        return (sums * np.outer(scale_a, scale_b)).astype(a.dtype)
+    return a @ b
 
 
 def cell_forward(a, c_prev, p):
@@ -70,7 +106,7 @@ def steps(T, B, lengths, reverse):
 
 
 def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_hr=None,
-                 lengths=None, reverse=False, keep_tape=True, n_threads=None):
+                 lengths=None, reverse=False, keep_tape=True, compute=None, n_threads=None):
     """x (T,B,I), W_ih (4H,I), W_hh (4H,P) -> y (T,B,P), (h_n (B,P), c_n (B,H)), tape."""
     T, B, _ = x.shape
     H, P = W_hh.shape[0] // 4, W_hh.shape[1]
@@ -80,17 +116,18 @@ def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_h
     y, gates, c_all = (np.zeros((T, B, n), x.dtype) for n in (P, 4 * H, H))
     h, c = h0.copy(), c0.copy()
     for r, t, _ in steps(T, B, lengths, reverse):
-        a = x[t, r] @ W_ih.T + h[r] @ W_hh.T + (0 if b is None else b)
+        a = product(x[t, r], W_ih.T, compute) + product(h[r], W_hh.T, compute)
+        a += 0 if b is None else b
         gates[t, r], c[r], m = cell_forward(a, c[r], p)
-        h[r] = m if W_hr is None else m @ W_hr.T
+        h[r] = m if W_hr is None else product(m, W_hr.T, compute)
         y[t, r], c_all[t, r] = h[r], c[r]
-    tape = Tape(x, W_ih, W_hh, peepholes, W_hr, h0, c0, lengths, reverse, y, gates, c_all)
+    tape = Tape(x, W_ih, W_hh, peepholes, W_hr, h0, c0, lengths, reverse, compute, y, gates, c_all)
     return y, (h, c), tape if keep_tape else None
 
 
 def lstm_backward(tape, dy, dh_n=None, dc_n=None, *, n_threads=None):
     """dy (T,B,P), dh_n (B,P), dc_n (B,H) -> Gradients, every one shaped as what it belongs to."""
-    x, W_ih, W_hh, peepholes, W_hr, h0, c0, lengths, reverse, y, gates, c = tape
+    x, W_ih, W_hh, peepholes, W_hr, h0, c0, lengths, reverse, compute, y, gates, c = tape
     T, B, _ = x.shape
     p = np.zeros((3, c.shape[2]), x.dtype) if peepholes is None else peepholes
     dx, dW_ih, dW_hh = np.zeros_like(x), np.zeros_like(W_ih), np.zeros_like(W_hh)
@@ -104,13 +141,14 @@ def lstm_backward(tape, dy, dh_n=None, dc_n=None, *, n_threads=None):
         if W_hr is None:
             dm = dh_t
         else:
-            dm = dh_t @ W_hr
-            dW_hr += dh_t.T @ (gates[t, r, -c.shape[2]:] * np.tanh(c[t, r]))
+            m = gates[t, r, -c.shape[2]:] * np.tanh(c[t, r])
+            dm = product(dh_t, W_hr, compute)
+            dW_hr += product(dh_t.T, m, compute)
         da, dc[r] = cell_backward(gates[t, r], c[t, r], c_prev, p, dm, dc[r])
-        dh[r] = da @ W_hh
-        dx[t, r] = da @ W_ih
-        dW_ih += da.T @ x[t, r]
-        dW_hh += da.T @ h_prev
+        dh[r] = product(da, W_hh, compute)
+        dx[t, r] = product(da, W_ih, compute)
+        dW_ih += product(da.T, x[t, r], compute)
+        dW_hh += product(da.T, h_prev, compute)
         db += da.sum(axis=0)
         da_i, da_f, _, da_o = np.split(da, 4, axis=1)
         dp += np.stack([da_i * c_prev, da_f * c_prev, da_o * c[t, r]]).sum(axis=1)
@@ -118,22 +156,23 @@ def lstm_backward(tape, dy, dh_n=None, dc_n=None, *, n_threads=None):
 
 
 def rnn_forward(x, W_ih, W_hh, b=None, h0=None, *, nonlinearity="tanh",
-                lengths=None, reverse=False, keep_tape=True, n_threads=None):
+                lengths=None, reverse=False, keep_tape=True, compute=None, n_threads=None):
     """h_t = tanh(x_t W_ihᵀ + h_{t-1} W_hhᵀ + b), or relu: x (T,B,I) -> y (T,B,H), h_n (B,H), tape."""
     T, B, _ = x.shape
     H = len(W_hh)
     h0 = np.zeros((B, H), x.dtype) if h0 is None else h0
     y, h = np.zeros((T, B, H), x.dtype), h0.copy()
     for r, t, _ in steps(T, B, lengths, reverse):
-        a = x[t, r] @ W_ih.T + h[r] @ W_hh.T + (0 if b is None else b)
+        a = product(x[t, r], W_ih.T, compute) + product(h[r], W_hh.T, compute)
+        a += 0 if b is None else b
         y[t, r] = h[r] = np.tanh(a) if nonlinearity == "tanh" else np.maximum(a, 0)
-    tape = RNNTape(x, W_ih, W_hh, h0, lengths, reverse, nonlinearity, y)
+    tape = RNNTape(x, W_ih, W_hh, h0, lengths, reverse, compute, nonlinearity, y)
     return y, h, tape if keep_tape else None
 
 
 def rnn_backward(tape, dy, dh_n=None, *, n_threads=None):
     """dy (T,B,H), dh_n (B,H) -> RNNGradients: each step multiplies by W_hhᵀ, and so it vanishes."""
-    x, W_ih, W_hh, h0, lengths, reverse, nonlinearity, y = tape
+    x, W_ih, W_hh, h0, lengths, reverse, compute, nonlinearity, y = tape
     T, B, _ = x.shape
     dx, dW_ih, dW_hh = np.zeros_like(x), np.zeros_like(W_ih), np.zeros_like(W_hh)
     db = np.zeros(len(W_ih), x.dtype)
@@ -142,9 +181,9 @@ def rnn_backward(tape, dy, dh_n=None, *, n_threads=None):
         h_prev = h0[r] if t_prev is None else y[t_prev, r]
         h = y[t, r]
         da = (dh[r] + dy[t, r]) * (1 - h**2 if nonlinearity == "tanh" else h > 0)
-        dh[r] = da @ W_hh
-        dx[t, r] = da @ W_ih
-        dW_ih += da.T @ x[t, r]
-        dW_hh += da.T @ h_prev
+        dh[r] = product(da, W_hh, compute)
+        dx[t, r] = product(da, W_ih, compute)
+        dW_ih += product(da.T, x[t, r], compute)
+        dW_hh += product(da.T, h_prev, compute)
         db += da.sum(axis=0)
     return RNNGradients(dx, dW_ih, dW_hh, db, dh)

@@ -70,6 +70,11 @@ def backward(module, problem, **options):
     return getattr(module, problem.kind + "_backward")(tape, **problem.upstream, **options)
 
 
+def with_products(problem, compute):
+    """The same problem, its products computed in another number format, forward and backward."""
+    return SimpleNamespace(**{**vars(problem), "options": {**problem.options, "compute": compute}})
+
+
 def in_float64(problem):
     """The same problem, its arrays cast up: what a float32 kernel is compared on."""
     cast = {part: {name: None if array is None else array.astype("float64")

@@ -1,10 +1,11 @@
 """The specification is right: one case in fractions by hand, every gradient by differences."""
 
+from functools import partial
 from math import log
 
 import numpy as np
 import pytest
-from problems import backward, forward, lstm_problem, rnn_problem
+from problems import backward, forward, lstm_problem, rnn_problem, with_products
 
 from lstmcore import reference
 
@@ -209,3 +210,165 @@ def test_keep_tape_false_returns_the_same_results():
     want_y, want_state, _ = forward(reference, problem)
     assert tape is None
     assert np.array_equal(y, want_y) and np.array_equal(state, want_state)
+
+
+# ---- below float32 -----------------------------------------------------------------------------------
+
+
+def test_rounded_is_the_nearest_bfloat16():
+    """Every sign, exponent and mantissa of bfloat16, and around each what lies before the next."""
+    low = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], "uint32")
+    bits = (np.arange(1 << 16, dtype="uint32")[:, None] << 16 | low).ravel()
+    a = bits.view("float32")
+    a, bits = a[np.isfinite(a)], bits[np.isfinite(a)]
+    below, above = ((bits >> 16) + up << 16 for up in (0, 1))  # in magnitude
+    in_float64 = [np.where(np.isinf(end), np.copysign(2.0**128, end), end) for end in
+                  (n.view("float32").astype("float64") for n in (below, above))]
+    to_below, to_above = (np.abs(end - a) for end in in_float64)
+    tie_goes_up = (to_below == to_above) & (below >> 16 & 1 == 1)
+    want = np.where((to_above < to_below) | tie_goes_up, above, below).view("float32")
+    got = reference.rounded(a)
+    assert got.dtype == "float32" and np.array_equal(got.view("uint32"), want.view("uint32"))
+    assert (got[in_float64[0] == a] == a[in_float64[0] == a]).all()
+
+
+def test_rounded_keeps_nan_infinity_and_the_sign_of_zero():
+    nan = np.array([0x7F800001, 0x7FC00000, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF], "uint32")
+    assert np.isnan(reference.rounded(nan.view("float32"))).all()
+    a = np.array([np.inf, -np.inf, 0.0, -0.0])
+    got = reference.rounded(a)
+    assert np.array_equal(got, a) and np.array_equal(np.signbit(got), np.signbit(a))
+    assert reference.rounded(np.arange(12.0).reshape(3, 4).T).shape == (4, 3)
+
+
+def test_quantize_by_hand():
+    """Ties go to even; 9 (127/18) is a tie in float32, where 9 / (18/127) lies below it."""
+    W = np.array([[127, 0.5, 1.5, 2.5, -0.5, -1.5], [-254, 254, 1, 3, 5, -253], [18, 9, 0, 0, 0, 0],
+                  [0, 0, 0, 0, 0, -0.0], [2.0**-100, 0, 0, 0, 0, 0], [2.0**-101, 1e-40, 0, 0, 0, 0],
+                  [3e38, -1.5e38, 0, 0, 0, 0], [1, np.nan, 2, 3, 4, 5], [1, 2, 3, -np.inf, 4, 5]])
+    q, scale = reference.quantize(W)
+    assert q.dtype == "int8" and scale.dtype == "float32"
+    assert q.tolist() == [[127, 0, 2, 2, 0, -2], [-127, 127, 0, 2, 2, -126], [127, 64, 0, 0, 0, 0],
+                          [0] * 6, [127, 0, 0, 0, 0, 0], [0] * 6, [127, -64, 0, 0, 0, 0],
+                          [0] * 6, [0] * 6]
+    assert np.array_equal(scale, np.array([1, 2, 18 / 127, 0, 2.0**-100 / 127, 0, 3e38 / 127,
+                                           np.nan, np.nan], "float32"), equal_nan=True)
+    for empty in (0, 3), (3, 0):
+        q, scale = reference.quantize(np.zeros(empty))
+        assert q.shape == empty and np.array_equal(scale, np.zeros(empty[0]))
+
+
+def test_quantize_is_off_by_half_a_scale():
+    W = np.random.default_rng(1).standard_normal((50, 301)) * np.logspace(-20, 20, 50)[:, None]
+    q, scale = reference.quantize(W.astype("float32"))
+    assert (np.abs(q.astype(int)).max(axis=1) == 127).all()
+    error = np.abs(q * scale[:, None].astype("float64") - W) / scale[:, None]
+    assert 0.49 < error.max() <= 0.5 + 127 * 2.0**-22  # float32: two roundings of up to 127
+
+
+def test_products_of_int8_are_exact_and_keep_nan_in_its_row():
+    """150,000 products of up to 127 x 127: their sum is beyond int32, and its last digit counts."""
+    rng = np.random.default_rng(2)
+    a, b = rng.integers(120, 128, (3, 150_000)), rng.integers(120, 128, (2, 150_000))
+    a[:, 0] = b[:, 0] = 127                            # scales of 1
+    want = [[sum(map(int, row * column)) for column in b] for row in a]
+    a, b = a.astype("float64"), b.astype("float64")
+    assert reference.product(a, b.T, "int8").tolist() == want and want[0][0] > 2**31
+    a[1, 7], b[1, 3] = np.nan, np.inf
+    bad = np.isnan(reference.product(a, b.T, "int8"))
+    assert bad.tolist() == [[False, True], [True, True], [False, True]]
+
+
+def as_operands(problem, compute):
+    """A problem's operands as `compute` sees them, the rest as it is, in the dtype of x."""
+    def seen(name, array):
+        if array is None or name in ("b", "c0", "peepholes"):
+            return array
+        if compute == "bfloat16":
+            return reference.rounded(array).astype(array.dtype)
+        q, scale = reference.quantize(array.reshape(-1, array.shape[-1]))
+        return (q * scale[:, None].astype(array.dtype)).reshape(array.shape)
+
+    inputs = {name: seen(name, array) for name, array in problem.inputs.items()}
+    return type(problem)(kind=problem.kind, inputs=inputs, upstream=problem.upstream,
+                         options=problem.options)
+
+
+LOW = pytest.mark.parametrize("compute", ["bfloat16", "int8"])
+KINDS = by_name({"lstm": lstm_problem, "rnn": rnn_problem, "relu": partial(
+    rnn_problem, nonlinearity="relu"), "peepholes": partial(lstm_problem, peepholes=True)})
+
+
+@LOW
+@KINDS
+def test_a_low_step_is_a_step_on_the_operands(case, compute, close):
+    """x, W_ih, h_{t-1} and W_hh are rounded; b, c, peepholes, gates and states are not."""
+    problem = case(1, 5, 7, 6, dtype="float32", seed=9)
+    y, state, tape = forward(reference, problem, compute=compute)
+    want_y, want_state, want = forward(reference, as_operands(problem, compute))
+    close((y, np.array(state)), (want_y, np.array(want_state)), "identity")
+    exact = forward(reference, problem)[0]
+    assert np.abs(y - exact).max() > 1e-4 and tape.compute == compute
+    close(y, exact, compute)
+
+
+@LOW
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@KINDS
+def test_low_steps_hand_on_their_own_h(case, reverse, compute, close):
+    """T steps are T times one step, from the state (not rounded) that the one before left."""
+    problem = case(4, 3, 5, 6, reverse=reverse, seed=10)
+    y, state, _ = forward(reference, problem, compute=compute)
+    x, names = problem.inputs["x"], [n for n in ("h0", "c0") if n in problem.inputs]
+    for t in range(4)[::-1 if reverse else 1]:
+        problem.inputs["x"] = x[t:t + 1]
+        y_t, state_t, _ = forward(reference, problem, compute=compute)
+        problem.inputs.update(zip(names, state_t if len(names) == 2 else [state_t]))
+        close(y[t], y_t[0], "identity")
+    close(np.array(state), np.array(state_t), "identity")
+
+
+@LOW
+def test_a_low_projection_rounds_what_it_projects(compute, close):
+    problem = lstm_problem(3, 4, 5, 6, P=2, seed=11)
+    y, _, tape = forward(reference, problem, compute=compute)
+    m = np.split(tape.gates, 4, axis=2)[3] * np.tanh(tape.c)
+    for t in range(3):
+        close(y[t], reference.product(m[t], problem.inputs["W_hr"].T, compute), "identity")
+
+
+@KINDS
+def test_a_low_step_back_rounds_da(case, close):
+    """With one row db is da, and all else is a product of it, rounded, with a rounded operand."""
+    problem = case(1, 1, 7, 6, seed=12)
+    g = backward(reference, with_products(problem, "bfloat16"))
+    low = as_operands(problem, "bfloat16").inputs
+    da = reference.rounded(g.db).astype("float64")
+    want = backward(reference, as_operands(problem, "bfloat16"))
+    for name in "db", "dc0", "dpeepholes":
+        if hasattr(g, name):
+            close(getattr(g, name), getattr(want, name), "identity")
+    for name, operands in dict(dx=(da, low["W_ih"]), dh0=(da, low["W_hh"]), dW_ih=(
+            da[:, None], low["x"][0]), dW_hh=(da[:, None], low["h0"])).items():
+        close(getattr(g, name).squeeze(), (operands[0] @ operands[1]).squeeze(), "identity")
+        assert np.abs(getattr(g, name) - getattr(want, name)).max() > 0
+
+
+def test_a_low_projection_back_rounds_dh(close):
+    """dm is rounded dh times rounded W_hr, and dW_hr rounded dh times rounded m."""
+    problem = lstm_problem(1, 1, 3, 6, P=2, states=False, seed=13)
+    tape = forward(reference, with_products(problem, "bfloat16"))[-1]
+    g = reference.lstm_backward(tape, problem.upstream["dy"])
+    dh, m = problem.upstream["dy"][0], tape.gates[0, :, -6:] * np.tanh(tape.c[0])
+    dm = reference.product(dh, problem.inputs["W_hr"], "bfloat16")
+    da, _ = reference.cell_backward(tape.gates[0], tape.c[0], 0 * tape.c[0], np.zeros((3, 6)), dm, 0)
+    close(g.db, da[0], "identity")
+    close(g.dW_hr, reference.rounded(dh).T.astype("float64") @ reference.rounded(m), "identity")
+
+
+@by_name({**LSTM_CASES, "tanh": dict(T=4, B=3, I=5, H=2, nonlinearity="tanh")})
+def test_low_gradients_are_the_gradients_up_to_rounding(case, close):
+    """Not so for relu: where rounding takes a sum across its kink, a whole slope goes."""
+    problem = (rnn_problem if "nonlinearity" in case else lstm_problem)(**case, seed=14)
+    low = backward(reference, with_products(problem, "bfloat16"))
+    close(low, backward(reference, problem), "bfloat16")
