@@ -104,9 +104,9 @@ cdef void backward(void *arg, int me, int team) noexcept nogil:
     f.plan.e.by.add_up(f.plan.e.k, &sums, &share)
 
 
-cdef int fill(Linear *f, x, W, int n_threads) except -1:
+cdef int fill(Linear *f, x, W, int n_threads, str format) except -1:
     memset(f, 0, sizeof(Linear))
-    choose_engine(&f.plan.e, format_of(x))
+    choose_engine(&f.plan.e, format)
     f.plan.n_threads = n_threads
     f.plan.lay_out, f.plan.prepare = lay_out, prepare
     f.n, f.I, f.O = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(W, 0)
@@ -114,10 +114,10 @@ cdef int fill(Linear *f, x, W, int n_threads) except -1:
     return 0
 
 
-def run_forward(x, W, b, y, *, n_threads, Packed packed=None):
-    """y (n,O) = x (n,I) Wᵀ + b, with W (O,I); n >= 1. packed: of W."""
+def run_forward(x, W, b, y, *, n_threads, format, Packed packed=None):
+    """y (n,O) = x (n,I) Wᵀ + b, with W (O,I); n >= 1. packed: of W, and of this format."""
     cdef Linear f
-    fill(&f, x, W, n_threads)
+    fill(&f, x, W, n_threads, format)
     f.b, f.y, f.plan.work = address(b), address(y), forward
     if packed is None or f.plan.e.by.over_blas:
         f.W = operand(f.plan.e.k, 1, W, False)
@@ -126,10 +126,10 @@ def run_forward(x, W, b, y, *, n_threads, Packed packed=None):
     run_plan(<Plan *>&f)
 
 
-def run_backward(x, W, dy, g, *, n_threads):
+def run_backward(x, W, dy, g, *, n_threads, format):
     """g: dx (n,I) = dy W, or None; dW (O,I) = dyᵀ x; db (O) = Σ dy; n >= 1."""
     cdef Linear f
-    fill(&f, x, W, n_threads)
+    fill(&f, x, W, n_threads, format)
     f.dy, f.plan.work = address(dy), backward
     f.dx, f.dW, f.db = address(g.dx), address(g.dW), address(g.db)
     f.W = operand(f.plan.e.k, 1, None if g.dx is None else W, True)

@@ -339,7 +339,8 @@ cdef class Packed:
     """
 
     def __init__(self, str cell, int gates, str format, weights, origin):
-        """weights: W_ih, W_hh, W_hr, contiguous or None; origin: the arrays of the caller."""
+        """weights: W_ih, W_hh, W_hr, contiguous or None, of int8 as `operand` takes it; origin: the
+        arrays of the caller."""
         cdef Part whole
         cdef Arena arena
         cdef int q
@@ -347,6 +348,7 @@ cdef class Packed:
         self.cell, self.origin = cell, tuple(origin)
         self.shapes = tuple(None if a is None else (a.shape, a.strides, a.dtype) for a in self.origin)
         self.e.k, self.e.by, self.format = kernels_of(format), &tiles, format
+        self.quantized = tuple(weights) if format == "int8" else None
         for q in range(3):
             # of W_hr (P, H) the columns are the P projected units, without gates
             self.operands[q] = operand(self.e.k, gates if q < 2 else 1, weights[q], False)
@@ -363,6 +365,11 @@ cdef class Packed:
             w.w.packed = take(&arena, self.e.by.packed_bytes(self.e.k, w))
             self.e.by.pack(self.e.k, w, &whole, 0, 1)
             w.w.W = NULL               # all later use is of the packed copy
+
+    @property
+    def nbytes(self):
+        """Bytes of the packed weights."""
+        return self.work.size
 
     @property
     def isa(self):

@@ -11,18 +11,19 @@ import numpy as np
 from lstmcore import _dense, _kernels, checks
 from lstmcore._memory import empty
 from lstmcore.checks import F64
-from lstmcore.functional import _found_packed, _threads
+from lstmcore.functional import _format, _found_packed, _threads
 
 LinearGradients = namedtuple("LinearGradients", "dx dW db")
 
 
 # ---- dense layer -------------------------------------------------------------------------------------
 
-def linear_forward(x, W, b=None, *, n_threads=None, packed=None):
+def linear_forward(x, W, b=None, *, n_threads=None, packed=None, compute=None):
     """y = x Wᵀ + b on the project's own threads: x (n, I), W (O, I), b (O,) -> y (n, O).
 
     A matrix product of NumPy would use a second pool of threads, which slows the kernels down, and
     the bits of a row could depend on the other rows. packed: of pack("linear", W), for many calls.
+    compute: as in `lstm_forward`.
 
     >>> import numpy as np
     >>> from lstmcore.dense import linear_forward
@@ -36,12 +37,13 @@ def linear_forward(x, W, b=None, *, n_threads=None, packed=None):
     b = checks.optional(b, "b", "(O,)", (len(W),), dtype)
     y, n_threads = empty((len(x), len(W)), dtype), _threads(n_threads, len(x), *W.shape)
     if y.size:
-        _dense.run_forward(x, W, b, y, n_threads=n_threads, packed=packed)
+        _dense.run_forward(x, W, b, y, n_threads=n_threads, format=_format(compute, dtype, packed),
+                           packed=packed)
     return y
 
 
-def linear_backward(x, W, dy, *, need_dx=True, n_threads=None):
-    """dy (n, O) -> dx (n, I) or None, dW (O, I), db (O,).
+def linear_backward(x, W, dy, *, need_dx=True, n_threads=None, compute=None):
+    """dy (n, O) -> dx (n, I) or None, dW (O, I), db (O,). compute: as in `lstm_forward`.
 
     >>> import numpy as np
     >>> from lstmcore.dense import linear_backward
@@ -54,7 +56,7 @@ def linear_backward(x, W, dy, *, need_dx=True, n_threads=None):
                         np.empty(len(W), dtype))
     n_threads = _threads(n_threads, len(x), *W.shape)
     if dy.size:
-        _dense.run_backward(x, W, dy, g, n_threads=n_threads)
+        _dense.run_backward(x, W, dy, g, n_threads=n_threads, format=_format(compute, dtype))
     else:
         for d in g:
             if d is not None:

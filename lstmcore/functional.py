@@ -14,7 +14,7 @@ from lstmcore import _backward, _forward, _kernels, _products, checks
 from lstmcore._memory import empty
 from lstmcore._recurrence import cell as cell_row  # the row of a cell, by name
 from lstmcore.checks import F32, F64
-from lstmcore.reference import Gradients, RNNGradients
+from lstmcore.reference import Gradients, RNNGradients, quantize
 from lstmcore.threads import get_num_threads, resolve
 
 _SERIAL_WORK = 1_000_000  # multiply-adds that are done before a second thread pays: about 20 µs
@@ -73,13 +73,14 @@ class TokenTable:
         self.rows = rows
 
 
-def _looked_up(ids, W_ih, b, G):
+def _looked_up(ids, W_ih, b, G, quantized=None):
     """Token ids and the table that they look up, what each projects to.
 
     The table is W_ihᵀ + b (I, G) or, if it has more rows than there are tokens, the rows in use.
     """
     if isinstance(W_ih, TokenTable):
         return ids.array, W_ih.rows
+    W_ih = quantized[0].floats() if quantized else W_ih
     if ids.array.size >= W_ih.shape[1]:
         return ids.array, _projected(W_ih.T, b, G)
     used, places = ids.used()
@@ -161,7 +162,23 @@ def _x(x, sizes):
     return x if type(x) is TokenIds else checks.array(x, "x", "(T, B, I)", sizes[:3], sizes[5])
 
 
-def _weights(cell, sizes, W_ih, W_hh, b=None, peepholes=None, W_hr=None, looked_up=False):
+def _format(compute, dtype, packed=None):
+    """The number format of the products: what `compute` names, that of packed weights, or the dtype."""
+    own = "float64" if dtype is F64 else "float32"
+    if compute is None:
+        return own if packed is None else packed.format
+    if compute not in ("float32", "float64", "bfloat16"):
+        hint = ": int8 is for weights of pack(precision='int8')" if compute == "int8" else ""
+        raise ValueError(f"compute must be 'float32', 'float64' or 'bfloat16', got {compute!r}{hint}")
+    if compute != own and (compute, own) != ("bfloat16", "float32"):
+        raise TypeError(f"compute={compute!r} needs {'float64' if compute == 'float64' else 'float32'} "
+                        f"arrays, got {own}")
+    if packed is not None and packed.format != compute:
+        raise ValueError(f"packed must be of pack(precision={compute!r}), got of {packed.format}")
+    return compute
+
+
+def _weights(cell, sizes, W_ih, W_hh, b=None, peepholes=None, W_hr=None, looked_up=False, format=None):
     """The weights, found to be of these sizes. Those of tokens are only looked up: they stay strided."""
     _, _, I, H, K, dtype = sizes
     width, rows, letters = cell.gates * H, cell.fed * H, _letters(cell, W_hr is not None)
@@ -175,7 +192,7 @@ def _weights(cell, sizes, W_ih, W_hh, b=None, peepholes=None, W_hr=None, looked_
         None if b is None else array(b, "b", letters.b, (width,), dtype),
         None if peepholes is None else array(peepholes, "peepholes", "(3, H)", (3, H), dtype),
         None if W_hr is None else array(W_hr, "W_hr", "(P, H)", (K, H), dtype),
-        "float64" if dtype is F64 else "float32")
+        format or _format(None, dtype))
 
 
 def _states(cell, sizes, h, c, names, projected):
@@ -334,14 +351,15 @@ class RNNTape(_Tape):
 
 
 def tape_from(*, x, W_ih, W_hh, peepholes=None, W_hr=None, h0=None, c0=None, lengths=None,
-              reverse=False, y, raw_gates, raw_c):
+              reverse=False, y, raw_gates, raw_c, compute=None):
     """A tape from the arrays of an earlier one, for those who must store it as plain arrays.
 
     raw_gates (tokens, 4H) is written to by `lstm_backward`, so it shares no memory with the others.
     """
     cell = cell_row("lstm")
     x, sizes = _sizes(cell, x, W_ih, W_hh, W_hr)
-    weights = _weights(cell, sizes, W_ih, W_hh, None, peepholes, W_hr, isinstance(x, TokenIds))
+    weights = _weights(cell, sizes, W_ih, W_hh, None, peepholes, W_hr, isinstance(x, TokenIds),
+                       _format(compute, sizes.dtype))
     h0, c0 = _states(cell, sizes, h0, c0, ("h0", "c0"), W_hr is not None)
     T, B, _, H, K, dtype = sizes
     order, lengths = _order(lengths, T, B)
@@ -359,7 +377,7 @@ def tape_from(*, x, W_ih, W_hh, peepholes=None, W_hr=None, h0=None, c0=None, len
 # ---- a layer -----------------------------------------------------------------------------------------
 
 def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, lengths, reverse,
-                 keep_tape, n_threads, packed=None):
+                 keep_tape, n_threads, packed=None, compute=None):
     """What the forward passes of all cells have in common: y, h_n, c_n and the pieces of a tape."""
     cell = cell_row(name)
     x, sizes = _sizes(cell, x, W_ih, W_hh, W_hr)
@@ -368,7 +386,10 @@ def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, l
     x = _x(x, sizes)
     if packed is not None:
         packed = _found_packed(packed, name, (W_ih, W_hh, W_hr), looked_up)
-    weights = _weights(cell, sizes, W_ih, W_hh, b, peepholes, W_hr, looked_up)
+    format = _format(compute, dtype, packed)
+    if format == "int8" and keep_tape:
+        raise ValueError("weights packed as int8 are for inference: keep_tape must be False")
+    weights = _weights(cell, sizes, W_ih, W_hh, b, peepholes, W_hr, looked_up, format)
     if h0 is not None or c0 is not None:
         h0, c0 = _states(cell, sizes, h0, c0, ("h0", "c0"), W_hr is not None)
     order, lengths = (None, None) if lengths is None else _order(lengths, T, B)
@@ -384,7 +405,8 @@ def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, l
     if tokens:
         run = batch
         if looked_up:
-            ids, table = _looked_up(x, weights.W_ih, weights.b, cell.gates * H)
+            ids, table = _looked_up(x, weights.W_ih, weights.b, cell.gates * H,
+                                    packed and packed.quantized)
             run = batch._replace(x=ids, table=table)
         _forward.run(cell, weights, run, Room(y, h_n, c_n, gates, c), packed=packed,
                      n_threads=n_threads)
@@ -452,7 +474,8 @@ def _checked_upstream(tape, dy, dh_n, dc_n):
 # ---- LSTM --------------------------------------------------------------------------------------------
 
 def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_hr=None,
-                 lengths=None, reverse=False, keep_tape=True, n_threads=None, packed=None):
+                 lengths=None, reverse=False, keep_tape=True, n_threads=None, packed=None,
+                 compute=None):
     """Run one LSTM layer over a batch of sequences.
 
     Parameters
@@ -470,6 +493,9 @@ def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_h
     keep_tape : False for inference: nothing is saved, and the tape is None
     n_threads : int, default `get_num_threads()`; changes no bit of the result
     packed : of `functional.pack`, from the same weights, for many calls with weights that stay
+    compute : "bfloat16" rounds the operands of every product, here and in `lstm_backward`, to
+        bfloat16 (x, h, the weights, and da there); sums, states, bias and results stay float32. By
+        default the dtype of the arrays, or what `packed` is of
 
     Returns
     -------
@@ -498,7 +524,7 @@ def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_h
     """
     y, h_n, c_n, made, kept = _run_forward(
         "lstm", x, W_ih, W_hh, b, h0, c0, peepholes=peepholes, W_hr=W_hr, lengths=lengths,
-        reverse=reverse, keep_tape=keep_tape, n_threads=n_threads, packed=packed)
+        reverse=reverse, keep_tape=keep_tape, n_threads=n_threads, packed=packed, compute=compute)
     return y, (h_n, c_n), Tape(*made, *kept) if keep_tape else None
 
 
@@ -543,7 +569,7 @@ def lstm_backward(tape, dy, dh_n=None, dc_n=None, *, n_threads=None):
 # ---- vanilla RNN -------------------------------------------------------------------------------------
 
 def rnn_forward(x, W_ih, W_hh, b=None, h0=None, *, nonlinearity="tanh", lengths=None, reverse=False,
-                keep_tape=True, n_threads=None, packed=None):
+                keep_tape=True, n_threads=None, packed=None, compute=None):
     """Run one vanilla (Elman) RNN layer: h_t = tanh(x_t W_ihᵀ + h_{t-1} W_hhᵀ + b), or relu.
 
     Parameters are those of `lstm_forward`, with W_ih (H, I), W_hh (H, H), b (H,), and nonlinearity
@@ -562,7 +588,7 @@ def rnn_forward(x, W_ih, W_hh, b=None, h0=None, *, nonlinearity="tanh", lengths=
         raise ValueError(f'nonlinearity must be "tanh" or "relu", got {nonlinearity!r}')
     y, h_n, _, made, _ = _run_forward(nonlinearity, x, W_ih, W_hh, b, h0, None, lengths=lengths,
                                       reverse=reverse, keep_tape=keep_tape, n_threads=n_threads,
-                                      packed=packed)
+                                      packed=packed, compute=compute)
     return y, h_n, RNNTape(*made) if keep_tape else None
 
 
@@ -589,8 +615,44 @@ def rnn_backward(tape, dy, dh_n=None, *, n_threads=None):
 
 # ---- weights packed for many calls -------------------------------------------------------------------
 
-def pack(cell, W_ih, W_hh=None, W_hr=None):
+class Quantized(namedtuple("Quantized", "q scale")):
+    """A matrix below float32: q (n, K) int8 times scale (n,) float32, as `reference.quantize` has it.
+
+    >>> import numpy as np
+    >>> from lstmcore.functional import Quantized
+    >>> Quantized.of(np.array([[0.5, -1.0]], "float32")).q
+    array([[  64, -127]], dtype=int8)
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, W):
+        """W (n, K) float32, rounded: one scale for each row."""
+        return cls(*quantize(W))
+
+    def checked(self, name, shape):
+        """These arrays, contiguous, found to be of a matrix of this shape."""
+        q, scale = (np.ascontiguousarray(checks.unmasked(name, a)) for a in self)
+        if q.shape != shape or q.dtype != np.int8 or scale.shape != shape[:1] or scale.dtype != F32:
+            raise ValueError(f"{name} must be quantized as int8 {shape} with float32 scales "
+                             f"{shape[:1]}, got {q.dtype} {q.shape} with {scale.dtype} {scale.shape}")
+        return Quantized(q, scale)
+
+    def floats(self):
+        """What it stands for: q scale (n, K), float32."""
+        return self.q * self.scale[:, None]
+
+
+PRECISIONS = ("float32", "float64", "bfloat16", "int8")
+
+
+def pack(cell, W_ih, W_hh=None, W_hr=None, *, precision=None, quantized=None):
     """Weights arranged for many calls with packed=; they must not change as long as it is used.
+
+    precision: the number format of the products: the weights' dtype by default; or "bfloat16", or
+    "int8", of float32 weights, which are rounded to `Quantized` ones, or to those in quantized
+    (of W_ih, W_hh, W_hr), if given.
 
     cell: "lstm", "tanh" or "relu", or "linear" for a dense layer's W_ih alone. `Module.freeze` does
     this for a model. A call compares: the weights that it is given must be these very arrays.
@@ -611,15 +673,37 @@ def pack(cell, W_ih, W_hh=None, W_hr=None):
         if W.ndim != 2 or 0 in W.shape:
             raise ValueError(f"W_ih must be (O, I) with O, I >= 1, got {W.shape}")
         W = checks.array(W, "W_ih", "(O, I)", W.shape, F64 if W.dtype == F64 else F32)
-        return _products.Packed("linear", 1, W.dtype.name, (W, None, None), origin)
+        format = _precision(precision, W.dtype)
+        return _products.Packed("linear", 1, format, _lowered((W, None, None), format, quantized), origin)
     row = cell_row(cell)
     if W_hr is not None and not row.has_projection:
         raise ValueError(f"a {cell} cell has no projection, got W_hr")
     W_ih = checks.unmasked("W_ih", W_ih)
     x = np.empty((1, 1, *np.shape(W_ih)[1:2]), getattr(W_ih, "dtype", float))
     x, sizes = _sizes(row, x, W_ih, W_hh, W_hr)
-    w = _weights(row, sizes, W_ih, W_hh, None, None, W_hr)
-    return _products.Packed(cell, row.fed, w.format, (w.W_ih, w.W_hh, w.W_hr), origin)
+    w, format = _weights(row, sizes, W_ih, W_hh, None, None, W_hr), _precision(precision, sizes.dtype)
+    return _products.Packed(cell, row.fed, format,
+                            _lowered((w.W_ih, w.W_hh, w.W_hr), format, quantized), origin)
+
+
+def _precision(precision, dtype):
+    own = "float64" if dtype == F64 else "float32"
+    if precision is None:
+        return own
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if (precision == "float64") != (own == "float64"):
+        raise TypeError(f"precision={precision!r} needs weights of "
+                        f"{'float64' if precision == 'float64' else 'float32'}, got {own}")
+    return precision
+
+
+def _lowered(weights, format, quantized=None):
+    """W_ih, W_hh, W_hr, or None each, as products of this format are packed of."""
+    if format != "int8":
+        return weights
+    return tuple(W if W is None else Quantized.of(W) if q is None else q.checked(name, W.shape)
+                 for name, W, q in zip(("W_ih", "W_hh", "W_hr"), weights, quantized or (None,) * 3))
 
 
 def _found_packed(packed, cell, weights, looked_up=False):
@@ -656,7 +740,7 @@ class Step:
     """
 
     def __init__(self, cell, batch_size, W_ih, W_hh, b=None, peepholes=None, W_hr=None, *,
-                 n_threads=None):
+                 n_threads=None, precision=None, quantized=None):
         row = cell_row(cell)
         B = checks.size("batch_size", batch_size)
         W_ih = checks.unmasked("W_ih", W_ih)
@@ -665,8 +749,11 @@ class Step:
         if (W_hr is not None and not row.has_projection
                 or peepholes is not None and not row.has_peepholes):
             raise ValueError(f"a {cell} cell has neither projection nor peepholes")
-        weights = _weights(row, self._sizes, W_ih, W_hh, b, peepholes, W_hr)
-        self._cell = row
+        weights = _weights(row, self._sizes, W_ih, W_hh, b, peepholes, W_hr,
+                           format=_precision(precision, self._sizes.dtype))
+        self._cell, self._quantized = row, None
+        if weights.format == "int8":
+            self._quantized = _lowered((weights.W_ih, weights.W_hh, weights.W_hr), "int8", quantized)
         self._weights = Weights(*(None if a is None else np.array(a) for a in weights[:5]),
                                 weights.format)
         _, _, I, H, K, dtype = self._sizes
@@ -681,12 +768,13 @@ class Step:
         W_ih, W_hh, _, _, W_hr, format = self._weights
         self._x_shape, self._y_shape, self._is_double = (B, I), (B, K), dtype == F64
         self._table = None
-        packed = _products.Packed(self._cell.name, self._cell.fed, format, (W_ih, W_hh, W_hr), ())
+        packed = _products.Packed(self._cell.name, self._cell.fed, format,
+                                  self._quantized or (W_ih, W_hh, W_hr), ())
         batch = Batch(np.zeros((1, B, I), dtype), None, None, None, None, False, None)
         room = Room(np.zeros((B, K), dtype), self._h, self._c, None, None)
         self._run = _forward.Stepper(self._cell, self._weights, batch, room, packed)
         # A step reads all weights once: a second thread helps if they do not fit near one core.
-        self._serial = W_ih.nbytes + W_hh.nbytes <= 1 << 20
+        self._serial = packed.nbytes <= 1 << 20
 
     # Views: what has no memory of its own cannot be resized.
     h = property(lambda self: self._h[...], doc="The state h (B, K), a view to be written to.")
@@ -695,7 +783,7 @@ class Step:
 
     def __getstate__(self):
         return {name: vars(self)[name]
-                for name in ("_cell", "_weights", "_sizes", "_h", "_c", "_n_threads")}
+                for name in ("_cell", "_weights", "_quantized", "_sizes", "_h", "_c", "_n_threads")}
 
     def __setstate__(self, state):
         vars(self).update(state)
@@ -732,7 +820,8 @@ class Step:
             raise ValueError(f"x_t must be (B,) = ({B},) token ids, got {x_t.shape}")
         x_t = checks.ids(x_t, "token ids", I)
         if self._table is None:
-            self._table = _projected(self._weights.W_ih.T, self._weights.b,
+            W_ih = self._quantized[0].floats() if self._quantized else self._weights.W_ih
+            self._table = _projected(W_ih.T, self._weights.b,
                                      self._cell.gates * self._sizes.H)
         return x_t, self._table
 
