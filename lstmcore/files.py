@@ -79,8 +79,15 @@ def load(path, name=None, *, into=None, **options):
         makers = _chosen(path, content, name)
         said = {key: options.pop(key) for key in ("activation", "recurrent_activation")
                 if key in options}
-        found = [layer for make in makers for layer in (make(**said) if said else make())]
-        _check_size(path, [a for layer in found for d in layer.directions for a in d.values()])
+        found, room = [], 4 * _size(path) + (1 << 24)
+        for make in makers:
+            made = make(**said) if said else make()
+            # Layers have arrays of their own: those of a file may be few, and stand in many places.
+            room -= sum(a.nbytes for layer in made for d in layer.directions for a in d.values())
+            if room < 0:
+                raise ValueError(f"{path} shares its arrays among so many layers that they would "
+                                 "take more than four times its size")
+            found += made
         return assemble(found, **{**content.options, **options})
 
 
@@ -163,14 +170,13 @@ def _chosen(path, content, name):
     return [make for _, make in chains[0]]
 
 
-def _check_size(path, arrays):
-    """Layers have arrays of their own: those of a file may be few, and stand in many places."""
-    size, total = os.path.getsize(path), sum(a.nbytes for a in arrays)
-    if os.fsdecode(path).endswith(".json"):         # an index, whose shards' sizes were compared
-        return
-    if total > 4 * size + (1 << 24):
-        raise ValueError(f"{path} has {size} bytes and shares its arrays among so many layers that "
-                         f"they would take {total}")
+def _size(path):
+    """The size of a file, and of those beside it that it may lead to."""
+    name = os.fsdecode(path)
+    if not name.endswith((".onnx", ".json")):
+        return os.path.getsize(name)
+    return sum(entry.stat().st_size for entry in os.scandir(os.path.dirname(name) or ".")
+               if entry.is_file())
 
 
 def _fill(module, path, name, options):
@@ -179,7 +185,11 @@ def _fill(module, path, name, options):
         raise TypeError(f"into must be a Module, got {type(module).__name__}")
     if options:
         raise TypeError(f"a module that is filled says everything itself, got {sorted(options)}")
-    arrays, _ = formats.state_dict.folded(formats.read_arrays(path))
+    content = formats.read(path)
+    if _LAYER in content.own:
+        with formats.naming(path):
+            _check_version(path, json.loads(content.own[_LAYER]))
+    arrays, _ = formats.state_dict.folded(content.arrays or formats.read_arrays(path))
     if name:
         arrays = description.below(name.rstrip("."), arrays)
         if not arrays:
@@ -228,6 +238,7 @@ def rebuild(said, arrays, **options):
 
     options : those of `load` that shall be other than described.
     """
+    description.check(said)
     kind = said["class"]
     if kind in description.GATES:
         said = {"dtype": None, **said, **options}

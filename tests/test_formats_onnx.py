@@ -325,7 +325,9 @@ def test_external_data_stays_beside_the_model(tmp_path, location, message):
     W = made.graph.initializer[0]
     for name, data in (("w.bin", W.raw_data), ("short.bin", W.raw_data[:-4])):
         (tmp_path / name).write_bytes(data)
-    (tmp_path / "link.bin").symlink_to(tmp_path / "w.bin")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "w.bin").write_bytes(W.raw_data)
+    (tmp_path / "link.bin").symlink_to(tmp_path / "elsewhere" / "w.bin")
     want = numpy_helper.to_array(W)[0, :H]
     W.ClearField("raw_data")
     W.data_location = TensorProto.EXTERNAL

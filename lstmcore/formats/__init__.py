@@ -38,18 +38,18 @@ class Format(NamedTuple):
 
 
 FORMATS = (
+    Format("safetensors", "safetensors",
+           lambda path, head, members: safetensors.looks_like(head) or path.endswith(".index.json"),
+           ".safetensors"),
+    Format("onnx", "ONNX (named .onnx)",
+           lambda path, head, members: path.endswith(".onnx") and not members
+           and head[:8] != hdf5.SIGNATURE,
+           ".onnx"),
     Format("keras", "Keras .keras or .h5",
            lambda path, head, members: head[:8] == hdf5.SIGNATURE or "config.json" in members,
            ".weights.h5"),
     Format("pytorch", "PyTorch zip archive",
            lambda path, head, members: head[:4] == b"PK\x03\x04" or head[:1] == b"\x80"),
-    Format("safetensors", "safetensors",
-           lambda path, head, members: safetensors.looks_like(head)
-           or path.endswith(".index.json"),
-           ".safetensors"),
-    Format("onnx", "ONNX (named .onnx)",
-           lambda path, head, members: path.endswith(".onnx"),
-           ".onnx"),
 )
 _MOVED = {"Stack": "stack", "load": "files", "save": "files", "convert": "files"}
 
@@ -83,7 +83,7 @@ def writer(path):
     for row in FORMATS:
         if row.ending and name.endswith(row.ending):
             return importlib.import_module("lstmcore.formats." + row.module)
-    endings = sorted((row.ending for row in FORMATS if row.ending), reverse=True)
+    endings = [row.ending for row in FORMATS if row.ending]
     raise ValueError(f"path must end in {', '.join(endings)} to say what to write, got {name!r}")
 
 

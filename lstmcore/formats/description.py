@@ -20,7 +20,7 @@ _TORCH_NAME = re.compile(r"(?:(.*)\.)?(weight_ih|weight_hh|bias|bias_ih|bias_hh|
 class Content(NamedTuple):
     """What a reader found in a file."""
 
-    arrays: dict                # every array by its name there
+    arrays: dict                # by the names of what lstmcore wrote, or else by the file's
     chains: list = []           # of lists of (name, function that returns a list of Layer), each
     #                             layer fed by the one before it
     others: list = []           # names of what is none of these
@@ -168,6 +168,22 @@ def signature(layer):
     """What layers must have in common to be one LSTM or RNN."""
     return (layer.kind, layer.hidden_size, layer.output_size, layer.nonlinearity,
             len(layer.directions), tuple(sorted(layer.directions[0])))
+
+
+def check(said):
+    """ValueError unless a description in a file says what it can say."""
+    kinds = {"batch_first": bool, "dropout": (int, float), "p": (int, float), "nonlinearity": str,
+             "bidirectional": bool, "last_step": bool, "reverse": list, "layers": list,
+             "class": str}
+    if not isinstance(said, dict) or "class" not in said:
+        raise ValueError(f"a description must be an object with a class, got {said!r:.100}")
+    for name, value in said.items():
+        if name not in kinds or not isinstance(value, kinds[name]) \
+                or (isinstance(value, (int, float)) and not 0 <= value <= 1):
+            raise ValueError(f"the description of a {said['class']:.100} says {name} = {value!r:.100}")
+    if not all(isinstance(r, bool) for r in said.get("reverse", [])):
+        raise ValueError(f"the description of a {said['class']:.100} says reverse = "
+                         f"{said['reverse']!r:.100}")
 
 
 def parts(description, arrays):

@@ -13,6 +13,7 @@ import io
 import os
 import secrets
 import stat
+import time
 
 try:
     import fcntl
@@ -50,7 +51,7 @@ def written(path):
         if _is_special(path):
             buffer = io.BytesIO()
             yield buffer
-            with open(path, "wb", buffering=0) as file:
+            with open(path, "wb", buffering=0, opener=_open_special) as file:
                 left = buffer.getbuffer()
                 while left:
                     left = left[file.write(left):]
@@ -96,6 +97,21 @@ def _is_special(path):
     if os.path.exists(name) and not os.access(name, os.W_OK):
         raise PermissionError(errno.EACCES, "is not writable")
     return False
+
+
+def _open_special(path, flags):
+    """A device, or a pipe that somebody reads from within 10 s: to wait without end helps nobody."""
+    for _ in range(100):
+        try:
+            descriptor = os.open(path, flags & ~os.O_CREAT | getattr(os, "O_NONBLOCK", 0))
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            time.sleep(0.1)
+        else:
+            os.set_blocking(descriptor, True)
+            return descriptor
+    raise OSError(errno.ENXIO, "nobody reads from this pipe")
 
 
 def _new_partial(target):

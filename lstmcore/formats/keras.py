@@ -75,7 +75,7 @@ def content(path):
             chains[-1].append(entry)
         else:
             chains.append([entry])
-    others = [f"{name} ({layer.kind})" for name, layer in layers.items()
+    others = [f"{name} ({_what(layer)})" for name, layer in layers.items()
               if name not in recurrent and layer.kind not in PASSING]
     like = [name for name in layers if name not in recurrent and _is_recurrent(
         weights.get(name, [])) and _rows(weights[name]) in (1, 4)]
@@ -269,6 +269,14 @@ class _Entry(NamedTuple):
     inner: dict                 # the recurrent layer's own entry
     wrapper: "dict | None"      # the configuration of the Bidirectional around it
     sources: list               # the names of the layers that feed it
+
+
+def _what(layer):
+    """The class of a layer, and of the one in it."""
+    config = layer.inner["config"]
+    inside = config.get("layer", config.get("cell"))
+    said = inside.get("class_name") if isinstance(inside, dict) else None
+    return f"{layer.kind} of {said!s:.40}" if said else layer.kind
 
 
 def _layers(path, config):

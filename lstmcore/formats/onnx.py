@@ -71,7 +71,7 @@ def content(path):
         hint = f"lstmcore reads LSTM and RNN, not {', '.join(odd)}"
     options = {"batch_first": probe.is_batch_first(probe.recurrent[0])} if chains else {}
     own = _own(model, graph)
-    return Content({**graph.constants, **own[1]} if own else graph.constants, chains, others, options,
+    return Content(own[1] if own else graph.constants, chains, others, options,
                    {onnx_export.KEY: own[0]} if own else {}, hint)
 
 
@@ -83,15 +83,20 @@ def _own(model, graph):
         return None
     try:
         found = json.loads(said[onnx_export.KEY])
+        version, said_steps = found.pop("version", 1), found.pop("steps", None)
         options = {"state": any(name.startswith("h0") for name in graph.inputs),
                    "lengths": "lengths" in graph.inputs, "tokens": False,
                    **found.pop("graph", {})}
-        steps = [onnx_export.Step(*step) for step in found.pop(
-            "steps", [["", found, 0, options["lengths"]]])]
+        description.check(found)
+        steps = [onnx_export.Step(*step) for step in said_steps or [
+            ["", found, 0, options["lengths"]]]]
+        for step in steps:
+            description.check(step.said)
         arrays = _own_arrays(graph, steps)
         again = onnx_export.build(found, steps, arrays, **options)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return None             # the description is not that of the graph, which is read as it is
+    found["version"] = version
     return (json.dumps(found), arrays) if again.graph == model.graph else None
 
 
@@ -120,10 +125,11 @@ class Graph:
     Parameters
     ----------
     model : path, or onnx.ModelProto
-    budget : how many numbers one run may produce in all, plumbing included
+    budget : how many numbers one run may produce in all, plumbing included; by default 2000 for
+        each that the graph holds or is given, and a million
     """
 
-    def __init__(self, model, budget=1 << 31, path=None):
+    def __init__(self, model, budget=None, path=None):
         if not isinstance(model, onnx.ModelProto):
             path, model = model, _parsed(model)
         if not model.graph.node:
@@ -142,7 +148,7 @@ class Graph:
             raise ValueError(f"inputs must be {sorted(self.inputs)}, wrong or missing are "
                              f"{sorted(unknown)}")
         values = {**self.constants, **{name: np.asarray(a) for name, a in inputs.items()}}
-        budget = _Budget(self.budget)
+        budget = _Budget(self.budget or (1 << 20) + 2000 * sum(a.size for a in values.values()))
         for node in _chosen_nodes(self.nodes, lambda name: _given(values, name)):
             arguments = [_given(values, name) for name in node.inputs]
             if node.op in GATES:

@@ -78,7 +78,7 @@ def build(said, steps, arrays, *, state, lengths, tokens):
     arrays = {name: np.asarray(a) for name, a in arrays.items()}
     found = [_parts(step, arrays) if step.said["class"] in RECURRENT else [] for step in steps]
     count, n = sum(map(len, found)), 0
-    values = [_input(graph, steps[0], found[0], arrays, tokens)]
+    values = [_input(graph, steps, found[0], arrays, tokens)]
     if lengths:
         graph.inputs.append(helper.make_tensor_value_info("lengths", TensorProto.INT32, ["B"]))
     for step, parts in zip(steps, found):
@@ -216,21 +216,20 @@ def _parts(step, arrays):
                 step.said, below_or_all(step.layer, arrays)))]
 
 
-def _input(graph, step, parts, arrays, tokens):
-    """The input x of the graph, as the first layer reads it."""
-    if step.embedding is not None or (parts and tokens):
-        axes = ["B", "T"] if step.said["batch_first"] else ["T", "B"]
-        return _Known(graph.input("x", np.dtype("int64"), axes), np.dtype("int64"), axes, None)
-    if parts:
-        axes = ["B", "T"] if step.said["batch_first"] else ["T", "B"]
-        width = parts[0].cells[0][0]["weight_ih"].shape[1]
-        return _Known(graph.input("x", parts[0].dtype, axes, width), parts[0].dtype, axes, width)
-    weight = below_or_all(step.layer, arrays).get("weight")
-    kind = step.said["class"]
-    dtype = np.dtype("int64") if kind == "Embedding" else \
-        np.dtype("float32") if weight is None else weight.dtype
-    width = weight.shape[1] if kind == "Linear" else None
-    axes = (["B", "T"] if step.said["batch_first"] else ["T", "B"]) if kind in POOLS else None
+def _input(graph, steps, parts, arrays, tokens):
+    """The input x of the graph, as the first layer reads it: sequences, if any layer reads such."""
+    step = steps[0]
+    kind, arrays = step.said["class"], below_or_all(step.layer, arrays)
+    over_time = [other.said for other in steps if other.said["class"] in (*RECURRENT, *POOLS)]
+    axes = ["N"]
+    if over_time:
+        axes = ["B", "T"] if over_time[0]["batch_first"] else ["T", "B"]
+    if kind == "Embedding" or step.embedding is not None or (parts and tokens):
+        dtype, width = np.dtype("int64"), None
+    else:
+        weight = parts[0].cells[0][0]["weight_ih"] if parts else arrays.get("weight")
+        dtype = np.dtype("float32") if weight is None else weight.dtype
+        width = "I" if weight is None else weight.shape[1]
     return _Known(graph.input("x", dtype, axes, width), dtype, axes, width)
 
 

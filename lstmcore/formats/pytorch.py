@@ -34,12 +34,12 @@ _KIND = re.compile(r"torch\.nn\.modules\.rnn\.\w+")
 
 def content(path):
     """The recurrent layers in a .pt archive, of a state_dict or of a whole module."""
-    arrays, objects, keys, said = _read(path)
+    arrays, objects, keys, said, kind = _read(path)
     found = state_dict.content(arrays, objects, said)
     if not found.chains:
         there = list(arrays) + [f"{n} ({made_by})" for n, made_by in objects.items()] or keys
         found = found._replace(others=there or ["an empty dict"], hint=(
-            "save the state_dict() of the model that has one"))
+            f"{kind}save the state_dict() of the model that has one"))
     return found
 
 
@@ -50,7 +50,7 @@ def read_arrays(path):
     does {"model": module}. Tensors of a kind that is not read (sparse, quantized, ...) are named in
     a warning.
     """
-    found, objects, _, _ = _read(path)
+    found, objects, *_ = _read(path)
     if left := [name for name, kind in objects.items() if kind.startswith("torch._")]:
         said = ", ".join(f"{name!r:.80} ({objects[name]})" for name in left[:8])
         more = f" and {len(left) - 8} more" * (len(left) > 8)
@@ -59,8 +59,8 @@ def read_arrays(path):
 
 
 def _read(path):
-    """The arrays of a .pt archive by name, its `Opaque` objects by name, its outermost keys, and
-    what the recurrent modules in it say of themselves."""
+    """The arrays of a .pt archive by name, its `Opaque` objects by name, its outermost keys, what
+    the recurrent modules in it say of themselves, and what else to say of it."""
     with disk.opened(path) as file:
         if file.read(2)[:1] == b"\x80":
             raise ValueError(f"{path} is a plain pickle, which can run any code when it is read: "
@@ -73,6 +73,7 @@ def _read(path):
             if order not in ("little", "big"):
                 raise ValueError(f"{path}: byteorder must say little or big, got {order!r:.20}")
         program = archive.read(root + "data.pkl")
+        kind = "it is a TorchScript archive, " * (root + "constants.pkl" in archive.members)
         result = _Machine(archive, root, "<" if order == "little" else ">").run(program)
     found, said = _leaves(result, len(program))
     arrays = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
@@ -83,7 +84,7 @@ def _read(path):
                          f"{', '.join(kinds)}; save a state_dict instead: "
                          "torch.save(model.state_dict(), path)")
     return (arrays, objects, list(result) if isinstance(result, dict) else [type(result).__name__],
-            said)
+            said, kind)
 
 
 def _root(archive):

@@ -13,7 +13,7 @@ import numpy as np
 from lstmcore.formats import description
 from lstmcore.formats.description import Content
 
-_PART = re.compile(r"(?:(.*)\.)??(parametrizations\.)?((?:weight_[ih]h|weight_hr|bias_[ih]h)"
+_PART = re.compile(r"(?:(.*?)\.)?(parametrizations\.)?((?:weight_[ih]h|weight_hr|bias_[ih]h)"
                    r"(?:_l\d{1,4}(?:_reverse)?)?)(_g|_v|_u|_orig|_mask|_raw|"
                    r"\.original[01]?|\.[01]\.\w{1,40})", re.DOTALL)
 

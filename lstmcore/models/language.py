@@ -161,16 +161,11 @@ class LanguageModel:
         callbacks = (callbacks,) if callable(callbacks) else tuple(callbacks)
         if isinstance(validation, (int, float)):
             settings["validation"] = checks.number("validation", validation)
-        try:
-            settings = _settings({**(run[2]["settings"] if run else {}), **settings})
-            if run and epochs is minutes is steps is None:
-                budget = Budget(**run[2]["budget"])
-            else:
-                budget = Budget(epochs, minutes, steps)
-        except TypeError as error:
-            if run is None or run[2]["settings"].keys() == set(Settings.__dataclass_fields__):
-                raise
-            raise _damaged_run(resume, error) from None
+        settings = _settings({**(run[2]["settings"] if run else {}), **settings})
+        if run and epochs is minutes is steps is None:
+            budget = Budget(**run[2]["budget"])
+        else:
+            budget = Budget(epochs, minutes, steps)
         train, held_out = self._tokens(source, validation, settings, encoding)
 
         bar = _Bar() if progress else None
@@ -188,6 +183,8 @@ class LanguageModel:
         if run:
             try:
                 trainer.restore(run[1], run[2], run[0])
+                if trainer.position >= len(trainer.x):
+                    raise IndexError(f"position {trainer.position} of {len(trainer.x)}")
             except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
                 raise _damaged_run(resume, error) from None
         self.history = list(trainer.history)
@@ -291,7 +288,7 @@ class LanguageModel:
                 _check_version(path, saved)
                 model = cls(**saved["config"])
                 model.vocabulary = text.Vocabulary(saved["level"], saved["tokens"])
-                model.history, model.outcome = list(saved["history"]), saved["outcome"]
+                model.history, model.outcome = _checked_history(saved["history"]), saved["outcome"]
                 model._check_sizes(weights)
                 model._build()
                 model.network.load_state_dict(weights)
@@ -382,9 +379,8 @@ class LanguageModel:
                 if name.startswith("training.")}
         try:
             meta = json.loads(metadata[RUN])
-            if not isinstance(meta["settings"], dict) or not isinstance(meta["budget"], dict):
-                raise TypeError("settings and budget must be objects")
-        except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
+            _check_run(meta)
+        except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
             raise _damaged_run(path, error) from None
         return weights, rest, meta
 
@@ -457,6 +453,37 @@ def _check_version(path, saved):
     if (version := saved.get("version", 1)) != description.VERSION:
         raise ValueError(f"{os.fsdecode(path)} is of version {version!r:.40} of lstmcore's files, "
                          f"this lstmcore reads version {description.VERSION}: install a newer one")
+
+
+def _check_run(meta):
+    """KeyError, TypeError or ValueError unless this is what `Trainer.snapshot` says of a run."""
+    for name, kind in (("digest", str), ("rng", dict), ("settings", dict), ("budget", dict)):
+        if not isinstance(meta[name], kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {meta[name]!r:.40}")
+    for name in ("epoch", "position", "step", "loss_tokens", "waited"):
+        if type(meta[name]) is not int or not 0 <= meta[name] < 1 << 62:
+            raise ValueError(f"{name} must be a count, got {meta[name]!r:.40}")
+    for name in ("seconds", "loss_sum", "scale"):
+        if type(meta[name]) not in (int, float) or not math.isfinite(meta[name]):
+            raise ValueError(f"{name} must be a finite number, got {meta[name]!r:.40}")
+    if meta["best_loss"] is not None and type(meta["best_loss"]) not in (int, float):
+        raise TypeError(f"best_loss must be a number, got {meta['best_loss']!r:.40}")
+    _checked_history(meta["history"])
+    _settings(meta["settings"])
+    if missing := Settings.__dataclass_fields__.keys() - meta["settings"].keys():
+        raise KeyError(*sorted(missing))
+    Budget(**meta["budget"])
+
+
+def _checked_history(history):
+    """The records of a file; TypeError or KeyError where one lacks what a record says."""
+    if not isinstance(history, list) or not all(isinstance(record, dict) for record in history):
+        raise TypeError(f"history must be a list of records, got {history!r:.100}")
+    for record in history:
+        for name in ("step", "epoch", "loss", "validation", "lr", "seconds", "best"):
+            if record[name] is not None and not isinstance(record[name], (int, float)):
+                raise TypeError(f"{name} in history must be a number, got {record[name]!r:.40}")
+    return list(history)
 
 
 def _damaged_run(path, error):
