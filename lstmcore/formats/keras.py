@@ -53,14 +53,14 @@ def content(path):
     """The chains of recurrent layers in the file."""
     config, root = _open(path)
     options = {"batch_first": _is_batch_first(path, config)}
-    weights = _weights_by_layer(path, root)
+    layers = _layers(path, config) if config is not None else {}
+    weights = _weights_by_layer(path, root, layers)
     if config is None:
         version = str(root.attributes.get("keras_version", ""))
         chains = [[(name, functools.partial(_unsaid, path, name, found, version))]
                   for name, found in weights.items() if _is_recurrent(found)]
         others = [name for name in weights if not _is_recurrent(weights[name])]
         return Content({}, chains, others, options)
-    layers = _layers(path, config)
     recurrent = [name for name, layer in layers.items() if layer.inner["class_name"] in KINDS]
     links, used = {}, {}
     for name in recurrent:
@@ -193,18 +193,29 @@ def _json(path, text):
         raise ValueError(f"{path} has a configuration that is not JSON: {error}") from None
 
 
-def _weights_by_layer(path, root):
-    """{layer: [[kernel, recurrent_kernel, bias] of each direction]}, the rest of layers as []."""
+def _weights_by_layer(path, root, layers):
+    """{layer: [[kernel, recurrent_kernel, bias] of each direction]}, the rest of layers as [].
+
+    layers : the names that the configuration gives, if there is one
+    """
     root = (root.members or {}).get("model_weights", root)
     if (names := _texts(root, "layer_names")) is not None:          # before Keras 3
-        return {name: _by_weight_names(path, root, name) for name in names}
+        found = {name: _by_weight_names(path, root, name) for name in names}
+        inner = {}
+        for name in layers:                             # those of a model in the model
+            outer, _, last = name.partition("/")
+            if last and outer in found:
+                last = last.rpartition("/")[2]
+                inner[name] = [arrays for place, arrays in found[outer].items()
+                               if last in place.split("/")]
+        return {**inner, **{name: list(places.values()) for name, places in found.items()}}
     if not any(name in (root.members or {}) for name in NODES):
         raise ValueError(f"{path} is HDF5, but neither Keras 3's layout nor the older one")
     found, waiting = {}, [("", root)]
     while waiting:
         prefix, parent = waiting.pop()
-        layers = next((parent.members[name] for name in NODES if name in parent.members), None)
-        for key, node in (layers.members or {}).items() if layers else ():
+        nodes = next((parent.members[name] for name in NODES if name in parent.members), None)
+        for key, node in (nodes.members or {}).items() if nodes else ():
             if node.members is None:
                 continue
             variables = node.members.get("vars")
@@ -251,7 +262,7 @@ def _by_weight_names(path, root, layer):
             raise ValueError(f"{path} names the weight {weight!r:.100} and does not hold it")
         if last.partition(":")[0] in WEIGHTS:
             directions.setdefault(place, []).append(node.array)
-    return list(directions.values())
+    return directions
 
 
 def _is_recurrent(directions):

@@ -69,6 +69,9 @@ def content(path):
                 "wrote it: without name=, and not changed since")
     elif odd := [op for op in others if op.rpartition(".")[2] in _NAMED]:
         hint = f"lstmcore reads LSTM and RNN, not {', '.join(odd)}"
+    elif "MatMul" in others or "Gemm" in others:
+        hint = ("an exporter may have written a recurrence out, step by step: torch.onnx.export with "
+                "dynamo=False keeps it, or load the state_dict")
     options = {"batch_first": probe.is_batch_first(probe.recurrent[0])} if chains else {}
     own = _own(model, graph)
     return Content(own[1] if own else graph.constants, chains, others, options,
