@@ -711,6 +711,7 @@ class _Probe:
         self.graph, self.unknown_ops, self.recurrent = graph, set(), []
         self.next, self.sources, self.given = 1, {}, {}
         self.values, self.feeds, self.fixed = dict(graph.constants), {}, set(graph.constants)
+        self.moving = set(graph.inputs)     # what holds numbers that a call is given or computes
         for name, value in graph.inputs.items():
             self.values[name] = self.feeds[name] = self._feed(value)
         budget, names = _Budget(graph.budget), set()
@@ -724,6 +725,8 @@ class _Probe:
             self.values.update(zip(node.outputs, results))
             if all(name in self.fixed for name in node.inputs if name):
                 self.fixed.update(node.outputs)
+            if node.op not in ("Shape", "Size") and not self.moving.isdisjoint(node.inputs):
+                self.moving.update(node.outputs)
 
     def _decides(self, name):
         """The value of an If's condition, where it is known: not of what a call is given."""
@@ -783,8 +786,11 @@ class _Probe:
             return None
         if isinstance(value, _Unknown):
             raise ValueError(f"an initial state of {node.name} comes from {value.why}")
-        if value is None or source not in self.fixed or not value.any():
+        if value is None or source in self.moving or not value.any():
             return None                     # zeros, or an input: the state that a call is given
+        if source not in self.fixed:
+            raise ValueError(f"{node.name} starts in a state that is not zero and as large as the "
+                             "batch is: lstmcore keeps states of one size only")
         if value.ndim != 3 or value.dtype.kind != "f":
             raise ValueError(f"an initial state of {node.name} must be floats with 3 axes, got "
                              f"{value.dtype} {value.shape}")

@@ -57,7 +57,7 @@ def folded(arrays):
         if "_raw" in names and f"{prefix}module.{weight}" in arrays:
             place = f"{prefix}module.{weight}"
         whole[place] = _whole(weight, {part: arrays[name] for part, name in names.items()})
-        used.update(names.values())
+        used.update(names.values(), [place])
     return whole, used
 
 
