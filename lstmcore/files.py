@@ -47,7 +47,7 @@ def load(path, name=None, *, into=None, **options):
     one reads from the end only, or Keras's return_sequences=False asks for the last output alone,
     or the module or model that lstmcore saved. What else a file holds (an
     embedding, a head) is named in a warning, unless `name` is given; `formats.read_arrays` returns
-    its arrays. What only acts in training (initializers, regularizers, dropout) is not carried over.
+    its arrays. What only acts in training (initializers, regularizers, dropout) is not kept.
 
     Raises ValueError for a file that is damaged, or that asks for what lstmcore does not have, with
     its name (hard_sigmoid, clip, merge_mode='sum', GRU, ...).

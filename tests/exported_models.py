@@ -91,7 +91,7 @@ def check_torch(rng, path):
 
 
 def keras_model(keras, rng):
-    """A model whose layer "rnn" is recurrent, its input, and the model that ends with that layer."""
+    """A model whose layer "rnn" is recurrent, its input, and what that layer gives."""
     L, H, I = keras.layers, int(rng.integers(1, 7)), int(rng.integers(2, 6))
     kind = rng.choice(["LSTM", "SimpleRNN", "RNN"], p=[.6, .25, .15])
     options = dict(return_sequences=bool(rng.integers(2)), use_bias=bool(rng.integers(2)))

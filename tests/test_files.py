@@ -312,8 +312,8 @@ def test_random_models_load_and_are_equal_or_named(tmp_path, monkeypatch, which,
     pytest.importorskip(package)
     check, equal = getattr(exported_models, "check_" + which), 0
     for seed in seeds:
-        found, drawn = check(np.random.default_rng(seed), str(tmp_path / f"{seed}.onnx"
-                                                              if which == "torch" else tmp_path / f"{seed}"))
+        name = f"{seed}.onnx" if which == "torch" else f"{seed}"
+        found, drawn = check(np.random.default_rng(seed), str(tmp_path / name))
         equal += found == "equal"
         assert not found.startswith("WRONG"), (seed, found, drawn)
     assert equal >= len(seeds) / 2

@@ -151,7 +151,7 @@ def test_devices_and_pipes_are_written_to_and_not_read(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_written_is_named_at_once(tmp_path):
-    for path in (tmp_path, f"{tmp_path}/", tmp_path / "no" / "m", tmp_path / "no" / ".." / "x" / "m"):
+    for path in (tmp_path, f"{tmp_path}/", tmp_path / "no" / "m", tmp_path / "no" / "no" / "m"):
         for check in (disk.check_writable, lambda path: safetensors.write(path, {})):
             with pytest.raises(OSError) as raised:
                 check(path)

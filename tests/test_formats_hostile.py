@@ -329,8 +329,8 @@ PAIR = b"ccollections\nOrderedDict\nq\0]q\1(K\1K\2\x86q\2"
     "again and again": b"\x80\x02" + PAIR + b"h\2" * 20000 + b"eh\1\x85q\3("
                        + b"h\0h\3R" * 4000 + b"l.",
     # numbers that all have the hash 0
-    "holds no": b"\x80\x02}(" + b"".join(b"\x8a\x0a" + ((2**61 - 1) * k).to_bytes(10, "little") + b"N"
-                                         for k in range(1, 20000)) + b"u.",
+    "holds no": b"\x80\x02}(" + b"".join(b"\x8a\x0a" + ((2**61 - 1) * k).to_bytes(10, "little")
+                                         + b"N" for k in range(1, 20000)) + b"u.",
     "it counts to": b"\x80\x02}r\xff\xff\xff\x7f.",
 }.items())
 def test_small_pickles_that_would_take_long(tmp_path, message, program):
@@ -382,8 +382,8 @@ def test_what_a_language_model_claims_is_compared_with_its_weights(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
         tracemalloc.stop()
     meta = json.loads(metadata[run])
-    for name, value in {"digest": None, "settings": [], "budget": {"x": 1}, "rng": {}, "epoch": 1e400,
-                        "position": 10**9, "history": [3], "step": -1, "scale": "1"}.items():
+    for name, value in {"digest": None, "settings": [], "budget": {"x": 1}, "rng": {},
+                        "epoch": 1e400, "position": 10**9, "history": [3], "step": -1, "scale": "1"}.items():
         safetensors.write(path, arrays, {**metadata, run: json.dumps({**meta, name: value})})
         with pytest.raises(ValueError, match="training run that is damaged or of another"):
             lstmcore.LanguageModel(hidden_size=4, num_layers=1, embed_size=2).fit(

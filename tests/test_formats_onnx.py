@@ -399,7 +399,8 @@ def test_states_of_zeros_are_zeros_whatever_their_shape(tmp_path, front):
              "start": np.array([0])}
     for made in ([shape, n("ConstantOfShape", ["hs"], ["h0"])],
                  [shape, n("Expand", ["z", "hs"], ["h0"])],
-                 [n("Concat", ["one", "b", "one"], ["rep"], axis=0), n("Tile", ["z", "rep"], ["h0"])],
+                 [n("Concat", ["one", "b", "one"], ["rep"], axis=0),
+                  n("Tile", ["z", "rep"], ["h0"])],
                  [shape, n("ConstantOfShape", ["hs"], ["h1"]),
                   n("Slice", ["h1", "start", "one", "start"], ["h0"])]):
         if front == "Unheard":          # a graph without a shape of its own behind it
@@ -432,7 +433,8 @@ def test_sizes_that_are_computed_join_layers(tmp_path):
     x = np.random.default_rng(0).normal(size=(T, B, I)).astype("f4")
     want = run(str(tmp_path / "m.onnx"), {"x": x})["Y"]
     np.testing.assert_allclose(m(x)[0], want, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(Graph(tmp_path / "m.onnx").run({"x": x})["Y"], want, rtol=0, atol=1e-6)
+    got = Graph(tmp_path / "m.onnx").run({"x": x})["Y"]
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
 def test_constant_lengths_must_be_the_whole_length(tmp_path):
@@ -517,7 +519,8 @@ def test_many_nodes_and_shared_weights_take_little(tmp_path):
                   n("Squeeze", [f"y{k}", "one"], [f"z{k}"])]
         x = f"z{k}"
     with pytest.raises(ValueError, match="shares its arrays among so many layers"):
-        shaped([*nodes, n("Identity", [x], ["Y"])], {**ONE, "V": np.zeros((1, 4 * size, size), "f4")},
+        shaped([*nodes, n("Identity", [x], ["Y"])],
+               {**ONE, "V": np.zeros((1, 4 * size, size), "f4")},
                tmp_path=tmp_path, inputs={"x": [2, 1, size]})
 
 

@@ -1,8 +1,8 @@
 """Zip archives that are only ever looked into: members by name, nothing is unpacked to disk.
 
 PyTorch and Keras store their members uncompressed. Here that is required of those that are read: a
-member is then never larger than the file, and all of them together are not either, so no archive can
-be a bomb.
+member is then never larger than the file, and all of them together are not either, so no archive
+can be a bomb.
 """
 
 import contextlib

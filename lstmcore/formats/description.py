@@ -1,4 +1,4 @@
-"""What files say of layers, as data: the descriptions between the readers, the writers and lstmcore.
+"""What files say of layers, as data: descriptions between the readers, the writers and lstmcore.
 
 A reader describes the recurrent layers that it found as `Layer`s, a writer is given them. The names
 of their arrays are those of an `lstmcore.LSTM`, which are PyTorch's. No layer is built here.
@@ -180,7 +180,8 @@ def check(said):
     for name, value in said.items():
         if name not in kinds or not isinstance(value, kinds[name]) \
                 or (isinstance(value, (int, float)) and not 0 <= value <= 1):
-            raise ValueError(f"the description of a {said['class']:.100} says {name} = {value!r:.100}")
+            raise ValueError(f"the description of a {said['class']:.100} says "
+                             f"{name} = {value!r:.100}")
     if not all(isinstance(r, bool) for r in said.get("reverse", [])):
         raise ValueError(f"the description of a {said['class']:.100} says reverse = "
                          f"{said['reverse']!r:.100}")

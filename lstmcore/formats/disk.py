@@ -74,7 +74,7 @@ def written(path):
 
 
 def check_writable(path):
-    """OSError or ValueError unless `written` can write here; a file that is there stays as it is."""
+    """OSError or ValueError unless `written` can write here; a file that is there stays as is."""
     with _naming(path):
         if _is_special(path):
             return
@@ -100,7 +100,7 @@ def _is_special(path):
 
 
 def _open_special(path, flags):
-    """A device, or a pipe that somebody reads from within 10 s: to wait without end helps nobody."""
+    """A device, or a pipe that somebody reads from within 10 s: nobody is helped by more."""
     for _ in range(100):
         try:
             descriptor = os.open(path, flags & ~os.O_CREAT | getattr(os, "O_NONBLOCK", 0))

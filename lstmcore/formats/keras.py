@@ -79,8 +79,8 @@ def content(path):
               if name not in recurrent and layer.kind not in PASSING]
     like = [name for name in layers if name not in recurrent and _is_recurrent(
         weights.get(name, [])) and _rows(weights[name]) in (1, 4)]
-    hint = like and (f"{description.some(like)} has the weights of a recurrent layer, and a class that "
-                     "is not Keras's own: save them alone, model.save_weights('x.weights.h5')")
+    hint = like and (f"{description.some(like)} has the weights of a recurrent layer, and a class "
+                     "that is not Keras's own: save them alone, model.save_weights('x.weights.h5')")
     return Content({}, chains, others, options, hint=hint or "")
 
 
@@ -163,8 +163,8 @@ def _is_batch_first(path, config):
     said = config.get("batch_first", True) if isinstance(config, dict) else True
     if isinstance(config, dict) and config.get("version", 1) != description.VERSION \
             and "batch_first" in config:
-        raise ValueError(f"{path} is of version {config['version']!r:.40} of lstmcore's files, this "
-                         f"lstmcore reads version {description.VERSION}")
+        raise ValueError(f"{path} is of version {config['version']!r:.40} of lstmcore's files, "
+                         f"this lstmcore reads version {description.VERSION}")
     if not isinstance(said, bool):
         raise ValueError(f"{path} says batch_first={said!r:.40}: it must be true or false")
     return said
@@ -361,7 +361,7 @@ def _from_config(path, name, layer, weights):
     config = inner["config"]
     last_step = not _returns_sequences(layer)
     backwards = last_step and wrapper is None and config.get("go_backwards") is True
-    # Of the last step alone, the order in which Keras returns a sequence read backwards is no matter.
+    # Of the last step alone, the order that Keras gives a sequence read backwards is no matter.
     wanted = {"go_backwards": [False, True] if backwards else [False], "time_major": [False]}
     if inner["class_name"] == "LSTM":
         wanted.update(activation=["tanh"], recurrent_activation=["sigmoid"])

@@ -65,13 +65,13 @@ def content(path):
         ends[node.name] = chain
     others, hint = sorted(probe.unknown_ops), ""
     if "Scan" in probe.unknown_ops:
-        hint = ("it computes a recurrence in a Scan, which is read only from a whole file as lstmcore "
-                "wrote it: without name=, and not changed since")
+        hint = ("it computes a recurrence in a Scan, which is read only from a whole file as "
+                "lstmcore wrote it: without name=, and not changed since")
     elif odd := [op for op in others if op.rpartition(".")[2] in _NAMED]:
         hint = f"lstmcore reads LSTM and RNN, not {', '.join(odd)}"
     elif "MatMul" in others or "Gemm" in others:
-        hint = ("an exporter may have written a recurrence out, step by step: torch.onnx.export with "
-                "dynamo=False keeps it, or load the state_dict")
+        hint = ("an exporter may have written a recurrence out, step by step: torch.onnx.export "
+                "with dynamo=False keeps it, or load the state_dict")
     options = {"batch_first": probe.is_batch_first(probe.recurrent[0])} if chains else {}
     own = _own(model, graph)
     return Content(own[1] if own else graph.constants, chains, others, options,
@@ -158,7 +158,8 @@ class Graph:
                 try:
                     results = _run_recurrent(node, budget, *arguments)
                 except (TypeError, IndexError, AttributeError) as error:
-                    raise ValueError(f"{node.name} ({node.op}) of the ONNX graph: {error}") from None
+                    raise ValueError(f"{node.name} ({node.op}) of the ONNX graph: "
+                                     f"{error}") from None
             else:
                 results = _plumb(node, arguments, budget)
             values.update(zip(node.outputs, results))
@@ -184,8 +185,8 @@ class _Node:
 
 
 class _Flat:
-    """The nodes of a graph in a row: functions are written out, and names within them and within the
-    branches of an If made different from all others."""
+    """The nodes of a graph in a row: functions are written out, and names within them and within
+    the branches of an If made different from all others."""
 
     def __init__(self, model, external, constants):
         self.external, self.constants, self.count = external, constants, 0
@@ -194,7 +195,7 @@ class _Flat:
         self.most = 16 * (len(model.graph.node) + sum(len(f.node) for f in model.functions)) + 1024
 
     def nodes(self, protos, names, given, depth):
-        """names : what a name of the protos is called in the row; given : a function's attributes."""
+        """names : what the protos' names are called in the row; given : a function's attributes."""
         if depth > 8:
             raise ValueError("the ONNX model has functions or branches in each other without end")
         found = []
@@ -592,7 +593,7 @@ def _reduced(function):
     return run
 
 
-# What is computed from numbers: of integers, which stand for shapes; of floats, in `Graph.run` alone.
+# What is computed: of integers, which stand for shapes; of floats, in `Graph.run` alone.
 _ARITHMETIC = {
     **{name: _elementwise(function) for name, function in {
         "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": _div, "Mod": np.mod,
@@ -636,8 +637,8 @@ _MOVING = {
 }
 _PLUMBING = {**_MOVING, **_ARITHMETIC}
 # The same number everywhere stays that, whatever the shape, which may be unknown.
-_KEEPING_FILL = {"Identity", "Expand", "Tile", "Slice", "Reshape", "Transpose", "Squeeze", "Unsqueeze",
-                 "Gather", "Flatten", "Split", "Dropout", "Cast", "CastLike"}
+_KEEPING_FILL = {"Identity", "Expand", "Tile", "Slice", "Reshape", "Transpose", "Squeeze",
+                 "Unsqueeze", "Gather", "Flatten", "Split", "Dropout", "Cast", "CastLike"}
 
 
 # ---- shapes of what is not computed -------------------------------------------------------------
@@ -683,10 +684,10 @@ def _same(a, x, *_):
 _SHAPES = {
     "MatMul": _matmul_shape, "Gemm": _gemm_shape, "Conv": _conv_shape,
     "ReduceMean": _reduced_shape, "Pow": lambda a, *shapes: np.broadcast_shapes(*shapes),
-    **dict.fromkeys(("Relu", "Tanh", "Sigmoid", "Gelu", "Erf", "Exp", "Log", "Sqrt", "LeakyRelu", "Elu",
-                     "Selu", "Celu", "Softmax", "LogSoftmax", "LayerNormalization", "Clip",
-                     "BatchNormalization", "InstanceNormalization", "GroupNormalization", "HardSwish",
-                     "HardSigmoid", "Softplus", "Softsign", "PRelu", "Reciprocal", "Mish"), _same),
+    **dict.fromkeys(("Relu", "Tanh", "Sigmoid", "Gelu", "Erf", "Exp", "Log", "Sqrt", "LeakyRelu",
+                     "Elu", "Selu", "Celu", "Softmax", "LogSoftmax", "LayerNormalization", "Clip",
+                     "BatchNormalization", "InstanceNormalization", "GroupNormalization",
+                     "HardSwish", "HardSigmoid", "Softplus", "Softsign", "PRelu", "Reciprocal", "Mish"), _same),
 }
 _NAMED = ("GRU", "DynamicQuantizeLSTM", "Loop", "If")
 

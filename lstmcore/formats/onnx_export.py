@@ -4,12 +4,12 @@ Each recurrent layer is one LSTM or RNN node, its Y brought to (T, B, D·H). Wha
 say, a projection, or what onnxruntime does not run in it, float64, is written as a Scan over the
 cell's own equations. T and B stay open. Layout 0 always: onnxruntime refuses 1.
 
-Of a model, its own `__call__` is run on values without numbers, which only its layers take: it tells
-which layer reads what, `Step` by step. What a model does between its layers cannot be written.
+Of a model, its own `__call__` is run on values without numbers, which only its layers take: it
+tells which layer reads what, `Step` by step. What a model does between its layers cannot be written.
 
 A description of the module and its steps stands in the graph's metadata, and weights and nodes bear
-the names of parameters and layers: `lstmcore.load` makes the module from them, and believes them only
-if the steps, written again, give the graph that is in the file. So what is written here is read as
+the names of parameters and layers: `lstmcore.load` makes the module from them, and believes them
+only if the steps, written again, give the graph that is in the file. So what is written here is read as
 long as it is written the same.
 """
 
@@ -50,8 +50,8 @@ def export(module, path, *, state=False, lengths=False, tokens=False):
     """Write a module as an ONNX graph.
 
     Inputs of the graph: x (T, B, I), or (B, T, I) with batch_first, or what else the first layer
-    reads; with `state`, h0 (L·D, B, P) and c0 (L·D, B, H); with `lengths`, lengths (B,) int32; with
-    `tokens`, a recurrent layer that reads x reads token ids (T, B) as rows of zeros and a one.
+    reads; with `state`, h0 (L·D, B, P) and c0 (L·D, B, H); with `lengths`, lengths (B,) int32;
+    with `tokens`, a recurrent layer that reads x reads token ids (T, B) as rows of zeros and a one.
     Outputs: y, of a recurrent layer (T, B, D·P), h_n, and c_n of an LSTM. The states of the n-th
     recurrent layer of several have _n at the end of their names; with the last_step of a Stack, y
     is (B, D·P).

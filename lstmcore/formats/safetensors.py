@@ -79,7 +79,7 @@ def _all(path):
 
 
 def _index_of(path):
-    """The index that a file is a shard of, by its name or by an index beside it; None if none is."""
+    """The index that a file is a shard of, by its name or by an index beside it, or None."""
     folder, name = os.path.split(os.fsdecode(path))
     if match := re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.safetensors", name):
         if int(match[3]) > 1:

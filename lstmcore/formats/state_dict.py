@@ -1,8 +1,8 @@
-"""Named tensors as PyTorch's modules have them -> recurrent layers, whatever kind of file they were in.
+"""Named tensors as PyTorch's modules have them -> recurrent layers, whatever file they were in.
 
 A weight that PyTorch keeps in parts is put together: weight_norm's length g and direction v, in the
-old form (`_g`, `_v`) and as parametrizations; pruning's `_orig` and `_mask`; and the `_raw` weight of
-DropConnect (Merity et al. 2017), beside which a copy stands that lacks what was dropped last.
+old form (`_g`, `_v`) and as parametrizations; pruning's `_orig` and `_mask`; and the `_raw` weight
+of DropConnect (Merity et al. 2017), beside which a copy stands that lacks what was dropped last.
 """
 
 import functools
@@ -42,7 +42,7 @@ def content(arrays, objects=(), said=None, own=None, hint=""):
 def folded(arrays):
     """The arrays with weights in the place of their parts, and the names of these parts.
 
-    Where a file does not say how the parts make the weight, a str that tells so stands in its place.
+    Where a file does not say how the parts make the weight, a str in its place tells so.
     """
     kept = {}
     for name in arrays:

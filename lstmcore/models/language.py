@@ -391,7 +391,8 @@ class LanguageModel:
 
     def _write(self, path, arrays, metadata):
         tokens = self.vocabulary.tokens[1:] if self.level != "byte" else []
-        saved = {"version": description.VERSION, "config": self.config, "level": self.level, "tokens": tokens,
+        saved = {"version": description.VERSION, "config": self.config, "level": self.level,
+                 "tokens": tokens,
                  "history": self.history, "outcome": self.outcome}
         safetensors.write(path, arrays, {KEY: json.dumps(saved), **metadata})
 

@@ -47,7 +47,7 @@ def read_bytes(source):
         with open(source, "rb") as file:
             data = file.read()
     if data[:2] == b"\x1f\x8b":
-        limit = 200 * len(data) + (64 << 20)        # text shrinks to a tenth; a bomb, to a thousandth
+        limit = 200 * len(data) + (64 << 20)        # text shrinks to a tenth, a bomb to 1/1000
         try:
             data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(limit + 1)
             if len(data) > limit:
