@@ -383,7 +383,8 @@ def test_what_a_language_model_claims_is_compared_with_its_weights(tmp_path):
         tracemalloc.stop()
     meta = json.loads(metadata[run])
     for name, value in {"digest": None, "settings": [], "budget": {"x": 1}, "rng": {},
-                        "epoch": 1e400, "position": 10**9, "history": [3], "step": -1, "scale": "1"}.items():
+                        "epoch": 1e400, "position": 10**9, "history": [3], "step": -1,
+                        "scale": "1"}.items():
         safetensors.write(path, arrays, {**metadata, run: json.dumps({**meta, name: value})})
         with pytest.raises(ValueError, match="training run that is damaged or of another"):
             lstmcore.LanguageModel(hidden_size=4, num_layers=1, embed_size=2).fit(

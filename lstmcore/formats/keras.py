@@ -399,7 +399,7 @@ def _unsaid(path, name, weights, version, activation=None, recurrent_activation=
         old = version and [int(n) for n in re.findall(r"\d+", version)[:2]] < [2, 3]
         if old:
             raise ValueError(
-                f"{path} was written by Keras {version:.20}, whose LSTM had the recurrent_activation "
+                f"{path} was written by Keras {version:.20}, whose LSTM had recurrent_activation "
                 f"hard_sigmoid unless told otherwise, and does not say which {name} had: lstmcore "
                 "has sigmoid; if it was that, give recurrent_activation='sigmoid'")
         warnings.warn(f"{path} holds weights alone and does not say what {name} was: taken are "

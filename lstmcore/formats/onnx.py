@@ -687,7 +687,8 @@ _SHAPES = {
     **dict.fromkeys(("Relu", "Tanh", "Sigmoid", "Gelu", "Erf", "Exp", "Log", "Sqrt", "LeakyRelu",
                      "Elu", "Selu", "Celu", "Softmax", "LogSoftmax", "LayerNormalization", "Clip",
                      "BatchNormalization", "InstanceNormalization", "GroupNormalization",
-                     "HardSwish", "HardSigmoid", "Softplus", "Softsign", "PRelu", "Reciprocal", "Mish"), _same),
+                     "HardSwish", "HardSigmoid", "Softplus", "Softsign", "PRelu", "Reciprocal",
+                     "Mish"), _same),
 }
 _NAMED = ("GRU", "DynamicQuantizeLSTM", "Loop", "If")
 

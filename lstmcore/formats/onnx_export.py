@@ -5,12 +5,13 @@ say, a projection, or what onnxruntime does not run in it, float64, is written a
 cell's own equations. T and B stay open. Layout 0 always: onnxruntime refuses 1.
 
 Of a model, its own `__call__` is run on values without numbers, which only its layers take: it
-tells which layer reads what, `Step` by step. What a model does between its layers cannot be written.
+tells which layer reads what, `Step` by step. What a model does between its layers is not
+written.
 
 A description of the module and its steps stands in the graph's metadata, and weights and nodes bear
 the names of parameters and layers: `lstmcore.load` makes the module from them, and believes them
-only if the steps, written again, give the graph that is in the file. So what is written here is read as
-long as it is written the same.
+only if the steps, written again, give the graph that is in the file. So what is written here is
+read as long as it is written the same.
 """
 
 import copy
