@@ -15,16 +15,16 @@ from lstmcore.threads import get_num_threads, set_num_threads, threads
 
 _HOME = {  # module: the public names that live there
     "functional": "lstm_forward lstm_backward rnn_forward rnn_backward info",
-    "layers": "LSTM RNN Embedding Linear Dropout Tanh Sigmoid ReLU Sequential LastStep "
+    "layers": "LSTM RNN Stack Embedding Linear Dropout Tanh Sigmoid ReLU Sequential LastStep "
               "MeanOverTime MaxOverTime sequence_mask Module",
     "losses": "softmax_cross_entropy mse_loss bce_with_logits",
     "optim": "clip_grad_norm clip_grad_value",
     "models": "LanguageModel LSTMClassifier LSTMRegressor Forecaster",
-    "formats": "load convert",
+    "files": "load save convert",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
-_MODULES = ("reference", "functional", "layers", "losses", "optim", "models", "formats", "gradflow",
-            "inspect")
+_MODULES = ("reference", "functional", "layers", "losses", "optim", "models", "formats", "files",
+            "gradflow", "inspect")
 _EXTRAS = {"LSTMClassifier": "sklearn", "LSTMRegressor": "sklearn", "Forecaster": "sklearn",
            "torch": "torch"}     # public names that only exist beside another library
 

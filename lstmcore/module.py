@@ -39,6 +39,7 @@ class Module:
     _thawed = None      # of a frozen layer: name -> the parameter from before, for `unfreeze`
     _packed = None      # what a frozen layer with kernels has packed for them
     _tape = None        # what the last call in training mode left for backward
+    _says = ()          # attributes that the parameters do not tell, and a file has to
 
     def parameters(self):
         """The parameters by name: the arrays themselves, to be changed only in place."""
@@ -97,6 +98,17 @@ class Module:
     def modules(self):
         """(prefix, module) of this module and of every module below it, each module once."""
         return list(self._walk("", set()))
+
+    def save(self, path, **options):
+        """Write the module to a file, for `lstmcore.load`: see `lstmcore.save`."""
+        import lstmcore                 # files stand above the layers
+        lstmcore.save(self, path, **options)
+
+    def describe(self):
+        """What the parameters do not say of this module, as JSON can hold it: its class first."""
+        kind, values = type(self), {name: getattr(self, name) for name in self._says}
+        home = "" if kind.__module__.startswith("lstmcore.") else kind.__module__ + "."
+        return {"class": home + kind.__qualname__, **values}
 
     def state_dict(self):
         """A copy of every parameter by name."""

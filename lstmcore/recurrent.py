@@ -152,11 +152,6 @@ class _Recurrent(Module):
         _, _, tapes = self._run(x, self._weights, initial, lengths, True, False)
         return [self._traced(y, tape) for _, runs in tapes for y, tape in runs]
 
-    def save(self, path):
-        """Write the layer to a .safetensors, .onnx or .weights.h5 file, for `lstmcore.load`."""
-        from lstmcore import formats
-        formats.save(self, path)
-
     def _run(self, x, weights, initial, lengths, keep_tape, drop):
         """The stack over time-major x: y, the final states, and (mask, [(y, tape)]) per layer."""
         final, tapes = [], []
@@ -288,6 +283,7 @@ class LSTM(_Recurrent):
     """
 
     _gates, _cell = 4, "lstm"
+    _says = "batch_first", "dropout"
 
     def __init__(self, input_size, hidden_size, num_layers=1, *, bias=True, batch_first=False,
                  dropout=0.0, bidirectional=False, proj_size=0, peepholes=False, forget_bias=1.0,
@@ -342,6 +338,7 @@ class RNN(_Recurrent):
     """
 
     _gates = 1
+    _says = "batch_first", "dropout", "nonlinearity"
 
     def __init__(self, input_size, hidden_size, num_layers=1, *, nonlinearity="tanh", bias=True,
                  batch_first=False, dropout=0.0, bidirectional=False, init="uniform",

@@ -11,7 +11,7 @@ import pytest
 
 import lstmcore
 from lstmcore import gradflow, inspect, layers, losses, optim
-from lstmcore.formats.stack import Stack
+from lstmcore import Stack
 
 sklearn = importlib.util.find_spec("sklearn")
 T, B, I, H, V = 4, 3, 2, 5, 7
@@ -209,7 +209,7 @@ if sklearn:
 
 WITHOUT_ARRAYS = {
     "__version__", "get_num_threads", "set_num_threads", "threads", "info", "Module", "LanguageModel",
-    "load", "convert",              # of files and texts
+    "load", "save", "convert",      # of files and texts
     "optim",                        # a module: see "optimizers"
     "reference",                    # a module that checks nothing
     "LSTMTrace", "RNNTrace"}        # results

@@ -1,4 +1,4 @@
-"""A stack of recurrent layers that one LSTM or RNN cannot express, as files sometimes hold it."""
+"""Stack: recurrent layers in a row that one LSTM or RNN cannot express, as files hold them."""
 
 import numpy as np
 
@@ -27,6 +27,8 @@ class Stack(Module):
     >>> y.shape, state1[0].shape
     ((7, 4, 5), (1, 4, 5))
     """
+
+    _says = "batch_first", "reverse", "last_step"
 
     def __init__(self, layers, reverse=None, batch_first=False, initial=None, last_step=False):
         self.layers, self.batch_first = list(layers), bool(batch_first)
@@ -78,10 +80,12 @@ class Stack(Module):
             dinitial.append(dfirst)
         return None if dy is None else self._outside(dy), dinitial[::-1]
 
-    def save(self, path):
-        """Write the stack to a file: its ending says which kind, see `lstmcore.formats.save`."""
-        from lstmcore import formats
-        formats.save(self, path)
+    def describe(self):
+        """What the parameters do not say; ValueError with fixed initial states."""
+        if any(state is not None for state in self.initial):
+            raise ValueError("a Stack with fixed initial states cannot be saved: set its initial "
+                             "to [None, ...] and give the states to every call")
+        return {**super().describe(), "layers": [layer.describe() for layer in self.layers]}
 
     def _last_output(self, state):
         """The last output (B, D·P) of the last layer: its h in the final state, (L·D, B, P)."""
