@@ -100,8 +100,8 @@ typedef struct {
     ptrdiff_t K, N;                 /* N columns, of each gate */
     const void *W;                  /* W[k·k_stride + column·col_stride]; read by pack alone */
     ptrdiff_t k_stride, col_stride;
-    const float *scales;            /* of each column, where W is of int8_t: the format int8 */
     void *packed;
+    const float *scales;            /* of each column, where W is of int8_t: the format int8 */
 } lstm_operand;
 
 /* What an output row holds before the sum is added. */

@@ -53,5 +53,6 @@ static inline ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; 
 void check_products(void);
 void check_cells(void);
 void check_pointwise(void);
+void check_below(void);
 
 #endif

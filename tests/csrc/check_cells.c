@@ -135,7 +135,8 @@ static void step(const forward_problem *f, int how, ptrdiff_t r0, ptrdiff_t r1, 
     for (ptrdiff_t r = r0; r < r1; r++)
         rows[r - r0] = (lstm_row){
             .x = how & FUSED ? f->x.row[r] : NULL,
-            .h_prev = f->K || cell->reads_h ? f->h_prev.row[r] : NULL,
+            .h_low = f->K ? f->h_prev.row[r] : NULL,
+            .h_prev = cell->reads_h ? f->h_prev.row[r] : NULL,
             .c_prev = !cell->has_c ? NULL : how & C_IN_PLACE ? out->c.row[r] : f->c_prev.row[r],
             .gates = how & FUSED && !cell->keeps_gates ? NULL
                      : how & H_IN_PLACE ? out->h.row[r] : out->gates.row[r],

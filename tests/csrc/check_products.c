@@ -19,7 +19,7 @@ static void check_pack(int gates, ptrdiff_t K, ptrdiff_t j0, ptrdiff_t j1, int o
     char *out = room(numbers * k->packed), *before = room(numbers * k->packed);
     memset(out, 0xA5, (size_t)(numbers * k->packed));
     memcpy(before, out, (size_t)(numbers * k->packed));
-    k->pack(&(lstm_operand){gates, K, H, W.row[0], k_stride, col_stride, out}, j0, j1, first, last);
+    k->pack(&(lstm_operand){gates, K, H, W.row[0], k_stride, col_stride, out, NULL}, j0, j1, first, last);
     for (ptrdiff_t p = 0; p < n; p++) {
         ptrdiff_t left = j1 - j0 - p * width;
         ptrdiff_t vectors = gates > 1 ? gates : least(4, (left + VL - 1) / VL);
@@ -179,7 +179,7 @@ void check_products(void) {
     check_gemm(1, START_BIAS, 3, 513, 0, 5 * VL + 1);  /* longer than the block of a panel */
     check_gemm(3, START_ADD, 2 * MR, 1030, 0, VL + 1);
     check_gemm(1, START_BIAS, 0, 3, 0, VL);
-    under_test->pack(&(lstm_operand){1, 0, 0, NULL, 1, 1, NULL}, 0, VL, 0, 1);
+    under_test->pack(&(lstm_operand){1, 0, 0, NULL, 1, 1, NULL, NULL}, 0, VL, 0, 1);
     const ptrdiff_t lengths[] = {1, 3, 255, 256, 257, 700};
     for (size_t q = 0; q < sizeof lengths / sizeof lengths[0]; q++)
         for (int n_products = 0; n_products <= 3; n_products++) {

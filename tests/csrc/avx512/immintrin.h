@@ -90,4 +90,104 @@ EMULATED_OPERATIONS(pd, double, __mmask8)
 #define _mm512_mask_storeu_ps emulated_mask_storeu_ps
 #define _mm512_mask_storeu_pd emulated_mask_storeu_pd
 
+/* ---- integers, and what VNNI and BF16 add ---- */
+
+typedef union {
+    __m512i whole;
+    __m256i half[2];
+    int32_t words[16];
+    uint8_t bytes[64];
+    int8_t signed_bytes[64];
+} emulated_integers;
+
+EMULATED(__m512i) emulated_set1_epi32(int word) {
+    emulated_integers a;
+    for (int q = 0; q < 2; q++) a.half[q] = _mm256_set1_epi32(word);
+    return a.whole;
+}
+EMULATED(emulated_ps) emulated_cvtepi32_ps(__m512i a) {
+    emulated_integers x = {a};
+    emulated_halves_ps out;
+    for (int q = 0; q < 2; q++) out.half[q] = _mm256_cvtepi32_ps(x.half[q]);
+    return out.whole;
+}
+EMULATED(__m512i) emulated_cvtepi8_epi16(__m256i a) {
+    emulated_integers out;
+    out.half[0] = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(a));
+    out.half[1] = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(a, 1));
+    return out.whole;
+}
+EMULATED(__m512i) emulated_madd_epi16(__m512i a, __m512i b) {
+    emulated_integers x = {a}, y = {b};
+    for (int q = 0; q < 2; q++) x.half[q] = _mm256_madd_epi16(x.half[q], y.half[q]);
+    return x.whole;
+}
+EMULATED(__m512i) emulated_or_si512(__m512i a, __m512i b) {
+    emulated_integers x = {a}, y = {b};
+    for (int q = 0; q < 2; q++) x.half[q] = _mm256_or_si256(x.half[q], y.half[q]);
+    return x.whole;
+}
+EMULATED(__m512i) emulated_srli_epi64(__m512i a, int n) {
+    emulated_integers x = {a};
+    for (int q = 0; q < 2; q++) x.half[q] = _mm256_srli_epi64(x.half[q], n);
+    return x.whole;
+}
+EMULATED(__m256i) emulated_cvtepi64_epi32(__m512i a) {
+    emulated_integers x = {a}, out;
+    for (int l = 0; l < 8; l++) out.words[l] = x.words[2 * l];
+    return out.half[0];
+}
+EMULATED(__m256i) emulated_cvtepi32_epi16(__m512i a) {
+    emulated_integers x = {a};
+    union { __m256i whole; int16_t lanes[16]; } out;
+    for (int l = 0; l < 16; l++) out.lanes[l] = (int16_t)x.words[l];
+    return out.whole;
+}
+EMULATED(__m128i) emulated_cvtepi32_epi8(__m512i a) {
+    emulated_integers x = {a};
+    union { __m128i whole; int8_t lanes[16]; } out;
+    for (int l = 0; l < 16; l++) out.lanes[l] = (int8_t)x.words[l];
+    return out.whole;
+}
+EMULATED(void) emulated_mask_storeu_epi32(void *p, __mmask8 mask, __m256i a) {
+    union { __m256i whole; int32_t lanes[8]; } x = {a};
+    for (int l = 0; l < 8; l++)
+        if (mask >> l & 1) ((int32_t *)p)[l] = x.lanes[l];
+}
+EMULATED(__m512i) emulated_dpbusd_epi32(__m512i c, __m512i a, __m512i b) {
+    emulated_integers sums = {c}, x = {a}, y = {b};
+    for (int l = 0; l < 64; l++) sums.words[l / 4] += x.bytes[l] * y.signed_bytes[l];
+    return sums.whole;
+}
+/* Two chained multiply-adds, the high halves first; what is below normal numbers counts as 0. */
+static __attribute__((noinline, unused)) __m512 emulated_dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
+    union { __m512 whole; __m256 half[2]; } sums = {c};
+    emulated_integers x, y;
+    memcpy(&x, &a, sizeof x), memcpy(&y, &b, sizeof y);
+    unsigned mode = _mm_getcsr();
+    _mm_setcsr(mode | 0x8040);
+    const __m256i high = _mm256_set1_epi32((int)0xFFFF0000u);
+    for (int q = 0; q < 2; q++) {
+        sums.half[q] = _mm256_fmadd_ps((__m256)_mm256_and_si256(x.half[q], high),
+                                       (__m256)_mm256_and_si256(y.half[q], high), sums.half[q]);
+        sums.half[q] = _mm256_fmadd_ps((__m256)_mm256_slli_epi32(x.half[q], 16),
+                                       (__m256)_mm256_slli_epi32(y.half[q], 16), sums.half[q]);
+    }
+    _mm_setcsr(mode);
+    return sums.whole;
+}
+
+#define _mm512_set1_epi32 emulated_set1_epi32
+#define _mm512_cvtepi32_ps emulated_cvtepi32_ps
+#define _mm512_cvtepi8_epi16 emulated_cvtepi8_epi16
+#define _mm512_madd_epi16 emulated_madd_epi16
+#define _mm512_or_si512 emulated_or_si512
+#define _mm512_srli_epi64 emulated_srli_epi64
+#define _mm512_cvtepi64_epi32 emulated_cvtepi64_epi32
+#define _mm512_cvtepi32_epi16 emulated_cvtepi32_epi16
+#define _mm512_cvtepi32_epi8 emulated_cvtepi32_epi8
+#define _mm256_mask_storeu_epi32 emulated_mask_storeu_epi32
+#define _mm512_dpbusd_epi32 emulated_dpbusd_epi32
+#define _mm512_dpbf16_ps emulated_dpbf16_ps
+
 #endif
