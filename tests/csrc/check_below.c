@@ -36,7 +36,7 @@ static void check_rows(ptrdiff_t K, ptrdiff_t J, ptrdiff_t n) {
     char *low = room(n * stride), *panel = room(vectors * k->vector_bytes(K));
     const void **rows = room(n * (ptrdiff_t)sizeof(void *));
     void **out = room(n * (ptrdiff_t)sizeof(void *));
-    for (ptrdiff_t j = 0; j < J * K; j++) W[j] = j / K == 2 ? 0x1p-120f : rough();
+    for (ptrdiff_t j = 0; j < J * K; j++) W[j] = j / K == 2 && integers ? 0x1p-120f : rough();
     for (ptrdiff_t r = 0; r < n * K; r++) a[r] = r / K == 1 ? 0 : rough();
     for (ptrdiff_t r = 0; r < n; r++) {
         rows[r] = low + r * stride, out[r] = C + r * J;
