@@ -37,7 +37,8 @@ static float hard(int tame) {
                           -0x1.8p-127f, 0x1p-70f, -0x1.8p-64f, 0x1.01p-63f, 3e38f, INFINITY, NAN};
     ptrdiff_t q = tame == 3 ? 60 : pick(tame ? 60 : 24);
     if (q < (tame ? 14 : 16)) return some[q] > 1e30f ? (tame ? 0.5f : some[q]) : some[q];
-    return ldexpf((float)pick(1 << 24) / (1 << 23) - 1, (int)pick(9) - 4);
+    float fraction = (float)pick(1 << 24) / (1 << 23) - 1;  /* drawn first, in every compiler's order */
+    return ldexpf(fraction, (int)pick(9) - 4);
 }
 
 /* W[k, column] in three orders of memory, as plain numbers, and packed. */
