@@ -197,7 +197,7 @@ packed pack(int gates, ptrdiff_t K, ptrdiff_t N, ptrdiff_t j0, ptrdiff_t j1, con
 /* What dispatch.c promises of the tables. */
 static void check_table(const char *isa, const char *format) {
     const lstm_kernels *k = under_test;
-    int trains = strcmp(format, "int8") != 0, below = !strcmp(format, "bfloat16") || !trains;
+    int trains = strcmp(format, "int8") != 0, below = !trains || !strcmp(format, "bfloat16");
     check_true(strcmp(k->isa, isa) == 0 && strcmp(k->format, format) == 0,
                "a table is what was asked for");
     check_true(lstm_kernels_for(NULL, format) == lstm_kernels_for(lstm_isa(0), format),

@@ -226,8 +226,8 @@ void check_formats(void) {
         for (int gates = 1; gates <= 4; gates++)
             for (int tame = 0; tame < 2; tame++)
                 check_product(gates, (int)pick(3), 1 + pick(2 * MR + 2), depths[d],
-                              pick(2) * panel_width(gates), panel_width(gates) * (1 + pick(2)) + 1 + pick(VL),
-                              (int)pick(2), tame);
+                              pick(2) * panel_width(gates),
+                              panel_width(gates) * (1 + pick(2)) + 1 + pick(VL), (int)pick(2), tame);
     check_product(1, START_BIAS, MR + 1, 1027, 0, 4 * VL + 1, 0, 1);  /* longer than a block */
     check_product(3, START_ADD, MR + 2, 2051, 0, VL + 1, 1, 1);
     if (is_int8())

@@ -252,8 +252,8 @@ def main():
     arguments.add_argument("--only", metavar="TEXT", default="",
                            help="mutants with TEXT in 'file: name', a regular expression")
     arguments.add_argument("--isa", metavar="NAME",
-                           help="the instruction set of the kernels; what the CPU lacks of AVX-512, "
-                                "VNNI and BF16 is emulated (default: the best that runs here)")
+                           help="the instruction set of the kernels; what the CPU lacks of "
+                                "AVX-512, VNNI and BF16 is emulated (default: the best that runs here)")
     options = arguments.parse_args()
     chosen = [m for m in MUTANTS if re.search(options.only, f"{m[1]}: {m[0]}")
               and (m[0] in QUICK or not options.quick)]
