@@ -52,17 +52,6 @@ INLINE bits F(v_rounded)(vec a) {
     return F(v_bits)(F(v_select)(a == a, F(v_from_bits)(even), F(v_from_bits)(b | 0x400000))) & 0xFFFF0000u;
 }
 
-#ifndef ISA_BF16
-/* a·b + c rounded once: where there is no fma, two operations do, as a·b is exact. */
-INLINE vec F(v_chain)(vec a, vec b, vec c) {
-#ifdef FUSED
-    return v_fma(a, b, c);
-#else
-    return a * b + c;
-#endif
-}
-#endif
-
 INLINE void F(pack_step)(PACKED *panel, int nv, int v, ptrdiff_t k, const vec *w) {
     bits pair = F(v_rounded)(w[0]) | F(v_rounded)(w[1]) >> 16;
     F(v_store)((R *)panel + (k / 2 * nv + v) * VL, F(v_from_bits)(pair));
@@ -131,12 +120,12 @@ INLINE void F(tile)(const int mr, const int nv, const ptrdiff_t step, ptrdiff_t 
         EACH(r, mr) x[r] = F(v_set1)(a[r][2 * q * step]);
         EACH(v, nv) {
             vec w = F(v_from_bits)(F(v_bits)(F(v_load)((const R *)panel + v * VL)) & 0xFFFF0000u);
-            EACH(r, mr) acc[r][v] = F(v_chain)(x[r], w, acc[r][v]);
+            EACH(r, mr) acc[r][v] = v_fma(x[r], w, acc[r][v]);
         }
         EACH(r, mr) x[r] = F(v_set1)(a[r][(2 * q + 1) * step]);
         EACH(v, nv) {
             vec w = F(v_from_bits)(F(v_bits)(F(v_load)((const R *)panel + v * VL)) << 16);
-            EACH(r, mr) acc[r][v] = F(v_chain)(x[r], w, acc[r][v]);
+            EACH(r, mr) acc[r][v] = v_fma(x[r], w, acc[r][v]);
         }
 #endif
     }

@@ -59,7 +59,7 @@ def examples(tmp_path_factory):
     return scratch
 
 
-@pytest.mark.parametrize("program", ["mgu", "avx"])
+@pytest.mark.parametrize("program", ["mgu", "float19", "avx"])
 def test_an_example_runs(program, examples):
     done = subprocess.run([examples / program], capture_output=True, text=True)
     if done.returncode == SKIPPED:

@@ -20,6 +20,7 @@ typedef struct {
 } matrix;
 
 double draw(void);                        /* a multiple of 1/16 in [-1, 1] */
+void restart(void);                       /* the numbers drawn begin anew */
 ptrdiff_t pick(ptrdiff_t n);              /* one of 0..n-1 */
 matrix new_matrix(ptrdiff_t rows, ptrdiff_t columns);
 matrix rough_matrix(ptrdiff_t rows, ptrdiff_t columns);
@@ -44,6 +45,9 @@ typedef struct {
 } packed;
 packed pack(int gates, ptrdiff_t K, ptrdiff_t N, ptrdiff_t j0, ptrdiff_t j1, const matrix *W,
             ptrdiff_t k_stride, ptrdiff_t col_stride);
+/* The first K numbers of every row as products take them. */
+const void **lowered(const matrix *a, ptrdiff_t K);
+void free_lowered(const matrix *a, const void **rows);
 void *room(ptrdiff_t bytes);              /* 64-byte aligned, of exactly this size */
 ptrdiff_t panel_width(int gates);         /* columns of a panel, of one gate */
 
@@ -53,6 +57,6 @@ static inline ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; 
 void check_products(void);
 void check_cells(void);
 void check_pointwise(void);
-void check_below(void);
+void check_formats(void);                 /* below float32; prints what their steps hash to */
 
 #endif

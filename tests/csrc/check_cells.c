@@ -132,10 +132,11 @@ static void step(const forward_problem *f, int how, ptrdiff_t r0, ptrdiff_t r1, 
                       f->with_bias ? f->bias.row[0] : NULL,
                       f->with_peepholes ? f->peepholes.row[0] : NULL};
     lstm_row *rows = calloc((size_t)(r1 - r0 + 1), sizeof *rows);
+    const void **x = lowered(&f->x, f->I), **h = lowered(&f->h_prev, f->K);
     for (ptrdiff_t r = r0; r < r1; r++)
         rows[r - r0] = (lstm_row){
-            .x = how & FUSED ? f->x.row[r] : NULL,
-            .h_low = f->K ? f->h_prev.row[r] : NULL,
+            .x = how & FUSED ? x[r] : NULL,
+            .h_low = f->K ? h[r] : NULL,
             .h_prev = cell->reads_h ? f->h_prev.row[r] : NULL,
             .c_prev = !cell->has_c ? NULL : how & C_IN_PLACE ? out->c.row[r] : f->c_prev.row[r],
             .gates = how & FUSED && !cell->keeps_gates ? NULL
@@ -143,6 +144,7 @@ static void step(const forward_problem *f, int how, ptrdiff_t r0, ptrdiff_t r1, 
             .c = cell->has_c ? out->c.row[r] : NULL,
             .h = out->h.row[r]};
     cell->step(&w, !!(how & DESCENDING), r1 - r0, j0, j1, rows);
+    free_lowered(&f->x, x), free_lowered(&f->h_prev, h);
     free(rows), free(ih.panels), free(hh.panels);
 }
 
@@ -226,10 +228,11 @@ static void check_forward_bits(const lstm_cell *cell, const equations *e, ptrdif
 
     packed ih = pack(fed(cell), I, H, 0, H, &f.W_ih, 1, I);
     int in_place = e->keeps_gates ? 0 : H_IN_PLACE;
-    under_test->gemm(&ih.w, 0, H, &(lstm_rows){f.with_bias ? START_BIAS : START_ZERO, n, rows_of(&f.x),
+    const void **x = lowered(&f.x, I);
+    under_test->gemm(&ih.w, 0, H, &(lstm_rows){f.with_bias ? START_BIAS : START_ZERO, n, x,
                                                f.bias.row[0],
                                                (in_place ? &other.h : &other.gates)->row});
-    free(ih.panels);
+    free(ih.panels), free_lowered(&f.x, x);
     for (ptrdiff_t r = 0; r < n; r++)
         for (ptrdiff_t j = fed(cell) * H; j < cell->gates * H; j++)
             set(&other.gates, r, j, f.with_bias ? get(&f.bias, 0, j) : 0);
@@ -273,9 +276,10 @@ static void back_step(const backward_problem *b, int how, ptrdiff_t r0, ptrdiff_
     lstm_weights w = {0, b->K, b->H, NULL, hh.panels, NULL,
                       b->with_peepholes ? b->peepholes.row[0] : NULL};
     lstm_back_row *rows = calloc((size_t)(r1 - r0 + 1), sizeof *rows);
+    const void **da = lowered(&b->da_next, b->K);
     for (ptrdiff_t r = r0; r < r1; r++)
         rows[r - r0] = (lstm_back_row){
-            .da_next = b->K ? b->da_next.row[r] : NULL,
+            .da_next = b->K ? da[r] : NULL,
             .gates = out->gates.row[r],
             .h = cell->keeps_gates ? NULL : b->h.row[r],
             .c = cell->has_c ? b->c.row[r] : NULL,
@@ -285,7 +289,7 @@ static void back_step(const backward_problem *b, int how, ptrdiff_t r0, ptrdiff_
             .dh = cell->reads_h ? out->h.row[r] : NULL,
             .dc = cell->has_c ? out->c.row[r] : NULL};
     cell->back_step(&w, !!(how & DESCENDING), r1 - r0, j0, j1, rows);
-    free(rows), free(hh.panels);
+    free_lowered(&b->da_next, da), free(rows), free(hh.panels);
 }
 
 static backward_problem new_backward(const lstm_cell *cell, const equations *e, ptrdiff_t n, ptrdiff_t K,

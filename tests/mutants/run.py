@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from mutants import MUTANTS, QUICK
+from mutants import MUTANTS, NEEDS, QUICK
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-fPIC", "-ffp-contract=off", "-std=gnu11", "-Icsrc", "-w"]
@@ -76,10 +76,11 @@ class Scratch:
             self.compile(f"csrc/{source}.c")
         for module in self.modules:
             self.cython(module)
-        if isa == "avx512" and isa not in self.isas():
+        if isa and isa.startswith("avx") and isa not in self.isas():
             self.emulated = EMULATE
-            for source in "dispatch", "isa_avx512":
-                self.compile(f"csrc/{source}.c")
+            for source in self.sources:
+                if source == "dispatch" or source.startswith("isa_avx"):
+                    self.compile(f"csrc/{source}.c")
         self.isa = isa or self.isas()[0]
         if self.isa not in self.isas():
             raise SystemExit(f"--isa must be one of {', '.join(self.isas())}, got {isa}")
@@ -251,8 +252,8 @@ def main():
     arguments.add_argument("--only", metavar="TEXT", default="",
                            help="mutants with TEXT in 'file: name', a regular expression")
     arguments.add_argument("--isa", metavar="NAME",
-                           help="the instruction set of the kernels; avx512 is emulated where the "
-                                "CPU lacks it (default: the best that runs here)")
+                           help="the instruction set of the kernels; what the CPU lacks of "
+                                "AVX-512, VNNI and BF16 is emulated (default: the best that runs here)")
     options = arguments.parse_args()
     chosen = [m for m in MUTANTS if re.search(options.only, f"{m[1]}: {m[0]}")
               and (m[0] in QUICK or not options.quick)]
@@ -264,8 +265,9 @@ def main():
     fates = {}
     with tempfile.TemporaryDirectory(prefix="lstmcore-mutants-") as directory:
         scratch = Scratch(directory, options.isa)
+        chosen = [m for m in chosen if scratch.isa in NEEDS.get(m[0], (scratch.isa,))]
         print(f"{scratch.isa}{', emulated' if scratch.emulated else ''}: {len(chosen)} mutants; "
-              f"--only and --quick leave out {len(MUTANTS) - len(chosen)}", flush=True)
+              f"left out are {len(MUTANTS) - len(chosen)}", flush=True)
         for name, file, text, wrong in sorted(chosen, key=lambda m: m[1]):
             start = time.perf_counter()
             fates[name] = scratch.judge(file, text, wrong)

@@ -1,4 +1,5 @@
-/* immintrin.h: stands before the compiler's own where a CPU without AVX-512 is to run isa_avx512.c.
+/* immintrin.h: stands before the compiler's own where a CPU without AVX-512 is to run isa_avx512*.c,
+   and one without AVX-VNNI isa_avxvnni.c.
 
    The file's text is compiled as it is, for AVX2: the compiler splits vectors of 64 bytes, and the few
    _mm512 operations that csrc/simd.h asks for are two of 256 bits or a loop over lanes.  Every one rounds
@@ -12,8 +13,8 @@
 
    lstmcore.info() then names avx512 among the instruction sets, and LSTMCORE_ISA=avx512 runs it. */
 
-#ifdef ISA_AVX512
-/* instances.h has asked for AVX-512: take that back, before the compiler's header sees it. */
+#if defined(ISA_AVX512) || defined(ISA_VNNI)
+/* instances.h has asked for more than AVX2: take that back, before the compiler's header sees it. */
 #ifdef __clang__
 #pragma clang attribute pop
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
@@ -26,7 +27,7 @@
 
 #include_next <immintrin.h>
 
-#if defined(ISA_AVX512) && !defined(EMULATED_AVX512)
+#if (defined(ISA_AVX512) || defined(ISA_VNNI)) && !defined(EMULATED_AVX512)
 #define EMULATED_AVX512
 
 #define EMULATED(type) static inline __attribute__((always_inline)) type
@@ -90,104 +91,125 @@ EMULATED_OPERATIONS(pd, double, __mmask8)
 #define _mm512_mask_storeu_ps emulated_mask_storeu_ps
 #define _mm512_mask_storeu_pd emulated_mask_storeu_pd
 
-/* ---- integers, and what VNNI and BF16 add ---- */
-
+/* Integers: a loop over lanes each. */
 typedef union {
     __m512i whole;
     __m256i half[2];
-    int32_t words[16];
-    uint8_t bytes[64];
-    int8_t signed_bytes[64];
-} emulated_integers;
+    int8_t i8[64];
+    uint8_t u8[64];
+    int16_t i16[32];
+    int32_t i32[16];
+    uint32_t u32[16];
+    uint64_t u64[8];
+    float f32[16];
+} emulated_numbers;
 
-EMULATED(__m512i) emulated_set1_epi32(int word) {
-    emulated_integers a;
-    for (int q = 0; q < 2; q++) a.half[q] = _mm256_set1_epi32(word);
-    return a.whole;
+EMULATED(__m512i) emulated_set1(int32_t a) {
+    emulated_numbers x;
+    for (int l = 0; l < 16; l++) x.i32[l] = a;
+    return x.whole;
 }
-EMULATED(emulated_ps) emulated_cvtepi32_ps(__m512i a) {
-    emulated_integers x = {a};
-    emulated_halves_ps out;
-    for (int q = 0; q < 2; q++) out.half[q] = _mm256_cvtepi32_ps(x.half[q]);
-    return out.whole;
+
+EMULATED(emulated_ps) emulated_numbers_of(__m512i a) {
+    emulated_numbers x = {a}, out;
+    for (int l = 0; l < 16; l++) out.f32[l] = (float)x.i32[l];
+    return (emulated_ps)out.whole;
 }
-EMULATED(__m512i) emulated_cvtepi8_epi16(__m256i a) {
-    emulated_integers out;
+
+EMULATED(__m512i) emulated_madd(__m512i a, __m512i b) {
+    emulated_numbers x = {a}, y = {b};
+    for (int q = 0; q < 2; q++) x.half[q] = _mm256_madd_epi16(x.half[q], y.half[q]);
+    return x.whole;
+}
+
+EMULATED(__m512i) emulated_widen(__m256i a) {
+    emulated_numbers out;
     out.half[0] = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(a));
     out.half[1] = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(a, 1));
     return out.whole;
 }
-EMULATED(__m512i) emulated_madd_epi16(__m512i a, __m512i b) {
-    emulated_integers x = {a}, y = {b};
-    for (int q = 0; q < 2; q++) x.half[q] = _mm256_madd_epi16(x.half[q], y.half[q]);
-    return x.whole;
-}
-EMULATED(__m512i) emulated_or_si512(__m512i a, __m512i b) {
-    emulated_integers x = {a}, y = {b};
-    for (int q = 0; q < 2; q++) x.half[q] = _mm256_or_si256(x.half[q], y.half[q]);
-    return x.whole;
-}
-EMULATED(__m512i) emulated_srli_epi64(__m512i a, int n) {
-    emulated_integers x = {a};
-    for (int q = 0; q < 2; q++) x.half[q] = _mm256_srli_epi64(x.half[q], n);
-    return x.whole;
-}
-EMULATED(__m256i) emulated_cvtepi64_epi32(__m512i a) {
-    emulated_integers x = {a}, out;
-    for (int l = 0; l < 8; l++) out.words[l] = x.words[2 * l];
-    return out.half[0];
-}
-EMULATED(__m256i) emulated_cvtepi32_epi16(__m512i a) {
-    emulated_integers x = {a};
-    union { __m256i whole; int16_t lanes[16]; } out;
-    for (int l = 0; l < 16; l++) out.lanes[l] = (int16_t)x.words[l];
-    return out.whole;
-}
-EMULATED(__m128i) emulated_cvtepi32_epi8(__m512i a) {
-    emulated_integers x = {a};
-    union { __m128i whole; int8_t lanes[16]; } out;
-    for (int l = 0; l < 16; l++) out.lanes[l] = (int8_t)x.words[l];
-    return out.whole;
-}
-EMULATED(void) emulated_mask_storeu_epi32(void *p, __mmask8 mask, __m256i a) {
-    union { __m256i whole; int32_t lanes[8]; } x = {a};
-    for (int l = 0; l < 8; l++)
-        if (mask >> l & 1) ((int32_t *)p)[l] = x.lanes[l];
-}
-EMULATED(__m512i) emulated_dpbusd_epi32(__m512i c, __m512i a, __m512i b) {
-    emulated_integers sums = {c}, x = {a}, y = {b};
-    for (int l = 0; l < 64; l++) sums.words[l / 4] += x.bytes[l] * y.signed_bytes[l];
-    return sums.whole;
-}
-/* Two chained multiply-adds, the high halves first; what is below normal numbers counts as 0. */
-static __attribute__((noinline, unused)) __m512 emulated_dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
-    union { __m512 whole; __m256 half[2]; } sums = {c};
-    emulated_integers x, y;
-    memcpy(&x, &a, sizeof x), memcpy(&y, &b, sizeof y);
-    unsigned mode = _mm_getcsr();
-    _mm_setcsr(mode | 0x8040);
-    const __m256i high = _mm256_set1_epi32((int)0xFFFF0000u);
-    for (int q = 0; q < 2; q++) {
-        sums.half[q] = _mm256_fmadd_ps((__m256)_mm256_and_si256(x.half[q], high),
-                                       (__m256)_mm256_and_si256(y.half[q], high), sums.half[q]);
-        sums.half[q] = _mm256_fmadd_ps((__m256)_mm256_slli_epi32(x.half[q], 16),
-                                       (__m256)_mm256_slli_epi32(y.half[q], 16), sums.half[q]);
-    }
-    _mm_setcsr(mode);
-    return sums.whole;
+
+EMULATED(__m128i) emulated_bytes(__m512i a) {
+    emulated_numbers x = {a}, out = {0};
+    for (int l = 0; l < 16; l++) out.u8[l] = (uint8_t)x.u32[l];
+    return _mm256_castsi256_si128(out.half[0]);
 }
 
-#define _mm512_set1_epi32 emulated_set1_epi32
-#define _mm512_cvtepi32_ps emulated_cvtepi32_ps
-#define _mm512_cvtepi8_epi16 emulated_cvtepi8_epi16
-#define _mm512_madd_epi16 emulated_madd_epi16
-#define _mm512_or_si512 emulated_or_si512
-#define _mm512_srli_epi64 emulated_srli_epi64
-#define _mm512_cvtepi64_epi32 emulated_cvtepi64_epi32
-#define _mm512_cvtepi32_epi16 emulated_cvtepi32_epi16
-#define _mm512_cvtepi32_epi8 emulated_cvtepi32_epi8
-#define _mm256_mask_storeu_epi32 emulated_mask_storeu_epi32
-#define _mm512_dpbusd_epi32 emulated_dpbusd_epi32
-#define _mm512_dpbf16_ps emulated_dpbf16_ps
+EMULATED(__m256i) emulated_shorts(__m512i a) {
+    emulated_numbers x = {a}, out = {0};
+    for (int l = 0; l < 16; l++) out.i16[l] = (int16_t)x.u32[l];
+    return out.half[0];
+}
+
+EMULATED(__m256i) emulated_even_words(__m512i a) {
+    emulated_numbers x = {a}, out = {0};
+    for (int l = 0; l < 8; l++) out.u32[l] = (uint32_t)x.u64[l];
+    return out.half[0];
+}
+
+EMULATED(__m512i) emulated_shift(__m512i a, int n) {
+    emulated_numbers x = {a};
+    for (int l = 0; l < 8; l++) x.u64[l] >>= n;
+    return x.whole;
+}
+
+static __attribute__((noinline, unused)) void emulated_store_words(void *p, __mmask8 mask, __m256i a) {
+    emulated_numbers x = {0};
+    x.half[0] = a;
+    for (int l = 0; l < 8; l++)
+        if (mask >> l & 1) __builtin_memcpy((char *)p + 4 * l, &x.u32[l], 4);
+}
+
+/* Four unsigned bytes times four signed ones, added to each of the lanes. */
+EMULATED(__m256i) emulated_dot_256(__m256i c, __m256i a, __m256i b) {
+    emulated_numbers x = {0}, y = {0}, sum = {0};
+    x.half[0] = a, y.half[0] = b, sum.half[0] = c;
+    for (int l = 0; l < 32; l++) sum.u32[l / 4] += (uint32_t)(x.u8[l] * y.i8[l]);
+    return sum.half[0];
+}
+
+EMULATED(__m512i) emulated_dot(__m512i c, __m512i a, __m512i b) {
+    emulated_numbers x = {a}, y = {b}, sum = {c};
+    for (int q = 0; q < 2; q++) sum.half[q] = emulated_dot_256(sum.half[q], x.half[q], y.half[q]);
+    return sum.whole;
+}
+
+/* What is below the smallest normal number is zero, and keeps its sign. */
+EMULATED(__m256) emulated_flushed(__m256 a) {
+    __m256 sign = _mm256_set1_ps(-0.0f), least = _mm256_set1_ps(0x1p-126f);
+    __m256 tiny = _mm256_cmp_ps(_mm256_andnot_ps(sign, a), least, _CMP_LT_OQ);
+    return _mm256_blendv_ps(a, _mm256_and_ps(a, sign), tiny);
+}
+
+/* Of each word the high number is multiplied and added first. */
+EMULATED(__m512) emulated_pairs(__m512 c, __m512i a, __m512i b) {
+    emulated_numbers x = {a}, y = {b};
+    emulated_halves_ps sum = {(emulated_ps)c};
+    const __m256i high = _mm256_set1_epi32((int)0xFFFF0000u);
+    for (int q = 0; q < 2; q++)
+        for (int low = 0; low < 2; low++) {
+            __m256i u = low ? _mm256_slli_epi32(x.half[q], 16) : _mm256_and_si256(x.half[q], high);
+            __m256i v = low ? _mm256_slli_epi32(y.half[q], 16) : _mm256_and_si256(y.half[q], high);
+            sum.half[q] = emulated_flushed(_mm256_fmadd_ps(
+                emulated_flushed(_mm256_castsi256_ps(u)), emulated_flushed(_mm256_castsi256_ps(v)),
+                emulated_flushed(sum.half[q])));
+        }
+    return (__m512)sum.whole;
+}
+
+#define __m512bh __m512i
+#define _mm512_dpbf16_ps emulated_pairs
+#define _mm512_dpbusd_epi32 emulated_dot
+#define _mm256_dpbusd_avx_epi32 emulated_dot_256
+#define _mm512_madd_epi16 emulated_madd
+#define _mm512_set1_epi32 emulated_set1
+#define _mm512_or_si512(a, b) ((__m512i)(a) | (__m512i)(b))
+#define _mm512_srli_epi64 emulated_shift
+#define _mm512_cvtepi32_ps emulated_numbers_of
+#define _mm512_cvtepi8_epi16 emulated_widen
+#define _mm512_cvtepi32_epi8 emulated_bytes
+#define _mm512_cvtepi32_epi16 emulated_shorts
+#define _mm512_cvtepi64_epi32 emulated_even_words
+#define _mm256_mask_storeu_epi32 emulated_store_words
 
 #endif
