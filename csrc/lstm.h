@@ -93,8 +93,9 @@ typedef struct {
 /* The right side W[k, column] of a product.  Packed, its columns are grouped into panels of vectors:
        gates >= 2:  one vector of units from each of so many gates, whose columns are N apart;
        gates == 1:  up to four neighboring vectors of columns.
-   A vector takes vector_bytes(K), in an order that is the format's own.  Panels are counted from the first column of a range [j0, j1) (of each gate), where `packed` of that
-   range begins, 64-byte aligned. */
+   A vector takes vector_bytes(K), in an order that is the format's own.  Panels are counted from the
+   first column of a range [j0, j1) (of each gate), where `packed` of that range begins, 64-byte
+   aligned. */
 typedef struct {
     int gates;
     ptrdiff_t K, N;                 /* N columns, of each gate */

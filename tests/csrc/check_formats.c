@@ -78,8 +78,8 @@ static operand new_operand(int gates, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, pt
     w.panels.bytes = (size_t)(vectors * under_test->vector_bytes(K));
     w.panels.panels = room((ptrdiff_t)w.panels.bytes + 1);
     memset(w.panels.panels, 0xA5, w.panels.bytes);
-    w.panels.w = (lstm_operand){gates, K, H, w.raw, k_stride, col_stride, is_int8() ? w.scales : NULL,
-                                w.panels.panels};
+    w.panels.w = (lstm_operand){gates, K, H, w.raw, k_stride, col_stride, w.panels.panels,
+                                is_int8() ? w.scales : NULL};
     under_test->pack(&w.panels.w, j0, j1, 0, n);
     return w;
 }
