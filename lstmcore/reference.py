@@ -17,22 +17,75 @@ signatures of `lstmcore.functional`, checks nothing, knows nothing but NumPy, an
 fallback. Sizes: T steps, B batch, I inputs, H hidden units, P projected units (P = H without W_hr).
 """
 
-from collections import namedtuple
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
-Tape = namedtuple("Tape", "x W_ih W_hh peepholes W_hr h0 c0 lengths reverse y gates c")
-RNNTape = namedtuple("RNNTape", "x W_ih W_hh h0 lengths reverse nonlinearity y")
-Gradients = namedtuple("Gradients", "dx dW_ih dW_hh db dpeepholes dh0 dc0 dW_hr")
-RNNGradients = namedtuple("RNNGradients", "dx dW_ih dW_hh db dh0")
+from lstmcore._types import Floats, Ints, Lengths
 
 
-def sigmoid(a):
+class Tape(NamedTuple):
+    """What lstm_forward keeps for lstm_backward."""
+
+    x: Floats
+    W_ih: Floats
+    W_hh: Floats
+    peepholes: Floats | None
+    W_hr: Floats | None
+    h0: Floats
+    c0: Floats
+    lengths: Lengths
+    reverse: bool
+    y: Floats
+    gates: Floats
+    c: Floats
+
+
+class RNNTape(NamedTuple):
+    """What rnn_forward keeps for rnn_backward."""
+
+    x: Floats
+    W_ih: Floats
+    W_hh: Floats
+    h0: Floats
+    lengths: Lengths
+    reverse: bool
+    nonlinearity: str
+    y: Floats
+
+
+class Gradients(NamedTuple):
+    """Of lstm_backward, each shaped as what it belongs to; of the kernels, dx is None for token ids."""
+
+    dx: Any
+    dW_ih: Floats
+    dW_hh: Floats
+    db: Floats
+    dpeepholes: Floats | None
+    dh0: Floats
+    dc0: Floats
+    dW_hr: Floats | None
+
+
+class RNNGradients(NamedTuple):
+    """Of rnn_backward, likewise."""
+
+    dx: Any
+    dW_ih: Floats
+    dW_hh: Floats
+    db: Floats
+    dh0: Floats
+
+
+def sigmoid(a: Floats) -> Floats:
     """σ(a) = 1 / (1 + e^-a), by tanh, which does not overflow."""
     return 0.5 * (1 + np.tanh(0.5 * a))
 
 
-def cell_forward(a, c_prev, p):
+def cell_forward(a: Floats, c_prev: Floats, p: Floats) -> tuple[Floats, Floats, Floats]:
     """One step of the cell: a (n, 4H), c_prev (n, H), p (3, H) -> gates (n, 4H), c, m (n, H)."""
     a_i, a_f, a_g, a_o = np.split(a, 4, axis=1)
     p_i, p_f, p_o = p
@@ -44,7 +97,8 @@ def cell_forward(a, c_prev, p):
     return np.concatenate([i, f, g, o], axis=1), c, o * np.tanh(c)
 
 
-def cell_backward(gates, c, c_prev, p, dm, dc):
+def cell_backward(gates: Floats, c: Floats, c_prev: Floats, p: Floats, dm: Floats,
+                  dc: Floats) -> tuple[Floats, Floats]:
     """The mirror of cell_forward: dm = ∂L/∂m, dc = ∂L/∂c -> da (n, 4H), dc_prev (n, H)."""
     i, f, g, o = np.split(gates, 4, axis=1)
     p_i, p_f, p_o = p
@@ -57,7 +111,8 @@ def cell_backward(gates, c, c_prev, p, dm, dc):
     return np.concatenate([da_i, da_f, da_g, da_o], axis=1), dc * f + p_i * da_i + p_f * da_f
 
 
-def steps(T, B, lengths, reverse):
+def steps(T: int, B: int, lengths: Lengths,
+          reverse: bool) -> Iterator[tuple[Ints, Ints, Ints | None]]:
     """The (rows, times, earlier times) of each step: row b takes part in its own lengths[b] steps.
 
     In reverse a row is read from its own last step to its first.
@@ -69,8 +124,12 @@ def steps(T, B, lengths, reverse):
         yield r, t, (t + 1 if reverse else t - 1) if s > 0 else None
 
 
-def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_hr=None,
-                 lengths=None, reverse=False, keep_tape=True, n_threads=None):
+def lstm_forward(x: Floats, W_ih: Floats, W_hh: Floats, b: Floats | None = None,
+                 h0: Floats | None = None, c0: Floats | None = None, *,
+                 peepholes: Floats | None = None, W_hr: Floats | None = None,
+                 lengths: Lengths = None, reverse: bool = False, keep_tape: bool = True,
+                 n_threads: int | None = None,
+                 ) -> tuple[Floats, tuple[Floats, Floats], Tape | Any]:
     """x (T,B,I), W_ih (4H,I), W_hh (4H,P) -> y (T,B,P), (h_n (B,P), c_n (B,H)), tape."""
     T, B, _ = x.shape
     H, P = W_hh.shape[0] // 4, W_hh.shape[1]
@@ -88,7 +147,8 @@ def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_h
     return y, (h, c), tape if keep_tape else None
 
 
-def lstm_backward(tape, dy, dh_n=None, dc_n=None, *, n_threads=None):
+def lstm_backward(tape: Tape, dy: Floats, dh_n: Floats | None = None, dc_n: Floats | None = None, *,
+                  n_threads: int | None = None) -> Gradients:
     """dy (T,B,P), dh_n (B,P), dc_n (B,H) -> Gradients, every one shaped as what it belongs to."""
     x, W_ih, W_hh, peepholes, W_hr, h0, c0, lengths, reverse, y, gates, c = tape
     T, B, _ = x.shape
@@ -117,8 +177,10 @@ def lstm_backward(tape, dy, dh_n=None, dc_n=None, *, n_threads=None):
     return Gradients(dx, dW_ih, dW_hh, db, None if peepholes is None else dp, dh, dc, dW_hr)
 
 
-def rnn_forward(x, W_ih, W_hh, b=None, h0=None, *, nonlinearity="tanh",
-                lengths=None, reverse=False, keep_tape=True, n_threads=None):
+def rnn_forward(x: Floats, W_ih: Floats, W_hh: Floats, b: Floats | None = None,
+                h0: Floats | None = None, *, nonlinearity: str = "tanh", lengths: Lengths = None,
+                reverse: bool = False, keep_tape: bool = True, n_threads: int | None = None,
+                ) -> tuple[Floats, Floats, RNNTape | Any]:
     """h_t = tanh(x_t W_ihᵀ + h_{t-1} W_hhᵀ + b), or relu: x (T,B,I) -> y (T,B,H), h_n (B,H), tape."""
     T, B, _ = x.shape
     H = len(W_hh)
@@ -131,7 +193,8 @@ def rnn_forward(x, W_ih, W_hh, b=None, h0=None, *, nonlinearity="tanh",
     return y, h, tape if keep_tape else None
 
 
-def rnn_backward(tape, dy, dh_n=None, *, n_threads=None):
+def rnn_backward(tape: RNNTape, dy: Floats, dh_n: Floats | None = None, *,
+                 n_threads: int | None = None) -> RNNGradients:
     """dy (T,B,H), dh_n (B,H) -> RNNGradients: each step multiplies by W_hhᵀ, and so it vanishes."""
     x, W_ih, W_hh, h0, lengths, reverse, nonlinearity, y = tape
     T, B, _ = x.shape
