@@ -37,8 +37,8 @@ _HOME = _homes()
 
 def __getattr__(name):
     if name == "__all__":
-        modules = {name for name, home in _HOME.items() if home == "lstmcore"} - {"optim", "reference"}
-        return ["__version__", *filter(_is_there, _HOME.keys() - modules)]
+        return ["__version__", *(name for name in filter(_is_there, _HOME)
+                                 if _HOME[name] != "lstmcore" or name in ("optim", "reference"))]
     if name not in _HOME:
         raise AttributeError(f"module 'lstmcore' has no attribute {name!r}")
     if _HOME[name] == "lstmcore":
@@ -60,5 +60,10 @@ def _for_freezers():
     import scipy.linalg.cython_blas
 
     from lstmcore import _blas, _grid, functional, gradflow, inspect, layers, losses, optim, reference
-    from lstmcore.formats import (hdf5, keras, onnx, onnx_export, pytorch, safetensors)
-    from lstmcore.models import curves, estimators, forecasting, language
+    from lstmcore.formats import hdf5, keras, onnx, onnx_export, pytorch, safetensors
+    from lstmcore.models import curves, language    # the others want scikit-learn
+
+
+def _hook_dirs():
+    """Where PyInstaller finds hook-lstmcore.py."""
+    return list(__path__)
