@@ -278,7 +278,8 @@ class Tape(_Tape):
 
     __slots__ = ("raw_gates", "raw_c", "_turn")
 
-    def __init__(self, cell, sizes, weights, batch, tokens, y, raw_gates, raw_c):
+    def __init__(self, cell: Any, sizes: Sizes, weights: Weights, batch: Batch, tokens: int, y: Floats,
+                 raw_gates: Floats, raw_c: Floats) -> None:
         self.cell, self.sizes, self.weights, self.batch = cell, sizes, weights, batch
         self.tokens, self.y, self.raw_gates, self.raw_c = tokens, y, raw_gates, raw_c
         self._turn = [True]        # popping it is one step, for threads that race for the tape too

@@ -445,7 +445,7 @@ def _check_place(path):
     check_writable(path)
 
 
-def check_writable(path):
+def check_writable(path: Path) -> None:
     """OSError unless a file can be written at this path; a file that is there stays as it is."""
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(path):
