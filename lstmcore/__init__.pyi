@@ -2,6 +2,7 @@
 # lstmcore/__init__.py read these lines.
 
 from lstmcore import functional as functional
+from lstmcore import files as files
 from lstmcore import formats as formats
 from lstmcore import gradflow as gradflow
 from lstmcore import inspect as inspect
@@ -11,8 +12,9 @@ from lstmcore import models as models
 from lstmcore import optim as optim
 from lstmcore import reference as reference
 from lstmcore import torch as torch
-from lstmcore.formats import convert as convert
-from lstmcore.formats import load as load
+from lstmcore.files import convert as convert
+from lstmcore.files import load as load
+from lstmcore.files import save as save
 from lstmcore.functional import info as info
 from lstmcore.functional import lstm_backward as lstm_backward
 from lstmcore.functional import lstm_forward as lstm_forward
@@ -30,6 +32,7 @@ from lstmcore.layers import Module as Module
 from lstmcore.layers import ReLU as ReLU
 from lstmcore.layers import Sequential as Sequential
 from lstmcore.layers import Sigmoid as Sigmoid
+from lstmcore.layers import Stack as Stack
 from lstmcore.layers import Tanh as Tanh
 from lstmcore.layers import sequence_mask as sequence_mask
 from lstmcore.losses import bce_with_logits as bce_with_logits

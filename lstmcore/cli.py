@@ -162,7 +162,7 @@ def _add_train(commands):
 
 def train(args):
     """Train, save, write a sample."""
-    from lstmcore.models.language import check_writable
+    from lstmcore.formats.disk import check_writable
     from lstmcore.models.training import Budget, Settings
 
     out = args.out or args.resume or DEFAULT_OUT
@@ -321,7 +321,7 @@ def look_inside(args):
     """Write the HTML page of `lstmcore.inspect`."""
     from lstmcore import LanguageModel, inspect
     from lstmcore.models import text
-    from lstmcore.models.language import check_writable
+    from lstmcore.formats.disk import check_writable
 
     check_writable(args.out)
     model = LanguageModel.load(args.model)
@@ -378,7 +378,7 @@ def convert(args):
     import warnings
 
     import lstmcore
-    from lstmcore.models.language import check_writable
+    from lstmcore.formats.disk import check_writable
 
     check_writable(args.target)
     with warnings.catch_warnings(record=True) as said:
@@ -427,7 +427,7 @@ def _existing(files):
 
 def _check_picture(path):
     """Says before the work, not after it, that a picture cannot be drawn or written."""
-    from lstmcore.models.language import check_writable
+    from lstmcore.formats.disk import check_writable
 
     try:
         from matplotlib.figure import Figure

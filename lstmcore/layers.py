@@ -14,9 +14,10 @@ from lstmcore import checks, dense, functional
 from lstmcore._types import Array, ArrayLike, Bools, Dtype, Floats, Lengths, Seed
 from lstmcore.module import Module, dropout_mask
 from lstmcore.recurrent import LSTM, RNN, LSTMTrace, RNNTrace, Stream
+from lstmcore.stack import Stack
 
-__all__ = ["Module", "LSTM", "RNN", "LSTMTrace", "RNNTrace", "Stream", "Embedding", "Linear",
-           "Dropout", "Tanh", "Sigmoid", "ReLU", "Sequential", "LastStep", "MeanOverTime",
+__all__ = ["Module", "LSTM", "RNN", "LSTMTrace", "RNNTrace", "Stream", "Stack", "Embedding",
+           "Linear", "Dropout", "Tanh", "Sigmoid", "ReLU", "Sequential", "LastStep", "MeanOverTime",
            "MaxOverTime", "sequence_mask", "sigmoid"]
 
 
@@ -122,6 +123,8 @@ class Dropout(Module):
     array([1., 1., 1.])
     """
 
+    _says = ("p",)
+
     def __init__(self, p: float = 0.5, *, seed: Seed = None) -> None:
         self.p = checks.probability("p", p)
         self.rng = np.random.default_rng(seed)
@@ -220,6 +223,10 @@ class Sequential(Module):
     def _children(self):
         return ((str(n), layer) for n, layer in enumerate(self.layers))
 
+    def describe(self) -> dict[str, Any]:
+        """What the parameters do not say: the layers, each by its own description."""
+        return {**super().describe(), "layers": [layer.describe() for layer in self.layers]}
+
     def __repr__(self) -> str:
         return f"Sequential({', '.join(map(repr, self.layers))})"
 
@@ -229,6 +236,8 @@ class _Pool(Module):
 
     A sequence of length 0 gives zeros.
     """
+
+    _says = ("batch_first",)
 
     def __init__(self, *, batch_first: bool = False) -> None:
         self.batch_first = bool(batch_first)
@@ -263,6 +272,8 @@ class LastStep(_Pool):
     array([[4.],
            [1.]])
     """
+
+    _says = "batch_first", "bidirectional"
 
     def __init__(self, *, bidirectional: bool = False, batch_first: bool = False) -> None:
         super().__init__(batch_first=batch_first)

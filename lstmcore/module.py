@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lstmcore import checks
-from lstmcore._types import Floats
+from lstmcore._types import Floats, Path
 
 M = TypeVar("M", bound="Module")
 
@@ -46,6 +46,7 @@ class Module:
     _thawed = None      # of a frozen layer: name -> the parameter from before, for `unfreeze`
     _packed = None      # what a frozen layer with kernels has packed for them
     _tape = None        # what the last call in training mode left for backward
+    _says: tuple[str, ...] = ()          # attributes that the parameters do not tell, and a file has to
 
     def parameters(self) -> dict[str, Floats]:
         """The parameters by name: the arrays themselves, to be changed only in place."""
@@ -104,6 +105,17 @@ class Module:
     def modules(self) -> list[tuple[str, Module]]:
         """(prefix, module) of this module and of every module below it, each module once."""
         return list(self._walk("", set()))
+
+    def save(self, path: Path, **options: Any) -> None:
+        """Write the module to a file, for `lstmcore.load`: see `lstmcore.save`."""
+        import lstmcore                 # files stand above the layers
+        lstmcore.save(self, path, **options)
+
+    def describe(self) -> dict[str, Any]:
+        """What the parameters do not say of this module, as JSON can hold it: its class first."""
+        kind, values = type(self), {name: getattr(self, name) for name in self._says}
+        home = "" if kind.__module__.startswith("lstmcore.") else kind.__module__ + "."
+        return {"class": home + kind.__qualname__, **values}
 
     def state_dict(self) -> dict[str, Floats]:
         """A copy of every parameter by name."""

@@ -12,16 +12,13 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from lstmcore import checks, dense, functional
-from lstmcore._types import Array, Dtype, Floats, Init, Lengths, Path, Seed
+from lstmcore._types import Array, Dtype, Floats, Init, Lengths, Seed
 from lstmcore.module import Module, dropout_mask
-
-if TYPE_CHECKING:
-    from lstmcore.layers import Embedding
 
 
 class LSTMTrace(NamedTuple):
@@ -109,7 +106,7 @@ class _Recurrent(Module, Generic[State, Trace]):
         return {**shapes, "b": (self._gates, H)} if self.bias else shapes
 
     def __call__(self, x: Array, state: State | None = None, lengths: Lengths = None, *,
-                 embedding: Embedding | None = None) -> tuple[Floats, State]:
+                 embedding: Module | None = None) -> tuple[Floats, State]:
         """One pass over whole sequences.
 
         Parameters
@@ -179,11 +176,6 @@ class _Recurrent(Module, Generic[State, Trace]):
         x, initial = self._inputs(x, state)
         _, _, tapes = self._run(x, self._weights, initial, lengths, True, False)
         return [self._traced(y, tape) for _, runs in tapes for y, tape in runs]
-
-    def save(self, path: Path) -> None:
-        """Write the layer to a .safetensors, .onnx or .weights.h5 file, for `lstmcore.load`."""
-        from lstmcore import formats
-        formats.save(self, path)
 
     def _run(self, x, weights, initial, lengths, keep_tape, drop):
         """The stack over time-major x: y, the final states, and (mask, [(y, tape)]) per layer."""
@@ -316,6 +308,7 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
     """
 
     _gates, _cell = 4, "lstm"
+    _says = "batch_first", "dropout"
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, *,
                  bias: bool = True, batch_first: bool = False, dropout: float = 0.0,
@@ -372,6 +365,7 @@ class RNN(_Recurrent[Floats, RNNTrace]):
     """
 
     _gates = 1
+    _says = "batch_first", "dropout", "nonlinearity"
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, *,
                  nonlinearity: Literal["tanh", "relu"] = "tanh", bias: bool = True,

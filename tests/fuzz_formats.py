@@ -1,6 +1,7 @@
 """Fuzzing of the file readers: one harness for Hypothesis (test_formats_hostile.py) and atheris.
 
     python tests/fuzz_formats.py pytorch -max_total_time=600        with atheris installed
+    python tests/fuzz_formats.py pytorch 10                         minutes, without it
 
 A reader may return or raise ValueError. Anything else is a finding: another exception, a crash, a
 run longer than the limit, memory beyond it. Checksums are repaired before the reader sees a mutant,
@@ -12,8 +13,11 @@ import collections
 import os
 import pathlib
 import pickle
+import re
+import resource
 import sys
 import tempfile
+import time
 import warnings
 import zipfile
 
@@ -183,7 +187,53 @@ TARGETS = {"safetensors": Safetensors, "pytorch": PyTorch, "archive": Archive, "
            "keras": Keras, "onnx": ONNX}
 
 
+def mutant(seed, rng, others):
+    """A seed with a few bytes, numbers or runs of bytes changed, moved, doubled or taken out."""
+    data = bytearray(seed)
+    for _ in range(int(rng.integers(1, 9))):
+        at, size = int(rng.integers(len(data) + 1)), int(2 ** rng.uniform(0, 7))
+        kind = rng.integers(6)
+        if kind == 0 and at < len(data):
+            data[at] = int(rng.integers(256))
+        elif kind == 1:
+            data[at:at + size] = b""
+        elif kind == 2:
+            data[at:at] = data[at:at + size] * int(rng.integers(1, 4))
+        elif kind == 3:
+            other = others[int(rng.integers(len(others)))]
+            start = int(rng.integers(len(other)))
+            data[at:at + size] = other[start:start + size]
+        elif kind == 4:
+            width = int(rng.choice([1, 2, 4, 8]))
+            value = int(rng.choice([0, 1, 127, 128, 255, 2**16 - 1, 2**31 - 1, 2**32 - 1, 2**62]))
+            data[at:at + width] = (value % 256**width).to_bytes(width, "little")
+        elif found := [m.span() for m in re.finditer(rb"\d+", bytes(data[:4096]))]:
+            start, end = found[int(rng.integers(len(found)))]
+            data[start:end] = str(int(2 ** rng.uniform(0, 63))).encode()
+    return bytes(data)
+
+
+def without_atheris(name, minutes):
+    """Random mutants until the time is over: another exception ends it, a slow one is told."""
+    target, rng = TARGETS[name](tempfile.mkdtemp()), np.random.default_rng()
+    seeds, begin, count, accepted, slowest = target.seeds(), time.monotonic(), 0, 0, 0.0
+    while time.monotonic() - begin < 60 * minutes:
+        data = mutant(seeds[int(rng.integers(len(seeds)))], rng, seeds)
+        started = time.monotonic()
+        try:
+            accepted += target.attack(data)
+        except BaseException:
+            with open(f"found-{name}", "wb") as file:
+                file.write(data)
+            raise
+        count, slowest = count + 1, max(slowest, time.monotonic() - started)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    print(f"{name}: {count} mutants, {accepted} loaded, slowest {slowest:.2f} s, peak {peak} MB")
+
+
 def main():
+    if sys.argv[2:] and sys.argv[2].replace(".", "").isdecimal():
+        return without_atheris(sys.argv[1], float(sys.argv[2]))
     import atheris
     with atheris.instrument_imports(include=["lstmcore.formats"]):
         from lstmcore.formats import keras, onnx, pytorch       # noqa: F401

@@ -258,7 +258,8 @@ def test_archives_with_tricks(tmp_path):
     pack(path, {"a/data.pkl": program, "b/data.pkl": program})
     refused(path, "one member data.pkl")
     pack(path, {"a/data.pkl": program, "a/constants.pkl": program})
-    refused(path, "TorchScript")
+    with pytest.raises(ValueError, match="TorchScript archive, save the state_dict"):
+        lstmcore.load(path)
     pack(path, {"a/data.pkl": program, "a/byteorder": b"middle"})
     refused(path, "byteorder")
     pack(path, {"a/data.pkl": program})
@@ -317,3 +318,83 @@ def test_unknown_files_are_refused_by_their_first_bytes(tmp_path):
     refused(tmp_path / "empty.pt", "begins with b''")
     with pytest.raises(FileNotFoundError):
         lstmcore.load(tmp_path / "nothing.pt")
+
+
+PAIR = b"ccollections\nOrderedDict\nq\0]q\1(K\1K\2\x86q\2"
+
+
+@pytest.mark.parametrize("message, program", {
+    # every floor holds the one below it twice: written out, 2^60 of them
+    "it calls": b"\x80\x02)" + b"q\0h\0\x86" * 60 + b")R.",
+    "again and again": b"\x80\x02" + PAIR + b"h\2" * 20000 + b"eh\1\x85q\3("
+                       + b"h\0h\3R" * 4000 + b"l.",
+    # numbers that all have the hash 0
+    "holds no": b"\x80\x02}(" + b"".join(b"\x8a\x0a" + ((2**61 - 1) * k).to_bytes(10, "little")
+                                         + b"N" for k in range(1, 20000)) + b"u.",
+    "it counts to": b"\x80\x02}r\xff\xff\xff\x7f.",
+}.items())
+def test_small_pickles_that_would_take_long(tmp_path, message, program):
+    pack(tmp_path / "m.pt", {"a/data.pkl": program})
+    begin = time.perf_counter()
+    with pytest.raises(ValueError, match=message):
+        lstmcore.load(tmp_path / "m.pt")
+    assert time.perf_counter() - begin < 4
+
+
+def test_one_storage_for_many_layers_is_refused(tmp_path):
+    H, program = 64, b""
+    tensor, members = pt_program({"": np.zeros((4 * H, H), "f4")})
+    tensor = tensor[tensor.index(b"ctorch._utils"):-2]          # what makes the tensor
+    for n in range(400):
+        for weight in ("ih", "hh"):
+            kept = b"q\1" if not program else b""
+            program += text(f"weight_{weight}_l{n}") + (tensor + kept if kept else b"h\1")
+    pack(tmp_path / "m.pt", {"archive/data.pkl": b"\x80\x02}(" + program + b"u.", **members})
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="shares its arrays among so many layers"):
+        lstmcore.load(tmp_path / "m.pt")
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
+
+
+def test_what_a_language_model_claims_is_compared_with_its_weights(tmp_path):
+    path = tmp_path / "m.safetensors"
+    model = lstmcore.LanguageModel(hidden_size=4, num_layers=1, embed_size=2)
+    model.fit("abc" * 50, steps=1, progress=False, batch_size=2, seq_length=5, checkpoint=path)
+    arrays, metadata = safetensors.read(path)
+    key, run = "lstmcore.language_model", "lstmcore.training"
+    said = json.loads(metadata[key])
+
+    def changed(**config):
+        return json.dumps({**said, "config": {**said["config"], **config}})
+    for message, wrong in {"head.weight must be": changed(hidden_size=10**6),
+                           "10000000 layers": changed(num_layers=10**7),
+                           "embedding.weight must be": changed(embed_size=10**6),
+                           "cannot read": "[" * 10**5, "cannot read: KeyError": "{}",
+                           "version 9 of": json.dumps({**said, "version": 9}),
+                           "'step'": json.dumps({**said, "history": [{}]})}.items():
+        safetensors.write(path, arrays, {**metadata, key: wrong})
+        tracemalloc.start()
+        for load in (lstmcore.load, lstmcore.LanguageModel.load):
+            with pytest.raises(ValueError, match=message) as raised:
+                load(path)
+            assert str(path) in str(raised.value)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+        tracemalloc.stop()
+    meta = json.loads(metadata[run])
+    for name, value in {"digest": None, "settings": [], "budget": {"x": 1}, "rng": {},
+                        "epoch": 1e400, "position": 10**9, "history": [3], "step": -1,
+                        "scale": "1"}.items():
+        safetensors.write(path, arrays, {**metadata, run: json.dumps({**meta, name: value})})
+        with pytest.raises(ValueError, match="training run that is damaged or of another"):
+            lstmcore.LanguageModel(hidden_size=4, num_layers=1, embed_size=2).fit(
+                "abc" * 50, steps=2, progress=False, resume=path)
+
+
+def test_a_compressed_text_may_not_be_a_bomb(tmp_path, monkeypatch):
+    import gzip
+
+    from lstmcore.models import text as texts
+    (tmp_path / "t.txt.gz").write_bytes(gzip.compress(b"a" * (80 << 20)))
+    with pytest.raises(ValueError, match="unpacks to more than"):
+        texts.load(tmp_path / "t.txt.gz")

@@ -1,6 +1,7 @@
 """ONNX nodes, graphs and exports against onnxruntime, with random weights."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -325,7 +326,9 @@ def test_external_data_stays_beside_the_model(tmp_path, location, message):
     W = made.graph.initializer[0]
     for name, data in (("w.bin", W.raw_data), ("short.bin", W.raw_data[:-4])):
         (tmp_path / name).write_bytes(data)
-    (tmp_path / "link.bin").symlink_to(tmp_path / "w.bin")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "w.bin").write_bytes(W.raw_data)
+    (tmp_path / "link.bin").symlink_to(tmp_path / "elsewhere" / "w.bin")
     want = numpy_helper.to_array(W)[0, :H]
     W.ClearField("raw_data")
     W.data_location = TensorProto.EXTERNAL
@@ -364,3 +367,173 @@ def test_node_tests_of_onnx(name):
     for inputs, outputs in case.data_sets:
         for got, want in zip(prepared.run(inputs), outputs, strict=True):
             np.testing.assert_allclose(got, want, rtol=case.rtol, atol=case.atol)
+
+
+def shaped(nodes, constants, want=None, tmp_path=None, opset=14, functions=(), inputs=None):
+    """The LSTM that a graph of these nodes, from x to Y, is loaded as."""
+    made = model(nodes, inputs or {"x": [None, None, I]}, ["Y"], {**recurrent("LSTM", "forward"),
+                                                                   **constants})
+    made.functions.extend(functions)
+    if functions:
+        made.opset_import.append(helper.make_opsetid("local", 1))
+    onnx.save(made, tmp_path / "m.onnx")
+    return lstmcore.load(tmp_path / "m.onnx")
+
+
+def lstm(*more, x="x", y="Y"):
+    return helper.make_node("LSTM", [x, "W", "R", "B", *more], [y], hidden_size=H)
+
+
+ONE, WIDTH = {"one": np.array([1])}, {"one": np.array([1]), "H": np.array([H])}
+
+
+@pytest.mark.filterwarnings("ignore:.*left in the file")
+@pytest.mark.parametrize("front", ["Mul", "Softmax", "Erf", "Unheard"])
+def test_states_of_zeros_are_zeros_whatever_their_shape(tmp_path, front):
+    """As exporters write them: of the shape of what the layer reads, which nobody computes here."""
+    n = helper.make_node
+    first = [n("Mul", ["x", "k"], ["a"]) if front == "Mul" else n(front, ["x"], ["a"]),
+             n("Shape", ["a"], ["s"]), n("Gather", ["s", "one"], ["b"])]
+    shape = n("Concat", ["one", "b", "H"], ["hs"], axis=0)
+    zeros = {**WIDTH, "k": np.full(1, 0.5, "f4"), "z": np.zeros((1, 1, H), "f4"),
+             "start": np.array([0])}
+    for made in ([shape, n("ConstantOfShape", ["hs"], ["h0"])],
+                 [shape, n("Expand", ["z", "hs"], ["h0"])],
+                 [n("Concat", ["one", "b", "one"], ["rep"], axis=0),
+                  n("Tile", ["z", "rep"], ["h0"])],
+                 [shape, n("ConstantOfShape", ["hs"], ["h1"]),
+                  n("Slice", ["h1", "start", "one", "start"], ["h0"])]):
+        if front == "Unheard":          # a graph without a shape of its own behind it
+            first[0].domain = "other"
+        m = shaped([*first, *made, lstm("", "h0", "h0", x="a")], zeros, tmp_path=tmp_path)
+        assert repr(m) == f"LSTM({I}, {H})"
+    zeros["z"] = np.ones((1, 1, H), "f4")
+    with pytest.raises(ValueError, match="initial state of .* comes from|state that is not zero"):
+        shaped([*first, shape, n("Expand", ["z", "hs"], ["h0"]), lstm("", "h0", "h0", x="a")],
+               zeros, tmp_path=tmp_path)
+
+
+def test_sizes_that_are_computed_join_layers(tmp_path):
+    """(T, 1, B, H) -> (T, B, 1 * H) by a product of sizes, as PyTorch's exporter writes it."""
+    n, sizes = helper.make_node, {str(k): np.array([k]) for k in range(5)}
+
+    def joined(y, out):
+        yield n("Transpose", [y], [out + "t"], perm=[0, 2, 1, 3])
+        yield n("Shape", [out + "t"], [out + "s"])
+        for k in range(4):
+            yield n("Slice", [out + "s", str(k), str(k + 1)], [out + str(k)])
+        yield n("Mul", [out + "2", out + "3"], [out + "m"])
+        yield n("Concat", [out + "0", out + "1", out + "m"], [out + "c"], axis=0)
+        yield n("Reshape", [out + "t", out + "c"], [out])
+    second = {k + "2": v for k, v in recurrent("LSTM", "forward", inputs=H, seed=3).items()}
+    nodes = [lstm(y="y1"), *joined("y1", "x2"),
+             n("LSTM", ["x2", "W2", "R2", "B2"], ["y2"], hidden_size=H), *joined("y2", "Y")]
+    m = shaped(nodes, {**sizes, **second}, tmp_path=tmp_path)
+    assert repr(m) == f"LSTM({I}, {H}, num_layers=2)"
+    x = np.random.default_rng(0).normal(size=(T, B, I)).astype("f4")
+    want = run(str(tmp_path / "m.onnx"), {"x": x})["Y"]
+    np.testing.assert_allclose(m(x)[0], want, rtol=0, atol=1e-6)
+    got = Graph(tmp_path / "m.onnx").run({"x": x})["Y"]
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+
+
+def test_constant_lengths_must_be_the_whole_length(tmp_path):
+    fixed = {"x": [T, B, I]}
+    for lengths, fits in (([T] * B, True), ([T] * (B - 1) + [T - 1], False)):
+        constants = {"n": np.array(lengths, "i4")}
+        if fits:
+            assert repr(shaped([lstm("n")], constants, tmp_path=tmp_path, inputs=fixed)) == \
+                f"LSTM({I}, {H})"
+        else:
+            with pytest.raises(ValueError, match="sequence_lens of .* not the whole length"):
+                shaped([lstm("n")], constants, tmp_path=tmp_path, inputs=fixed)
+    with pytest.raises(ValueError, match="not the whole length"):
+        shaped([lstm("n")], {"n": np.full(B, 9, "i4")}, tmp_path=tmp_path)
+
+
+def test_branches_that_are_chosen_and_functions(tmp_path):
+    n = helper.make_node
+
+    def branch(node):
+        return helper.make_graph([node], node.output[0], [], [
+            helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)])
+    choice = n("If", ["c"], ["Y"], then_branch=branch(lstm(y="a")),
+               else_branch=branch(helper.make_node("LSTM", ["x", "W2", "R2", "B2"], ["a"],
+                                                   hidden_size=H)))
+    second = {k + "2": v for k, v in recurrent("LSTM", "forward", seed=3).items()}
+    for c in (True, False):
+        m = shaped([choice], {"c": np.array(c), **second}, tmp_path=tmp_path)
+        want = recurrent("LSTM", "forward", seed=0 if c else 3)["W"][0, :H]
+        np.testing.assert_array_equal(m.parameters()["weight_ih_l0"][:H], want)
+    function = helper.make_function("local", "Layer", ["a", "w", "r"], ["b"], [
+        helper.make_node("LSTM", ["a", "w", "r"], ["b"], hidden_size=H)],
+        [helper.make_opsetid("", 14)])
+    call = helper.make_node("Layer", ["x", "W", "R"], ["Y"], domain="local")
+    m = shaped([call], {}, tmp_path=tmp_path, functions=[function])
+    assert repr(m) == f"LSTM({I}, {H}, bias=False)"
+    floors = [helper.make_function("local", f"F{k}", ["a"], ["b"], [
+        helper.make_node(f"F{k + 1}", ["a"], ["c"], domain="local"),
+        helper.make_node(f"F{k + 1}", ["c"], ["b"], domain="local")],
+        [helper.make_opsetid("local", 1)]) for k in range(40)]
+    with pytest.raises(ValueError, match="without end"):
+        shaped([helper.make_node("F0", ["x"], ["Y"], domain="local")], {}, tmp_path=tmp_path,
+               functions=floors)
+
+
+def test_a_download_cache_links_model_and_data(tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "1"
+    blobs.mkdir(), snapshot.mkdir(parents=True)
+    layer = lstmcore.LSTM(I, H, seed=0)
+    layer.save(tmp_path / "m.onnx")
+    onnx.save(onnx.load(tmp_path / "m.onnx"), blobs / "model.onnx", save_as_external_data=True,
+              location="data", size_threshold=0)
+    for name in ("model.onnx", "data"):
+        (snapshot / name).symlink_to(blobs / name)
+    got = lstmcore.load(snapshot / "model.onnx")
+    np.testing.assert_array_equal(got.parameters()["weight_hh_l0"],
+                                  layer.parameters()["weight_hh_l0"])
+    (blobs / "data").rename(tmp_path / "data")
+    (snapshot / "data").unlink()
+    (snapshot / "data").symlink_to(tmp_path / "data")
+    with pytest.raises(ValueError, match="no file beside"):
+        lstmcore.load(snapshot / "model.onnx")
+
+
+def test_what_is_not_read_is_named(tmp_path):
+    for op in ("GRU", "Loop"):
+        with pytest.raises(ValueError, match=f"lstmcore reads LSTM and RNN, not {op}"):
+            shaped([helper.make_node(op, ["x", "W", "R"], ["Y"])], {}, tmp_path=tmp_path)
+    with pytest.raises(ValueError, match="may have written a recurrence out"):
+        shaped([helper.make_node("MatMul", ["x", "x"], ["Y"])], {}, tmp_path=tmp_path)
+
+
+def test_many_nodes_and_shared_weights_take_little(tmp_path):
+    many = [lstm(y=f"y{n}") for n in range(3000)]
+    begin = time.perf_counter()
+    with pytest.raises(ValueError, match="several recurrent layers"):
+        shaped([*many, helper.make_node("Identity", ["y0"], ["Y"])], {}, tmp_path=tmp_path)
+    assert time.perf_counter() - begin < 5
+    n, x, nodes, size = helper.make_node, "x", [], 96
+    for k in range(300):
+        nodes += [n("LSTM", [x, "V", "V"], [f"y{k}"], hidden_size=size),
+                  n("Squeeze", [f"y{k}", "one"], [f"z{k}"])]
+        x = f"z{k}"
+    with pytest.raises(ValueError, match="shares its arrays among so many layers"):
+        shaped([*nodes, n("Identity", [x], ["Y"])],
+               {**ONE, "V": np.zeros((1, 4 * size, size), "f4")},
+               tmp_path=tmp_path, inputs={"x": [2, 1, size]})
+
+
+@pytest.mark.parametrize("inputs, feeds", [
+    (["x", "W", "R", "", "", "h"], {"h": np.zeros((0, B, H), "f4")}),
+    (["x", "W", "R", "", "", "h"], {"h": np.zeros(1, "f4")}),
+    (["x", "W", "R", "", "", "h"], {"h": np.float32(1)}),
+    (["x", "W", "R", "", "n"], {"n": np.array([1, 99, 1], "i4")}),
+    (["x", "W", "R", "", "n"], {"n": np.array(1, "i4")}), ([], {})])
+def test_inputs_of_a_run_are_checked(inputs, feeds):
+    constants = recurrent("LSTM", "forward", bias=False)
+    made = model([helper.make_node("LSTM", inputs, ["Y"])],
+                 {name: None for name in ("x", *feeds) if name in inputs}, ["Y"], constants)
+    x = {"x": np.zeros((T, B, I), "f4")} if inputs else {}
+    with pytest.raises(ValueError):
+        Graph(made).run({**x, **feeds})

@@ -331,12 +331,11 @@ def test_what_is_no_state_dict_is_named_with_the_way_out(tmp_path):
     adam = torch.optim.Adam(model.parameters()).state_dict()
     args = argparse.Namespace(lr=0.1)
     for message, saved in {
-            r"torch.nn.modules.rnn.LSTM; save .*torch.save\(model.state_dict\(\)": model,
             r"argparse.Namespace; save a state_dict": args,
             r"only 'state', 'param_groups': save the state_dict\(\)": adam,
             r"only 'w', 'args \(argparse.Namespace\)': save the state": {"w": torch.ones(2),
                                                                          "args": args},
-            "only an empty dict: save the state": {}}.items():
+            "only 'an empty dict': save the state": {}}.items():
         torch.save(saved, path)
         with pytest.raises(ValueError, match=message):
             lstmcore.load(path)

@@ -1,7 +1,8 @@
 """Zip archives that are only ever looked into: members by name, nothing is unpacked to disk.
 
-PyTorch and Keras store their members uncompressed. Here that is required: a member is then never
-larger than the file, and all of them together are not either, so no archive can be a bomb.
+PyTorch and Keras store their members uncompressed. Here that is required of those that are read: a
+member is then never larger than the file, and all of them together are not either, so no archive
+can be a bomb.
 """
 
 import contextlib
@@ -10,6 +11,8 @@ import struct
 import zipfile
 import zlib
 
+from lstmcore.formats import disk
+
 _DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, EOFError,
             RuntimeError, OverflowError, IndexError, OSError)
 
@@ -17,14 +20,16 @@ class Archive:
     """The members of a zip file: `members` (their names) and `read(name)`; a context manager."""
 
     def __init__(self, path):
-        self.path = path
-        self._file = open(path, "rb")
+        self.path = os.fsdecode(path)
+        self._open = contextlib.ExitStack()
+        file = self._open.enter_context(disk.opened(path))
+        self._size = os.fstat(file.fileno()).st_size
         try:
             with self._complaining():
-                self._zip = zipfile.ZipFile(self._file)
+                self._zip = zipfile.ZipFile(file)
             self.members = self._checked()
         except ValueError:
-            self._file.close()
+            self._open.close()
             raise
 
     def __enter__(self):
@@ -32,12 +37,15 @@ class Archive:
 
     def __exit__(self, *_):
         self._zip.close()
-        self._file.close()
+        self._open.close()
 
     def read(self, name):
         """The bytes of a member, its checksum verified."""
         if name not in self.members:
             raise ValueError(f"{self.path}: the member {name!r:.100} is missing")
+        if self.members[name].compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{self.path}: the member {name!r:.100} is compressed; PyTorch and "
+                             "Keras store members as they are")
         with self._complaining():
             return self._zip.read(self.members[name])
 
@@ -45,9 +53,10 @@ class Archive:
         members, total = {}, 0
         for entry in self._zip.infolist():
             name = entry.filename
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-                raise ValueError(f"{self.path}: the member {name!r:.100} is compressed; PyTorch "
-                                 "and Keras store members as they are")
+            stored = entry.compress_type == zipfile.ZIP_STORED
+            if stored and entry.file_size != entry.compress_size:
+                raise ValueError(f"{self.path}: the member {name!r:.100} is of {entry.file_size} "
+                                 f"and of {entry.compress_size} bytes")
             if entry.flag_bits & 0x1:
                 raise ValueError(f"{self.path}: the member {name!r:.100} is encrypted")
             if name in members:
@@ -55,8 +64,8 @@ class Archive:
             if name.startswith("/") or "\\" in name or ".." in name.split("/"):
                 raise ValueError(f"{self.path}: the member {name!r:.100} points out of the archive")
             members[name] = entry
-            total += entry.file_size
-        if total > os.path.getsize(self.path):
+            total += entry.file_size if stored else 0
+        if total > self._size:
             raise ValueError(f"{self.path}: the members claim {total} bytes, more than the file")
         return members
 

@@ -12,14 +12,22 @@ have an attribute OWN with a configuration of the form that Keras gives to a Seq
 """
 
 import functools
+import io
 import json
+import re
+import warnings
+from typing import NamedTuple
 
 import numpy as np
 
-from lstmcore.formats import assemble, hdf5
+from lstmcore.formats import description, disk, hdf5
 from lstmcore.formats.archive import Archive
+from lstmcore.formats.description import Content
 
 KINDS = {"LSTM": "LSTM", "CuDNNLSTM": "LSTM", "SimpleRNN": "RNN"}
+CELLS = {"LSTMCell": "LSTM", "SimpleRNNCell": "SimpleRNN"}      # of the layer class RNN
+MODELS = "Sequential", "Functional", "Model"
+NODES = "layers", "_layer_checkpoint_dependencies"              # of Keras 3, and of TensorFlow 2.12
 # What these do to a sequence, they do in training only.
 PASSING = ("InputLayer", "Dropout", "SpatialDropout1D", "GaussianNoise", "GaussianDropout",
            "ActivityRegularization")
@@ -41,18 +49,19 @@ def read_arrays(path):
     return found
 
 
-def read_chains(path, options):
-    """The chains of recurrent layers in the file, see `lstmcore.formats`."""
+def content(path):
+    """The chains of recurrent layers in the file."""
     config, root = _open(path)
-    options = {"batch_first": _is_batch_first(path, config), **options}
-    weights = _weights_by_layer(path, root)
+    options = {"batch_first": _is_batch_first(path, config)}
+    layers = _layers(path, config) if config is not None else {}
+    weights = _weights_by_layer(path, root, layers)
     if config is None:
-        chains = [[(name, functools.partial(_layer, name, found, None))]
+        version = str(root.attributes.get("keras_version", ""))
+        chains = [[(name, functools.partial(_unsaid, path, name, found, version))]
                   for name, found in weights.items() if _is_recurrent(found)]
-        return chains, [name for name in weights if not _is_recurrent(weights[name])], options
-    layers = _layers(path, config)
-    recurrent = [name for name, (_, inner, _, _) in layers.items()
-                 if inner["class_name"] in KINDS]
+        others = [name for name in weights if not _is_recurrent(weights[name])]
+        return Content({}, chains, others, options)
+    recurrent = [name for name, layer in layers.items() if layer.inner["class_name"] in KINDS]
     links, used = {}, {}
     for name in recurrent:
         source = _source(layers, name)
@@ -66,9 +75,53 @@ def read_chains(path, options):
             chains[-1].append(entry)
         else:
             chains.append([entry])
-    others = [f"{name} ({kind})" for name, (kind, _, _, _) in layers.items()
-              if name not in recurrent and kind not in PASSING]
-    return chains, others, options
+    others = [f"{name} ({_what(layer)})" for name, layer in layers.items()
+              if name not in recurrent and layer.kind not in PASSING]
+    like = [name for name in layers if name not in recurrent and _is_recurrent(
+        weights.get(name, [])) and _rows(weights[name]) in (1, 4)]
+    hint = like and (f"{description.some(like)} has the weights of a recurrent layer, and a class "
+                     "that is not Keras's own: save them alone, model.save_weights('x.weights.h5')")
+    return Content({}, chains, others, options, hint=hint or "")
+
+
+def write_module(path, module):
+    """A .weights.h5 for `load_weights` of a keras.Sequential of the same layers in a row.
+
+    Whether the module is time-major stands in it for `lstmcore.load`; Keras's layers never are.
+    """
+    try:
+        import h5py
+    except ImportError:
+        raise ImportError("writing Keras files needs h5py: pip install 'lstmcore[keras]'") \
+            from None
+    said = module.describe()
+    values, counts, entries = arrays(module), {}, []
+    found = [(part, layer) for part, layers, _ in description.parts(said, module.parameters())
+             for layer in layers]
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        for (part, layer), each in zip(found, values):
+            name = "lstm" if layer.kind == "LSTM" else "simple_rnn"
+            places = [""]
+            if len(layer.directions) == 2:
+                name, places = "bidirectional", ["/forward_layer", "/backward_layer"]
+            n = counts[name] = counts.get(name, -1) + 1
+            group = file.create_group(f"layers/{name}" + (f"_{n}" if n else ""))
+            name = group.name.rpartition("/")[2]
+            group.create_group("vars").attrs["name"] = name
+            entries.append(_entry(name, layer))
+            count = len(each) // len(places)
+            for d, place in enumerate(places):
+                for k, value in enumerate(each[d * count:(d + 1) * count]):
+                    group.create_dataset(f"{group.name}{place}/cell/vars/{k}",
+                                         data=np.ascontiguousarray(value))
+        own = entries[-1]["config"].get("layer", entries[-1])["config"]
+        own["return_sequences"] = not said.get("last_step", False)
+        file.attrs[OWN] = json.dumps({"class_name": "Sequential", "config": {"layers": entries},
+                                      "batch_first": said["batch_first"],
+                                      "version": description.VERSION})
+    with disk.written(path) as file:
+        file.write(buffer.getbuffer())
 
 
 def arrays(module):
@@ -80,13 +133,13 @@ def arrays(module):
     [(3, 20), (5, 20), (20,)]
     """
     found = []
-    for part, reverse in assemble.parts(module):
+    for _, layers, reverse in description.parts(module.describe(), module.parameters()):
         if reverse:
             raise ValueError("Keras's go_backwards returns y in another order than a layer that "
                              "reads from the end: not written")
-        for directions in assemble.cells(part):
+        for layer in layers:
             found.append([])
-            for cell in directions:
+            for cell in layer.directions:
                 if extra := cell.keys() & {"weight_peephole", "weight_hr"}:
                     raise ValueError(f"Keras has no layer with {' and '.join(sorted(extra))}")
                 found[-1] += [cell[weight].T for weight in ("weight_ih", "weight_hh", "bias")
@@ -94,48 +147,13 @@ def arrays(module):
     return found
 
 
-def write_weights(module, path):
-    """A .weights.h5 for `load_weights` of a keras.Sequential of the same layers in a row.
-
-    Whether the module is time-major stands in it for `lstmcore.load`; Keras's layers never are.
-    """
-    try:
-        import h5py
-    except ImportError:
-        raise ImportError("writing Keras files needs h5py: pip install 'lstmcore[keras]'") \
-            from None
-    layers, counts, entries = arrays(module), {}, []
-    parts = [part for part, _ in assemble.parts(module) for _ in range(part.num_layers)]
-    with h5py.File(path, "w") as file:
-        for part, values in zip(parts, layers):
-            name = "lstm" if isinstance(part, assemble.LSTM) else "simple_rnn"
-            places = [""]
-            if part.bidirectional:
-                name, places = "bidirectional", ["/forward_layer", "/backward_layer"]
-            n = counts[name] = counts.get(name, -1) + 1
-            group = file.create_group(f"layers/{name}" + (f"_{n}" if n else ""))
-            name = group.name.rpartition("/")[2]
-            group.create_group("vars").attrs["name"] = name
-            entries.append(_entry(name, part))
-            each = len(values) // len(places)
-            for d, place in enumerate(places):
-                for k, value in enumerate(values[d * each:(d + 1) * each]):
-                    group.create_dataset(f"{group.name}{place}/cell/vars/{k}",
-                                         data=np.ascontiguousarray(value))
-        own = entries[-1]["config"].get("layer", entries[-1])["config"]
-        own["return_sequences"] = not getattr(module, "last_step", False)
-        file.attrs[OWN] = json.dumps({"class_name": "Sequential", "config": {"layers": entries},
-                                      "batch_first": module.batch_first})
-
-
-def _entry(name, part):
+def _entry(name, layer):
     """One layer of an LSTM or RNN in the configuration of a Sequential model."""
     config = {"name": name, "return_sequences": True}
-    if isinstance(part, assemble.RNN):
-        config["activation"] = part.nonlinearity
-    entry = {"class_name": "LSTM" if isinstance(part, assemble.LSTM) else "SimpleRNN",
-             "config": config}
-    if part.bidirectional:
+    if layer.kind == "RNN":
+        config["activation"] = layer.nonlinearity
+    entry = {"class_name": "LSTM" if layer.kind == "LSTM" else "SimpleRNN", "config": config}
+    if len(layer.directions) == 2:
         return {"class_name": "Bidirectional", "config": {"name": name, "layer": entry}}
     return entry
 
@@ -143,6 +161,10 @@ def _entry(name, part):
 def _is_batch_first(path, config):
     """As the configuration says, if it is ours; Keras's layers always are."""
     said = config.get("batch_first", True) if isinstance(config, dict) else True
+    if isinstance(config, dict) and config.get("version", 1) != description.VERSION \
+            and "batch_first" in config:
+        raise ValueError(f"{path} is of version {config['version']!r:.40} of lstmcore's files, "
+                         f"this lstmcore reads version {description.VERSION}")
     if not isinstance(said, bool):
         raise ValueError(f"{path} says batch_first={said!r:.40}: it must be true or false")
     return said
@@ -150,8 +172,7 @@ def _is_batch_first(path, config):
 
 def _open(path):
     """The configuration, or None, and the root of the weights."""
-    with open(path, "rb") as file:
-        data = file.read()
+    data = disk.read(path)
     if data[:8] == hdf5.SIGNATURE:
         root = hdf5.read(data)
         text = root.attributes.get("model_config", root.attributes.get(OWN))
@@ -172,24 +193,57 @@ def _json(path, text):
         raise ValueError(f"{path} has a configuration that is not JSON: {error}") from None
 
 
-def _weights_by_layer(path, root):
-    """{layer: [[kernel, recurrent_kernel, bias] of each direction]}, the rest of layers as []."""
+def _weights_by_layer(path, root, layers):
+    """{layer: [[kernel, recurrent_kernel, bias] of each direction]}, the rest of layers as [].
+
+    layers : the names that the configuration gives, if there is one
+    """
     root = (root.members or {}).get("model_weights", root)
-    if "layer_names" in root.attributes:                            # before Keras 3
-        names = [str(name) for name in root.attributes["layer_names"]]
-        return {name: _by_weight_names(path, root, name) for name in names}
-    layers = (root.members or {}).get("layers")
-    if layers is None or layers.members is None:
+    if (names := _texts(root, "layer_names")) is not None:          # before Keras 3
+        found = {name: _by_weight_names(path, root, name) for name in names}
+        inner = {}
+        for name in layers:                             # those of a model in the model
+            outer, _, last = name.partition("/")
+            if last and outer in found:
+                last = last.rpartition("/")[2]
+                inner[name] = [arrays for place, arrays in found[outer].items()
+                               if last in place.split("/")]
+        return {**inner, **{name: list(places.values()) for name, places in found.items()}}
+    if not any(name in (root.members or {}) for name in NODES):
         raise ValueError(f"{path} is HDF5, but neither Keras 3's layout nor the older one")
-    found = {}
-    for key, node in layers.members.items():
-        variables = (node.members or {}).get("vars")
-        name = variables.attributes.get("name", key) if variables else key
-        halves = [_at(node, half) for half in ("forward_layer", "backward_layer")]
-        cells = [_at(half, "cell", "vars") for half in (halves if all(halves) else [node])]
-        found[str(name)] = [[c.members[k].array for k in "012" if k in c.members] for c in cells
-                            if c is not None and c.members is not None]
+    found, waiting = {}, [("", root)]
+    while waiting:
+        prefix, parent = waiting.pop()
+        nodes = next((parent.members[name] for name in NODES if name in parent.members), None)
+        for key, node in (nodes.members or {}).items() if nodes else ():
+            if node.members is None:
+                continue
+            variables = node.members.get("vars")
+            name = variables.attributes.get("name", key) if variables else key
+            halves = [_at(node, half) for half in ("forward_layer", "backward_layer")]
+            cells = [_at(half, "cell", "vars") for half in (halves if all(halves) else [node])]
+            found[prefix + str(name)] = [[c.members[k].array for k in "012" if k in c.members]
+                                         for c in cells if c is not None and c.members is not None]
+            waiting.append((f"{prefix}{name}/", node))
     return found
+
+
+def _texts(node, name):
+    """An attribute that is a list of texts, which Keras cuts in pieces where it is long."""
+    if name in node.attributes:
+        value = node.attributes[name]
+    else:
+        value, n = [], 0
+        while f"{name}{n}" in node.attributes:
+            piece = node.attributes[f"{name}{n}"]
+            value, n = value + list(piece) if not isinstance(piece, str) else [*value, piece], n + 1
+        if not n:
+            return None
+    if isinstance(value, np.ndarray) and not value.size:
+        value = []
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"the attribute {name} must be a list of texts, got {value!r:.100}")
+    return value
 
 
 def _at(node, *names):
@@ -201,14 +255,14 @@ def _at(node, *names):
 def _by_weight_names(path, root, layer):
     directions = {}
     group = _at(root, layer)
-    for weight in group.attributes.get("weight_names", ()) if group else ():
+    for weight in _texts(group, "weight_names") or () if group else ():
         place, _, last = str(weight).rpartition("/")
         node = _at(group, *str(weight).split("/"))
         if node is None:
             raise ValueError(f"{path} names the weight {weight!r:.100} and does not hold it")
         if last.partition(":")[0] in WEIGHTS:
             directions.setdefault(place, []).append(node.array)
-    return list(directions.values())
+    return directions
 
 
 def _is_recurrent(directions):
@@ -219,33 +273,69 @@ def _is_recurrent(directions):
         for d in directions)
 
 
+class _Entry(NamedTuple):
+    """A layer in a configuration."""
+
+    kind: str                   # its class
+    inner: dict                 # the recurrent layer's own entry
+    wrapper: "dict | None"      # the configuration of the Bidirectional around it
+    sources: list               # the names of the layers that feed it
+
+
+def _what(layer):
+    """The class of a layer, and of the one in it."""
+    config = layer.inner["config"]
+    inside = config.get("layer", config.get("cell"))
+    said = inside.get("class_name") if isinstance(inside, dict) else None
+    return f"{layer.kind} of {said!s:.40}" if said else layer.kind
+
+
 def _layers(path, config):
-    """{name: (class, the recurrent layer's own entry, its wrapper's config, its sources)}."""
+    """{name: _Entry} of all layers, those of models in the model as model/layer."""
     try:
-        entries, found, previous = config["config"], {}, []
-        sequential = config["class_name"] == "Sequential"
-        for entry in entries if isinstance(entries, list) else entries["layers"]:
-            kind, inner, wrapper = entry["class_name"], entry, None
-            if kind == "Bidirectional":
-                wrapper, inner = entry["config"], entry["config"]["layer"]
-            name = entry["config"]["name"]
-            if name in found:
-                raise ValueError(f"{path} has two layers {name!r:.100}")
-            sources = previous if sequential else _sources(entry.get("inbound_nodes", []))
-            found[name] = kind, inner, wrapper, sources
-            if not isinstance(inner["config"], dict) or not isinstance(inner["class_name"], str):
-                raise TypeError(f"the layer {name!r:.100}")
-            previous = [name]
+        found = {}
+        _collect(path, config, "", [], found)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} has a configuration unlike Keras's: {error!r:.100}") from None
     return found
+
+
+def _collect(path, config, prefix, previous, found):
+    """Add the layers of one model; returns the names of what its last one gives."""
+    entries = config["config"]
+    sequential = config["class_name"] == "Sequential"
+    for entry in entries if isinstance(entries, list) else entries["layers"]:
+        kind, inner, wrapper = entry["class_name"], entry, None
+        name = prefix + entry["config"]["name"]
+        if name in found:
+            raise ValueError(f"{path} has two layers {name!r:.100}")
+        sources = previous if sequential else [
+            prefix + source for source in _sources(entry.get("inbound_nodes", []))]
+        if kind in MODELS:
+            if name.count("/") > 8:
+                raise ValueError(f"{path} has models in models without end")
+            # What a model in a model reads, its first layer is fed by.
+            previous = _collect(path, entry, name + "/", sources, found)
+            found[name] = _Entry("Dropout", {"class_name": kind, "config": {}}, None, previous)
+        else:
+            if kind == "Bidirectional":
+                wrapper, inner = entry["config"], entry["config"]["layer"]
+            if inner["class_name"] == "RNN" and isinstance(
+                    cell := inner["config"].get("cell"), dict) and cell["class_name"] in CELLS:
+                inner = {"class_name": CELLS[cell["class_name"]], "module": cell.get("module"),
+                         "config": {**cell["config"], **inner["config"]}}
+            found[name] = _Entry(kind, inner, wrapper, sources)
+        if not isinstance(inner["config"], dict) or not isinstance(inner["class_name"], str):
+            raise TypeError(f"the layer {name!r:.100}")
+        previous = [name]
+    return previous
 
 
 def _sources(node):
     """The layers that feed this one, from either form of inbound_nodes."""
     if isinstance(node, dict):
         if "keras_history" in node:
-            return [node["keras_history"][0]]
+            return [str(name) for name in node["keras_history"][:1]]
         return [name for value in node.values() for name in _sources(value)]
     if isinstance(node, list):
         if len(node) >= 3 and isinstance(node[0], str) and isinstance(node[1], int):
@@ -257,10 +347,10 @@ def _sources(node):
 def _source(layers, name):
     """The one layer whose y this one reads, past those that act in training only."""
     for _ in layers:
-        sources = layers[name][3]
+        sources = layers[name].sources
         if len(sources) != 1 or (name := sources[0]) not in layers:
             return None
-        if layers[name][0] not in PASSING:
+        if layers[name].kind not in PASSING:
             return name
     return None
 
@@ -269,19 +359,25 @@ def _from_config(path, name, layer, weights):
     """The Layers of one entry of the configuration, everything it asks for checked."""
     kind, inner, wrapper, _ = layer
     config = inner["config"]
-    wanted = {"go_backwards": [False], "stateful": [False], "time_major": [False]}
+    last_step = not _returns_sequences(layer)
+    backwards = last_step and wrapper is None and config.get("go_backwards") is True
+    # Of the last step alone, the order that Keras gives a sequence read backwards is no matter.
+    wanted = {"go_backwards": [False, True] if backwards else [False], "time_major": [False]}
     if inner["class_name"] == "LSTM":
         wanted.update(activation=["tanh"], recurrent_activation=["sigmoid"])
     elif inner["class_name"] == "SimpleRNN":
         wanted.update(activation=["tanh", "relu"])
     _expect(name, config, wanted)
+    if config.get("stateful"):
+        warnings.warn(f"{path}: {name} is stateful: give the state that a call returns to the next "
+                      "call", stacklevel=4)
     if wrapper is not None:
         _expect(name, wrapper, {"merge_mode": ["concat"]})
         if (back := wrapper.get("backward_layer")) is not None:
             if back["class_name"] != inner["class_name"]:
-                raise ValueError(f"{name} has a {back['class_name']} as its backward_layer")
+                raise ValueError(f"{name} has a {back['class_name']!r:.40} as its backward_layer")
             _expect(name, back["config"], {**wanted, "go_backwards": [True]})
-    if not str(inner.get("module", "keras")).startswith("keras"):
+    if not str(inner.get("module") or "keras").startswith("keras"):
         raise ValueError(f"{name} is of a class of {inner['module']!r:.100}, not Keras's own")
     if name not in weights:
         raise ValueError(f"{path} has no weights of the layer {name!r:.100}")
@@ -289,12 +385,32 @@ def _from_config(path, name, layer, weights):
         raise ValueError(f"{name} must have weights of {1 if wrapper is None else 2} directions, "
                          f"got {len(weights[name])}")
     (made,) = _layer(name, weights[name], inner)
-    return [made._replace(last_step=not _returns_sequences(layer))]
+    return [made._replace(last_step=last_step, reverse=backwards)]
+
+
+def _unsaid(path, name, weights, version, activation=None, recurrent_activation=None):
+    """The Layers of a file of weights alone, which does not say what they were made of."""
+    (made,) = _layer(name, weights, None)
+    for key, value, known in (("activation", activation, "tanh"),
+                              ("recurrent_activation", recurrent_activation, "sigmoid")):
+        if made.kind == "LSTM" and value not in (None, known):
+            raise ValueError(f"{name}: {key}={value!r:.40} is asked for, lstmcore has {known!r}")
+    if made.kind == "LSTM" and recurrent_activation is None:
+        old = version and [int(n) for n in re.findall(r"\d+", version)[:2]] < [2, 3]
+        if old:
+            raise ValueError(
+                f"{path} was written by Keras {version:.20}, whose LSTM had recurrent_activation "
+                f"hard_sigmoid unless told otherwise, and does not say which {name} had: lstmcore "
+                "has sigmoid; if it was that, give recurrent_activation='sigmoid'")
+        warnings.warn(f"{path} holds weights alone and does not say what {name} was: taken are "
+                      "activation='tanh', recurrent_activation='sigmoid' and go_backwards=False; "
+                      "recurrent_activation='sigmoid' says that they are right", stacklevel=4)
+    return [made._replace(nonlinearity=activation)] if made.kind == "RNN" and activation else [made]
 
 
 def _returns_sequences(layer):
     """Whether an entry of the configuration gives its y at every step, not at the last one only."""
-    return bool(layer[1]["config"].get("return_sequences", False))
+    return bool(layer.inner["config"].get("return_sequences", False))
 
 
 def _expect(name, config, wanted):
@@ -302,7 +418,7 @@ def _expect(name, config, wanted):
         value = config.get(key, allowed[0])
         if isinstance(value, dict):                 # Keras's long form of a function's name
             value = value.get("config")
-        if value not in allowed:
+        if not any(value is a or (isinstance(value, str) and value == a) for a in allowed):
             raise ValueError(f"{name} asks for {key}={value!r:.100}, lstmcore has {allowed}")
 
 
@@ -311,17 +427,22 @@ def _layer(name, directions, inner):
     if not _is_recurrent(directions):
         raise ValueError(f"{name} must have {', '.join(WEIGHTS)}, got arrays of the shapes "
                          f"{[[np.shape(a) for a in d] for d in directions]}")
-    (_, recurrent), cudnn = directions[0][:2], bool(inner) and inner["class_name"] == "CuDNNLSTM"
-    rows = recurrent.shape[1] // len(recurrent)
+    cudnn = bool(inner) and inner["class_name"] == "CuDNNLSTM"
+    rows = _rows(directions)
     kind = KINDS[inner["class_name"]] if inner else {4: "LSTM", 1: "RNN"}.get(rows)
-    if kind is None or rows != assemble.GATES[kind]:
+    if kind is None or rows != description.GATES[kind]:
         raise ValueError(f"{name} has {rows} gates: lstmcore has LSTM (4) and SimpleRNN (1)")
     nonlinearity = None
     if kind == "RNN" and inner:
         nonlinearity = inner["config"].get("activation", "tanh")
         nonlinearity = nonlinearity["config"] if isinstance(nonlinearity, dict) else nonlinearity
     cells = [(_from_cudnn if cudnn else _from_keras)(*arrays) for arrays in directions]
-    return [assemble.Layer(name, kind, cells, nonlinearity)]
+    return [description.Layer(name, kind, cells, nonlinearity)]
+
+
+def _rows(directions):
+    """How many gates the arrays of a recurrent layer have."""
+    return directions[0][1].shape[1] // len(directions[0][1])
 
 
 def _from_keras(kernel, recurrent, bias=None):
@@ -329,7 +450,7 @@ def _from_keras(kernel, recurrent, bias=None):
     return found if bias is None else {**found, "bias": bias}
 
 
-def _from_cudnn(kernel, recurrent, bias):
+def _from_cudnn(kernel, recurrent, bias=np.zeros(0)):
     """CuDNNLSTM's arrays: the bytes of each gate's (I, H) kernel are really a matrix (H, I).
 
     Its recurrent gates are transposed as well, and it has two biases in a row.

@@ -1,20 +1,27 @@
-"""LSTM, RNN and Stack as ONNX graphs that onnxruntime runs. Needs the package onnx.
+"""Modules as ONNX graphs that onnxruntime runs. Needs the package onnx.
 
-Each layer is one LSTM or RNN node, its Y brought to (T, B, D·H). What such a node cannot say, a
-projection, or what onnxruntime does not run in it, float64, is written as a Scan over the cell's
-own equations. T and B stay open. Layout 0 always: onnxruntime refuses 1.
+Each recurrent layer is one LSTM or RNN node, its Y brought to (T, B, D·H). What such a node cannot
+say, a projection, or what onnxruntime does not run in it, float64, is written as a Scan over the
+cell's own equations. T and B stay open. Layout 0 always: onnxruntime refuses 1.
 
-A description of the module stands in the model's metadata, and weights and nodes bear the names of
-parameters and layers: `lstmcore.load` makes the module from them, and believes them only if that
-module, written again, gives the graph that is in the file. So what is written here is read as long
-as it is written the same.
+Of a model, its own `__call__` is run on values without numbers, which only its layers take: it
+tells which layer reads what, `Step` by step. What a model does between its layers is not
+written.
+
+A description of the module and its steps stands in the graph's metadata, and weights and nodes bear
+the names of parameters and layers: `lstmcore.load` makes the module from them, and believes them
+only if the steps, written again, give the graph that is in the file. So what is written here is
+read as long as it is written the same.
 """
 
+import copy
 import json
+from typing import NamedTuple
 
 import numpy as np
 
-from lstmcore.formats import assemble
+from lstmcore.formats import description, disk
+from lstmcore.formats.description import below
 
 try:
     import onnx
@@ -25,68 +32,307 @@ except ImportError:
 OPSET, IR_VERSION = 17, 8           # of 2022: what every onnxruntime since 1.12 reads
 ORDER = {"LSTM": [0, 3, 1, 2], "RNN": [0]}              # ONNX's gates, as places in ours
 KEY = "lstmcore.layer"
+RECURRENT = "LSTM", "RNN", "Stack"
+POINTWISE = {"Tanh": "Tanh", "Sigmoid": "Sigmoid", "ReLU": "Relu", "Dropout": "Identity"}
+POOLS = "LastStep", "MeanOverTime", "MaxOverTime"
 
 
-def export(module, path, *, state=False, lengths=False):
-    """Write the module as an ONNX graph.
+class Step(NamedTuple):
+    """One layer of a model at work; its result is the value of the number of the step, from 1."""
 
-    Inputs of the graph: x (T, B, I), or (B, T, I) with batch_first; with `state`, h0 (L·D, B, P)
-    and c0 (L·D, B, H); with `lengths`, lengths (B,) int32. Outputs: y (T, B, D·P), h_n, and c_n of
-    an LSTM. The states of the n-th layer of a Stack have _n at the end of their names; with its
-    last_step, y is (B, D·P).
+    layer: str                          # its place in the model, "" for a model of this layer alone
+    said: dict                          # its description
+    x: int                              # the value that it reads; 0 is the model's input
+    lengths: bool = False               # whether the lengths of the sequences are given to it
+    embedding: "str | None" = None      # the place of the table that it looks x up in
+
+
+def export(module, path, *, state=False, lengths=False, tokens=False):
+    """Write a module as an ONNX graph.
+
+    Inputs of the graph: x (T, B, I), or (B, T, I) with batch_first, or what else the first layer
+    reads; with `state`, h0 (L·D, B, P) and c0 (L·D, B, H); with `lengths`, lengths (B,) int32;
+    with `tokens`, a recurrent layer that reads x reads token ids (T, B) as rows of zeros and a one.
+    Outputs: y, of a recurrent layer (T, B, D·P), h_n, and c_n of an LSTM. The states of the n-th
+    recurrent layer of several have _n at the end of their names; with the last_step of a Stack, y
+    is (B, D·P).
 
     >>> import os, tempfile
     >>> from lstmcore import LSTM
     >>> export(LSTM(3, 5, seed=0), os.path.join(tempfile.mkdtemp(), "m.onnx"), lengths=True)
     """
-    model = build(module, state, lengths)
+    model = build(module.describe(), steps(module, lengths), module.parameters(),
+                  state=state, lengths=lengths, tokens=tokens)
     onnx.checker.check_model(model)
-    onnx.save(model, path)
+    with disk.written(path) as file:
+        file.write(model.SerializeToString())
 
 
-def build(module, state, lengths):
+def write_module(path, module, **options):
+    """`export`, as every format calls it."""
+    export(module, path, **options)
+
+
+def build(said, steps, arrays, *, state, lengths, tokens):
     """The ModelProto that `export` writes."""
-    parts = assemble.parts(module)
-    is_stack = isinstance(module, assemble.Stack)
     graph = _Graph(lengths)
-    x = graph.input("x", parts[0][0].dtype, ["B", "T"] if module.batch_first else ["T", "B"],
-                    parts[0][0].input_size)
+    arrays = {name: np.asarray(a) for name, a in arrays.items()}
+    found = [_parts(step, arrays) if step.said["class"] in RECURRENT else [] for step in steps]
+    count, n = sum(map(len, found)), 0
+    values = [_input(graph, steps, found[0], arrays, tokens)]
     if lengths:
         graph.inputs.append(helper.make_tensor_value_info("lengths", TensorProto.INT32, ["B"]))
-    y = graph.add("Transpose", x, perm=[1, 0, 2]) if module.batch_first else x
-    for n, (part, reverse) in enumerate(parts):
-        y, h = _part(graph, y, part, reverse, state, f"_{n}" if len(parts) > 1 else "",
-                     f"layers.{n}." if is_stack else "")
-    width, axes = part.directions * _widths(part)[0], ["T", "B"]
-    if is_stack and module.last_step:
+    for step, parts in zip(steps, found):
+        x = values[step.x]
+        if parts:
+            suffixes = [f"_{n + k}" if count > 1 else "" for k in range(len(parts))]
+            n += len(parts)
+            values.append(_recurrent(graph, x, step, parts, arrays, state, suffixes))
+        else:
+            values.append(_plain(graph, x, step, below_or_all(step.layer, arrays)))
+    y = values[-1]
+    graph.output("y", y.name, y.dtype, y.axes, y.width)
+    graph.outputs.insert(0, graph.outputs.pop())        # y first
+    return graph.model({KEY: json.dumps({
+        "version": description.VERSION, **said, "steps": [list(step) for step in steps],
+        "graph": {"state": state, "lengths": lengths, "tokens": tokens}})})
+
+
+def below_or_all(prefix, arrays):
+    """The arrays of the layer in that place of a model."""
+    return below(prefix, arrays) if prefix else arrays
+
+
+# ---- from a model to steps ----------------------------------------------------------------------
+
+
+def steps(module, lengths=False):
+    """The `Step`s of a call of the module."""
+    said = module.describe()
+    if said["class"] in RECURRENT:
+        return [Step("", said, 0, lengths)]
+    trace, x, lengths = [], _Value(0), _Value(-1) if lengths else None
+    try:
+        y = _twin(module, "", trace)(x) if lengths is None else \
+            _twin(module, "", trace)(x, lengths=lengths)
+    except (TypeError, AttributeError, IndexError, KeyError) as error:
+        raise ValueError(f"{said['class']} cannot be written to ONNX: between its layers it does "
+                         f"what no layer does ({error})") from None
+    y = y[0] if isinstance(y, tuple) else y
+    if not isinstance(y, _Value) or y.number != len(trace) or not trace:
+        raise ValueError(f"{said['class']} cannot be written to ONNX: what it returns is not what "
+                         "its last layer gives")
+    return trace
+
+
+class _Value:
+    """What a layer reads or gives; it has no numbers, so nothing else can be done with it."""
+
+    def __init__(self, number):
+        self.number = number
+
+
+class _Leaf:
+    """A layer that writes down by what it is called."""
+
+    def __init__(self, module, place, trace):
+        self.module, self.place, self.trace = module, place, trace
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+    def __call__(self, x, state=None, lengths=None, *, embedding=None):
+        said = self.module.describe()
+        if not isinstance(x, _Value) or x.number < 0:
+            raise TypeError(f"{self.place} reads what no layer gives")
+        if state is not None:
+            if not isinstance(state, _Value) or state.number != -1 or lengths is not None:
+                raise TypeError(f"{self.place} is given a state")
+            lengths = state                     # a pool's second argument
+        table = None if embedding is None else embedding.place
+        self.trace.append(Step(self.place, said, x.number, lengths is not None, table))
+        y = _Value(len(self.trace))
+        return (y, _Value(-2)) if said["class"] in RECURRENT else y
+
+
+def _twin(module, place, trace):
+    """A copy of the module whose layers write down their calls."""
+    known = {*RECURRENT, *POINTWISE, *POOLS, "Linear", "Embedding"}
+    if module.describe()["class"] in known:
+        return _Leaf(module, place, trace)
+    places = {id(child): name for name, child in module._children()}
+
+    def replaced(value):
+        if id(value) in places:
+            return _twin(value, f"{place}.{places[id(value)]}".lstrip("."), trace)
+        return type(value)(map(replaced, value)) if type(value) in (list, tuple) else value
+    twin = copy.copy(module)
+    vars(twin).update({name: replaced(value) for name, value in vars(module).items()})
+    twin.training = False
+    return twin
+
+
+# ---- from steps to nodes ------------------------------------------------------------------------
+
+
+class _Known(NamedTuple):
+    """A value of the graph: its name, its axes before the last one, which has `width` numbers."""
+
+    name: str
+    dtype: np.dtype
+    axes: "list | None"
+    width: "int | None"
+
+
+class _Part(NamedTuple):
+    """One LSTM or RNN of all its layers."""
+
+    layers: list                # of description.Layer
+    reverse: bool
+    place: str                  # of its parameters: "layers.0." in a Stack
+
+    @property
+    def cells(self):
+        return [layer.directions for layer in self.layers]
+
+    @property
+    def dtype(self):
+        return self.cells[0][0]["weight_hh"].dtype
+
+    @property
+    def directions(self):
+        return len(self.cells[0])
+
+    @property
+    def widths(self):
+        """The widths of h and c."""
+        return self.layers[0].output_size, self.layers[0].hidden_size
+
+
+def _parts(step, arrays):
+    place = f"{step.layer}." if step.layer else ""
+    is_stack = step.said["class"] == "Stack"
+    return [_Part(layers, reverse, place + f"layers.{n}." * is_stack)
+            for n, (_, layers, reverse) in enumerate(description.parts(
+                step.said, below_or_all(step.layer, arrays)))]
+
+
+def _input(graph, steps, parts, arrays, tokens):
+    """The input x of the graph, as the first layer reads it: sequences, if any layer reads such."""
+    step = steps[0]
+    kind, arrays = step.said["class"], below_or_all(step.layer, arrays)
+    over_time = [other.said for other in steps if other.said["class"] in (*RECURRENT, *POOLS)]
+    axes = ["N"]
+    if over_time:
+        axes = ["B", "T"] if over_time[0]["batch_first"] else ["T", "B"]
+    if kind == "Embedding" or step.embedding is not None or (parts and tokens):
+        dtype, width = np.dtype("int64"), None
+    else:
+        weight = parts[0].cells[0][0]["weight_ih"] if parts else arrays.get("weight")
+        dtype = np.dtype("float32") if weight is None else weight.dtype
+        width = "I" if weight is None else weight.shape[1]
+    return _Known(graph.input("x", dtype, axes, width), dtype, axes, width)
+
+
+def _plain(graph, x, step, arrays):
+    """A layer that is not recurrent."""
+    kind, name = step.said["class"], f"{step.layer}." if step.layer else ""
+    if kind in POINTWISE:
+        return x._replace(name=graph.add(POINTWISE[kind], x.name))
+    if kind in POOLS:
+        return _pool(graph, x, step)
+    weight = arrays["weight"]
+    if kind == "Embedding":
+        return _Known(graph.add("Gather", graph.constant(weight, name + "weight"), x.name, axis=0),
+                      weight.dtype, x.axes, weight.shape[1])
+    y = graph.add("MatMul", x.name, graph.add(
+        "Transpose", graph.constant(weight, name + "weight"), perm=[1, 0]))
+    if "bias" in arrays:
+        y = graph.add("Add", y, graph.constant(arrays["bias"], name + "bias"))
+    return _Known(y, weight.dtype, x.axes, len(weight))
+
+
+def _pool(graph, x, step):
+    """(T, B, W) -> (B, W), over the steps that are really there."""
+    kind, said = step.said["class"], step.said
+    y = graph.add("Transpose", x.name, perm=[1, 0, 2]) if said["batch_first"] else x.name
+    T = graph.add("Shape", y, start=0, end=1)
+    if step.lengths:
+        lengths = graph.add("Cast", "lengths", to=TensorProto.INT64)
+    else:
+        lengths = graph.add("Expand", T, graph.add("Shape", y, start=1, end=2))
+    zero, one = (graph.constant(np.int64(n)) for n in (0, 1))
+    t = graph.add("Unsqueeze", graph.add("Range", zero, graph.add("Squeeze", T), one),
+                  graph.ints(1, 2))                                             # (T, 1, 1)
+    nothing = graph.constant(np.zeros((), x.dtype))
+    ends = graph.add("Unsqueeze", lengths, graph.ints(1))                       # (B, 1)
+
+    def total(mask, y):
+        return graph.add("ReduceSum", graph.add("Where", mask, y, nothing), graph.ints(0),
+                         keepdims=0)
+    there = graph.add("Less", t, ends)
+    if kind == "LastStep":
+        last = graph.add("Equal", t, graph.add("Sub", ends, one))
+        if not said["bidirectional"]:
+            found = total(last, y)
+        else:
+            forward, backward = graph.add("Split", y, outputs=2, axis=2)
+            first = graph.add("And", graph.add("Equal", t, zero), there)
+            found = graph.add("Concat", total(last, forward), total(first, backward), axis=1)
+    elif kind == "MeanOverTime":
+        count = graph.add("Cast", graph.add("Max", ends, one),
+                          to=helper.np_dtype_to_tensor_dtype(x.dtype))
+        found = graph.add("Div", total(there, y), count)
+    else:
+        least = graph.constant(np.array(-np.inf, x.dtype))
+        most = graph.add("ReduceMax", graph.add("Where", there, y, least), axes=[0], keepdims=0)
+        found = graph.add("Where", graph.add("Greater", ends, zero), most, nothing)
+    return _Known(found, x.dtype, ["B"], x.width)
+
+
+def _recurrent(graph, x, step, parts, arrays, state, suffixes):
+    """An LSTM, RNN or Stack: its y. Its final states become outputs of the graph."""
+    said, name = step.said, x.name
+    if step.embedding is not None:
+        name = graph.add("Gather", graph.constant(arrays[f"{step.embedding}.weight"],
+                                                  f"{step.embedding}.weight"), name, axis=0)
+    elif x.dtype == np.int64:
+        rows = graph.constant(np.array([0, 1], parts[0].dtype))
+        name = graph.add("OneHot", name, graph.constant(
+            np.int64(parts[0].cells[0][0]["weight_ih"].shape[1])), rows)
+    lengths, graph.lengths = graph.lengths, step.lengths
+    y = graph.add("Transpose", name, perm=[1, 0, 2]) if said["batch_first"] else name
+    for part, suffix in zip(parts, suffixes):
+        y, h = _part(graph, y, part, state, suffix)
+    graph.lengths = lengths
+    width, axes = part.directions * part.widths[0], ["T", "B"]
+    if said.get("last_step"):
         y = graph.add("Reshape", graph.add("Transpose", h, perm=[1, 0, 2]), graph.ints(0, width))
         axes = ["B"]
-    elif module.batch_first:
+    elif said["batch_first"]:
         y, axes = graph.add("Transpose", y, perm=[1, 0, 2]), ["B", "T"]
-    graph.output("y", y, part.dtype, axes, width)
-    graph.outputs.insert(0, graph.outputs.pop())        # y first
-    return graph.model({KEY: json.dumps(assemble.describe(module))})
+    return _Known(y, part.dtype, axes, width)
 
 
-def _part(graph, x, part, reverse, state, suffix, prefix):
+def _part(graph, x, part, state, suffix):
     """One LSTM or RNN of all its layers: its y, and the h (D, B, P) that its last layer ends with.
 
     Its final states become outputs of the graph.
     """
-    kind = "LSTM" if isinstance(part, assemble.LSTM) else "RNN"
-    if reverse and part.bidirectional:
+    kind, D, count = part.layers[0].kind, part.directions, len(part.layers)
+    if part.reverse and D == 2:
         raise ValueError("a bidirectional layer that is read from the end is not written to ONNX")
-    letters, D = "hc"[:1 + (kind == "LSTM")], part.directions
-    widths, finals = _widths(part), []
-    given = [graph.input(f"{letter}0{suffix}", part.dtype, [D * part.num_layers, "B"], width)
+    letters = "hc"[:1 + (kind == "LSTM")]
+    widths, finals = part.widths, []
+    given = [graph.input(f"{letter}0{suffix}", part.dtype, [D * count, "B"], width)
              for letter, width in zip(letters, widths)] if state else []
     plain = part.dtype == np.float32 and widths[0] == widths[-1]
-    for n, cells in enumerate(assemble.cells(part)):
+    for n, cells in enumerate(part.cells):
         initial = [graph.add("Slice", s, graph.ints(n * D), graph.ints((n + 1) * D), graph.ints(0))
                    for s in given]
         run = _node if plain and "weight_hr" not in cells[0] else _scans
-        x, *last = run(graph, kind, x, cells, initial, reverse,
-                       getattr(part, "nonlinearity", None), f"{prefix}{{}}l{n}")
+        x, *last = run(graph, kind, x, cells, initial, part.reverse,
+                       part.layers[0].nonlinearity, f"{part.place}{{}}l{n}")
         if initial and graph.lengths:       # onnxruntime forgets the state of an empty sequence
             empty = graph.add("Unsqueeze", graph.add(
                 "Equal", "lengths", graph.constant(np.zeros(1, "int32"))), graph.ints(1))
@@ -94,13 +340,8 @@ def _part(graph, x, part, reverse, state, suffix, prefix):
         finals.append(last)
     for letter, width, states in zip(letters, widths, zip(*finals)):
         graph.output(f"{letter}_n{suffix}", graph.add("Concat", *states, axis=0), part.dtype,
-                     [D * part.num_layers, "B"], width)
+                     [D * count, "B"], width)
     return x, last[0]
-
-
-def _widths(part):
-    """The widths of h and c."""
-    return part.parameters()["weight_hh_l0"].shape[1], part.hidden_size
 
 
 def _node(graph, kind, x, cells, initial, reverse, nonlinearity, name):
@@ -222,7 +463,7 @@ class _Graph:
     """An ONNX graph under construction; a value that is given no name gets a number."""
 
     def __init__(self, lengths, names=None):
-        self.lengths = lengths
+        self.lengths = lengths          # whether the layer that is being written has them
         self.nodes, self.inputs, self.outputs, self.constants = [], [], [], []
         self.names = [0] if names is None else names
 
@@ -239,6 +480,8 @@ class _Graph:
 
     def constant(self, array, name=None):
         """An initializer -> its name."""
+        if name and any(made.name == name for made in self.constants):
+            return name                 # of a layer that is called twice
         self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(
             np.shape(array)), name or self._name()))
         return self.constants[-1].name
@@ -247,17 +490,15 @@ class _Graph:
         """An initializer of int64, 1-D."""
         return self.constant(np.array(values, "int64"))
 
-    def input(self, name, dtype, axes, width):
-        """A graph input (*axes, width) -> its name."""
-        self.inputs.append(helper.make_tensor_value_info(
-            name, helper.np_dtype_to_tensor_dtype(dtype), [*axes, width]))
+    def input(self, name, dtype, axes, width=None):
+        """A graph input (*axes, width), or (*axes); without axes of any shape -> its name."""
+        self.inputs.append(_info(name, dtype, axes, width))
         return name
 
     def output(self, name, value, dtype, axes, width):
         """Give a value to the outside as `name` (*axes, width)."""
         self.nodes.append(helper.make_node("Identity", [value], [name], name=f"Identity_{name}"))
-        self.outputs.append(helper.make_tensor_value_info(
-            name, helper.np_dtype_to_tensor_dtype(dtype), [*axes, width]))
+        self.outputs.append(_info(name, dtype, axes, width))
 
     def model(self, metadata):
         """The graph as a ModelProto."""
@@ -272,3 +513,8 @@ class _Graph:
     def _name(self):
         self.names[0] += 1
         return f"v{self.names[0]}"
+
+
+def _info(name, dtype, axes, width):
+    shape = None if axes is None else [*axes, *[width] * (width is not None)]
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), shape)

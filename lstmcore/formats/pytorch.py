@@ -13,10 +13,13 @@ an `Opaque`, which is nothing but the name of what was asked for.
 
 import math
 import pickletools
+import re
+import reprlib
 import warnings
 
 import numpy as np
 
+from lstmcore.formats import disk, state_dict
 from lstmcore.formats.archive import Archive
 from lstmcore.formats.safetensors import widened
 
@@ -25,24 +28,43 @@ STORAGES = {"torch.DoubleStorage": "f8", "torch.FloatStorage": "f4", "torch.Half
             "torch.ShortStorage": "i2", "torch.CharStorage": "i1", "torch.ByteStorage": "u1",
             "torch.BoolStorage": "?"}
 MAX_DEPTH = 32
+_HOLDS = "_parameters", "_buffers", "_modules"
+_KIND = re.compile(r"torch\.nn\.modules\.rnn\.\w+")
+
+
+def content(path):
+    """The recurrent layers in a .pt archive, of a state_dict or of a whole module."""
+    arrays, objects, keys, said, kind = _read(path)
+    found = state_dict.content(arrays, objects, said)
+    if not found.chains:
+        there = list(arrays) + [f"{n} ({made_by})" for n, made_by in objects.items()] or keys
+        found = found._replace(others=there or ["an empty dict"], hint=(
+            f"{kind}save the state_dict() of the model that has one"))
+    return found
 
 
 def read_arrays(path):
     """Every tensor in a .pt archive, under the keys that lead to it joined by dots.
 
-    A state_dict gives its own names, {"model": state_dict} those with "model." before them.
-    Tensors of a kind that is not read (sparse, quantized, ...) are named in a warning.
+    A state_dict gives its own names, {"model": state_dict} those with "model." before them, and so
+    does {"model": module}. Tensors of a kind that is not read (sparse, quantized, ...) are named in
+    a warning.
     """
-    arrays, objects, _ = read(path)
+    found, objects, *_ = _read(path)
     if left := [name for name, kind in objects.items() if kind.startswith("torch._")]:
         said = ", ".join(f"{name!r:.80} ({objects[name]})" for name in left[:8])
         more = f" and {len(left) - 8} more" * (len(left) > 8)
-        warnings.warn(f"{path}: tensors that are not read: {said}{more}", stacklevel=3)
-    return arrays
+        warnings.warn(f"{path}: tensors that are not read: {said}{more}", stacklevel=4)
+    return found
 
 
-def read(path):
-    """The arrays of a .pt archive by name, its `Opaque` objects by name, and its outermost keys."""
+def _read(path):
+    """The arrays of a .pt archive by name, its `Opaque` objects by name, its outermost keys, what
+    the recurrent modules in it say of themselves, and what else to say of it."""
+    with disk.opened(path) as file:
+        if file.read(2)[:1] == b"\x80":
+            raise ValueError(f"{path} is a plain pickle, which can run any code when it is read: "
+                             "save the state_dict with PyTorch 1.6 or later, or as safetensors")
     with Archive(path) as archive:
         root = _root(archive)
         order = "little"
@@ -51,8 +73,9 @@ def read(path):
             if order not in ("little", "big"):
                 raise ValueError(f"{path}: byteorder must say little or big, got {order!r:.20}")
         program = archive.read(root + "data.pkl")
+        kind = "it is a TorchScript archive, " * (root + "constants.pkl" in archive.members)
         result = _Machine(archive, root, "<" if order == "little" else ">").run(program)
-    found = _leaves(result, len(program))
+    found, said = _leaves(result, len(program))
     arrays = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
     objects = {name: value for name, value in found.items() if name not in arrays}
     if objects and not arrays:
@@ -60,15 +83,17 @@ def read(path):
         raise ValueError(f"{path} holds no tensors but in objects, which are not built here: "
                          f"{', '.join(kinds)}; save a state_dict instead: "
                          "torch.save(model.state_dict(), path)")
-    return arrays, objects, list(result) if isinstance(result, dict) else [type(result).__name__]
+    return (arrays, objects, list(result) if isinstance(result, dict) else [type(result).__name__],
+            said, kind)
 
 
 def _root(archive):
     """The folder that every member of the archive is in, with its slash."""
     roots = [name[:-len("data.pkl")] for name in archive.members
              if name == "data.pkl" or name.endswith("/data.pkl")]
-    if any(name.endswith("constants.pkl") for name in archive.members):
-        raise ValueError(f"{archive.path} is a TorchScript archive: save the module's state_dict()")
+    if any(name.endswith("/archive_format") for name in archive.members):
+        raise ValueError(f"{archive.path} is a program of torch.export: save the state_dict() of "
+                         "what torch.export.load makes of it")
     if len(roots) != 1:
         raise ValueError(f"{archive.path} must have one member data.pkl, as torch.save writes, "
                          f"got {len(roots)}")
@@ -78,15 +103,22 @@ def _root(archive):
 def _leaves(root, limit):
     """{name: array or Opaque} of everything below root that is neither container nor plain value.
 
+    A module is a container of its parameters, buffers and modules. What recurrent modules say of
+    themselves comes second, {name: options}.
+
     Containers may be shared, so a small pickle can describe an endless tree: the visits are bounded
     by the pickle's size, `limit`, and so is the length of all names together.
     """
-    found, letters, waiting = {}, 0, [((), root)]
+    found, said, letters, waiting = {}, {}, 0, [((), root)]
     while waiting:
         path, value = waiting.pop()
         limit -= 1
         if limit < 0 or len(path) > MAX_DEPTH or letters > 32 * limit + 65536:
             raise ValueError("the .pt file nests its containers without end")
+        if isinstance(value, Opaque) and (inside := _inside(value)) is not None:
+            if _KIND.fullmatch(value):
+                said[".".join(path)] = _said(value.state)
+            value = inside
         if isinstance(value, (np.ndarray, Opaque)):
             name = ".".join(path) or "tensor"
             letters += len(name)
@@ -95,7 +127,42 @@ def _leaves(root, limit):
             waiting += [((*path, str(key)), item) for key, item in reversed(value.items())]
         elif isinstance(value, (list, tuple)):
             waiting += [((*path, str(n)), item) for n, item in reversed(list(enumerate(value)))]
+    return found, said
+
+
+def _inside(value):
+    """What a torch.nn.Module holds, by name; None of any other object.
+
+    Of a TorchScript module, all attributes are such.
+    """
+    state = value.state
+    if not isinstance(state, dict):
+        return None
+    if value.startswith("__torch__."):
+        return {name: item for name, item in state.items()
+                if isinstance(item, (np.ndarray, Opaque))}
+    if not all(isinstance(state.get(kind), dict) for kind in _HOLDS):
+        return None
+    return {name: item for kind in _HOLDS for name, item in state[kind].items()}
+
+
+def _said(state):
+    """The options that the attributes of a recurrent module say."""
+    mode = state.get("mode", state.get("nonlinearity"))
+    found = {"nonlinearity": {"RNN_TANH": "tanh", "RNN_RELU": "relu"}.get(mode, mode)
+             if isinstance(mode, str) else None}
+    if isinstance(batch_first := state.get("batch_first"), bool):
+        found["batch_first"] = batch_first
+    if isinstance(dropout := state.get("dropout"), (int, float)) and 0 <= dropout <= 1:
+        found["dropout"] = float(dropout)
     return found
+
+
+def _short(value):
+    """A value for a message: what is nested in it may be the same thing, 2^n times."""
+    said = reprlib.Repr()
+    said.maxlevel = 2
+    return said.repr(value)[:100]
 
 
 class _Mark:
@@ -105,9 +172,11 @@ class _Mark:
 class Opaque(str):
     """The name of a class or function that the pickle mentions, or of what an object is made by.
 
-    It stands for the thing, which is never imported, called or built; what a pickle puts into it is
-    dropped.
+    It stands for the thing, which is never imported, called or built. What a pickle sets as the
+    attributes of an object stays, as `state`; what else it puts into it is dropped.
     """
+
+    state = None
 
 
 class _Machine:
@@ -127,10 +196,12 @@ class _Machine:
 
     def __init__(self, archive, root, order):
         self.archive, self.root, self.order = archive, root, order
+        self.budget = 0                     # how many items functions may still be given
         self.stack, self.memo, self.storages = [], {}, {}
 
     def run(self, program):
         """The object that the program builds."""
+        self.budget = 4 * len(program) + 1024
         try:
             for opcode, argument, _ in pickletools.genops(program):
                 if opcode.name == "STOP":
@@ -143,7 +214,7 @@ class _Machine:
             raise
         except (IndexError, KeyError, TypeError, AttributeError, UnicodeError, OverflowError,
                 RecursionError) as error:
-            raise ValueError(f"the pickle in the .pt file is damaged: {error!r:.200}") from None
+            raise ValueError(f"the pickle in the .pt file is damaged: {error}"[:300]) from None
         return self.stack[0]
 
     def _step(self, name, argument):
@@ -157,7 +228,10 @@ class _Machine:
         elif name == "MARK":
             stack.append(_Mark)
         elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            self.memo[len(self.memo) if argument is None else argument] = stack[-1]
+            place = len(self.memo) if argument is None else argument
+            if place > self.budget:         # numbers that are chosen well make a dict slow
+                raise ValueError(f"the pickle in the .pt file is damaged: it counts to {place}")
+            self.memo[place] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(self.memo[argument])
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
@@ -191,9 +265,12 @@ class _Machine:
         elif name in ("NEWOBJ", "NEWOBJ_EX"):
             del stack[-1 - (name == "NEWOBJ_EX"):]      # the arguments; their class stays
             self._fill(Opaque, ())
+            stack[-1] = Opaque(stack[-1])
         elif name == "BUILD":
-            stack.pop()                     # attributes, of an OrderedDict torch's _metadata
+            state = stack.pop()             # attributes, of an OrderedDict torch's _metadata
             self._fill(dict, ())
+            if isinstance(stack[-1], Opaque):
+                stack[-1].state = state
         elif name == "BINPERSID":
             stack.append(self._storage(stack.pop()))
         elif name not in ("PROTO", "FRAME"):
@@ -203,9 +280,10 @@ class _Machine:
     def _call(self, function, arguments):
         """What a function gives: a tensor or dict from those that are known, an Opaque else."""
         if not isinstance(function, Opaque):
-            raise ValueError(f"the pickle in the .pt file is damaged: it calls {function!r:.100}")
+            raise ValueError("the pickle in the .pt file is damaged: it calls "
+                             f"{_short(function)}")
         if function not in self.CALLS:
-            return function
+            return Opaque(function)
         return getattr(self, self.CALLS[function])(*arguments)
 
     def _from_mark(self):
@@ -239,12 +317,16 @@ class _Machine:
         known = str, int, float, type(None)
         if len(keys) != len(values) or not all(isinstance(key, known) for key in keys):
             raise ValueError("the dicts of a .pt file must have strings or numbers as keys")
-        return dict(zip(keys, values))
+        # As numbers, keys could be chosen that all fall on one place of the table.
+        return dict(zip(map(str, keys), values))
 
     def _default_dict(self, factory=None, pairs=()):
         return self._ordered_dict(pairs)
 
     def _ordered_dict(self, pairs=()):
+        self.budget -= len(pairs)
+        if self.budget < 0:
+            raise ValueError("the .pt file makes dicts of the same items again and again")
         if any(len(pair) != 2 for pair in pairs):
             raise ValueError("the .pt file makes an OrderedDict of something that is no pairs")
         return self._pairs([value for pair in pairs for value in pair])
@@ -257,19 +339,19 @@ class _Machine:
     def _storage(self, identity):
         """The storage ("storage", type, key, device, numel) names, as a flat array."""
         if not (isinstance(identity, tuple) and len(identity) == 5 and identity[0] == "storage"):
-            raise ValueError(f"the .pt file refers to {identity!r:.100}, not to a storage")
+            raise ValueError(f"the .pt file refers to {_short(identity)}, not to a storage")
         _, kind, key, _, numel = identity
         if not isinstance(kind, Opaque):
-            raise ValueError(f"the .pt file has a storage of the type {kind!r:.100}, no class")
+            raise ValueError(f"the .pt file has a storage of the type {_short(kind)}, no class")
         if kind not in STORAGES:
             return kind
         if not isinstance(key, str):
-            raise ValueError(f"the key of a storage must be a string, got {key!r:.100}")
+            raise ValueError(f"the key of a storage must be a string, got {_short(key)}")
         if key not in self.storages:
             dtype = np.dtype(STORAGES[kind])
             data = self.archive.read(f"{self.root}data/{key}")
             if type(numel) is not int or numel * dtype.itemsize != len(data):
-                raise ValueError(f"the storage {key!r:.100} claims {numel!r:.40} numbers of "
+                raise ValueError(f"the storage {key!r:.100} claims {_short(numel)} numbers of "
                                  f"{dtype.itemsize} bytes, the archive holds {len(data)} bytes")
             stored = np.frombuffer(data, dtype.newbyteorder(self.order))
             stored = stored if stored.dtype.isnative else stored.astype(dtype)
@@ -289,8 +371,8 @@ class _Machine:
         sizes = (offset, *shape, *strides)
         if len(shape) != len(strides) or len(shape) > 32 or \
                 not all(type(n) is int and 0 <= n < 1 << 40 for n in sizes):
-            raise ValueError(f"a tensor of the .pt file has offset {offset!r:.40}, shape "
-                             f"{shape!r:.100} and strides {strides!r:.100}")
+            raise ValueError(f"a tensor of the .pt file has offset {_short(offset)}, shape "
+                             f"{_short(shape)} and strides {_short(strides)}")
         count = math.prod(shape)
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides)) if count else 0
         if count > storage.size or last >= max(storage.size, 1):

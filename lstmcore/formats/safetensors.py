@@ -5,20 +5,94 @@
     the rest        the arrays, C order, little-endian, end to end, offsets counted from here
 
 `read` trusts nothing: everything the header claims is compared with the size of the file before a
-byte of it is used, and the arrays must fill the file without gap or overlap. It knows no layers.
+byte of it is used, and the arrays must fill the file without gap or overlap. A model may be spread
+over several such files, shards, which an index beside them, JSON, tells by the names of the arrays.
 """
 
 import json
 import math
 import os
+import re
 import struct
 
 import numpy as np
 
+from lstmcore.formats import description, disk, state_dict
+
 MAX_HEADER = 1 << 24        # a header is JSON: parsed, it takes some twenty times its size
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2",
           "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?"}
+INDEX, LAYER = ".safetensors.index.json", "lstmcore.layer"
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+
+
+def content(path):
+    """The recurrent layers in a file under PyTorch's names, or what lstmcore wrote."""
+    found, metadata = _all(path)
+    if not os.fsdecode(path).endswith(INDEX) and (index := _index_of(path)):
+        raise ValueError(f"{os.fsdecode(path)} is one shard of several: load {index}, which names "
+                         "them all" if os.path.exists(index) else
+                         f"{os.fsdecode(path)} is one shard of several, whose index "
+                         f"{os.path.basename(index)} is not beside it")
+    return state_dict.content(found, own={key: value for key, value in metadata.items()
+                                          if key.startswith("lstmcore.")})
+
+
+def read_arrays(path):
+    """Every array of the file, or of the shards of an index."""
+    return _all(path)[0]
+
+
+def write_module(path, module):
+    """Write a module: PyTorch's names, and what rebuilds it."""
+    write(path, description.torch_names(module.parameters()),
+                 {LAYER: json.dumps({"version": description.VERSION, **module.describe()})})
+
+
+def _all(path):
+    """The arrays and the metadata of a file, or of all shards of an index."""
+    name = os.fsdecode(path)
+    if not name.endswith(INDEX):
+        return read(path)
+    try:
+        places = json.loads(disk.read(path).decode("utf-8"))["weight_map"]
+        shards = dict.fromkeys(places.values())         # in order, each once
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, TypeError,
+            AttributeError) as error:
+        raise ValueError(f"{name} is no index of safetensors files: {error!r:.100}") from None
+    found, metadata = {}, {}
+    for shard in shards:
+        if not isinstance(shard, str) or os.path.basename(shard) != shard or "\\" in shard \
+                or not shard.endswith(".safetensors"):
+            raise ValueError(f"{name} names the shard {shard!r:.100}: only a .safetensors file in "
+                             "its own folder is opened")
+        there, said = read(os.path.join(os.path.dirname(name), shard))
+        if repeated := there.keys() & found.keys():
+            raise ValueError(f"{name}: {description.some(sorted(repeated))} of {shard} stands in "
+                             "another shard too")
+        found.update(there)
+        metadata.update(said)
+    if odd := [array for array, shard in places.items() if array not in found] or \
+            sorted(found.keys() - places.keys()):
+        raise ValueError(f"{name} and its shards disagree on {description.some(odd)}")
+    return found, metadata
+
+
+def _index_of(path):
+    """The index that a file is a shard of, by its name or by an index beside it, or None."""
+    folder, name = os.path.split(os.fsdecode(path))
+    if match := re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.safetensors", name):
+        if int(match[3]) > 1:
+            return os.path.join(folder, match[1] + INDEX)
+    for index in sorted(entry.path for entry in os.scandir(folder or ".")
+                        if entry.name.endswith(INDEX)):
+        try:
+            shards = set(json.loads(disk.read(index))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue                                    # what is beside a file is not its fault
+        if name in shards and len(shards) > 1:
+            return index
+    return None
 
 
 def read(path):
@@ -27,7 +101,7 @@ def read(path):
     BF16 arrays come as float32, which holds every bfloat16. Raises ValueError for a file that is
     damaged or that claims what it does not hold.
     """
-    with open(path, "rb") as file:
+    with disk.opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         entries, metadata, begin = _read_header(file, size)
         _check_layout(entries, size - begin)
@@ -40,7 +114,8 @@ def read(path):
 def write(path, arrays, metadata=None):
     """Write arrays by name, and metadata (strings by name), as a safetensors file.
 
-    The file appears whole or not at all: it is written beside `path` and then renamed.
+    The file appears whole or not at all: see `disk.written`. Arrays of int8 and other integers are
+    written as they are.
 
     >>> import os, tempfile
     >>> path = os.path.join(tempfile.mkdtemp(), "two.safetensors")
@@ -65,18 +140,12 @@ def write(path, arrays, metadata=None):
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise ValueError(f"names and metadata take {len(text)} bytes, at most {MAX_HEADER} fit")
-    partial = f"{os.fspath(path)}.{os.getpid()}.partial"
-    try:
-        with open(partial, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name in names:
-                file.write(arrays[name].astype(arrays[name].dtype.newbyteorder("<")).tobytes())
-            file.flush()
-            os.fsync(file.fileno())  # on the disk before it takes the place of another
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    with disk.written(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            a = arrays[name]
+            file.write(a.astype(a.dtype.newbyteorder("<"), "C", copy=False).data.cast("B")
+                       if a.size else b"")
 
 
 def looks_like(head):

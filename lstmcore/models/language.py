@@ -16,9 +16,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from lstmcore import checks
+from lstmcore import checks, formats
 from lstmcore._types import Array, Cell, Dtype, Floats, Path
-from lstmcore.formats import safetensors
+from lstmcore.formats import description, disk, safetensors
 from lstmcore.layers import LSTM, RNN, Dropout, Embedding, Linear
 from lstmcore.models import generation, text
 from lstmcore.models.training import Budget, Settings, Trainer, total_nats
@@ -205,7 +205,12 @@ class LanguageModel:
             return any([callback(self, record) for callback in callbacks])
 
         if run:
-            trainer.restore(run[1], run[2], run[0])
+            try:
+                trainer.restore(run[1], run[2], run[0])
+                if trainer.position >= len(trainer.x):
+                    raise IndexError(f"position {trainer.position} of {len(trainer.x)}")
+            except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+                raise _damaged_run(resume, error) from None
         self.history = list(trainer.history)
         try:
             trainer.run()
@@ -299,18 +304,25 @@ class LanguageModel:
     @classmethod
     def load(cls, path: Path) -> LanguageModel:
         """The model in a file that `save` or a training run wrote."""
-        arrays, metadata = _read(path)
-        try:
-            saved = json.loads(metadata[KEY])
-            model = cls(**saved["config"])
-            model.vocabulary = text.Vocabulary(saved["level"], saved["tokens"])
-            model.history, model.outcome = saved["history"], saved["outcome"]
-            model._build()
-            model.network.load_state_dict({name: a for name, a in arrays.items()
-                                           if not name.startswith("training.")})
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{os.fspath(path)} holds a language model that this version of "
-                             f"lstmcore cannot read: {error!r:.200}") from None
+        return cls._of(path, *_read(path))
+
+    @classmethod
+    def _of(cls, path, arrays, metadata):
+        weights = {name: a for name, a in arrays.items() if not name.startswith("training.")}
+        with formats.naming(path):
+            try:
+                saved = json.loads(metadata[KEY])
+                _check_version(path, saved)
+                model = cls(**saved["config"])
+                model.vocabulary = text.Vocabulary(saved["level"], saved["tokens"])
+                model.history, model.outcome = _checked_history(saved["history"]), saved["outcome"]
+                model._check_sizes(weights)
+                model._build()
+                model.network.load_state_dict(weights)
+            except (KeyError, TypeError, AttributeError, OverflowError, RecursionError,
+                    json.JSONDecodeError) as error:
+                raise ValueError(f"{os.fsdecode(path)} holds a language model that this version of "
+                                 f"lstmcore cannot read: {error!r:.200}") from None
         model.network.eval()
         return model
 
@@ -331,6 +343,20 @@ class LanguageModel:
     def _build(self):
         names = "cell hidden_size num_layers embed_size dropout peepholes dtype seed".split()
         self.network = Network(len(self.vocabulary), **{n: getattr(self, n) for n in names})
+
+    def _check_sizes(self, weights):
+        """The sizes that a file claims are those of its weights, before they take memory."""
+        V, rows = len(self.vocabulary), {"lstm": 4, "rnn": 1}[self.cell] * self.hidden_size
+        shapes = {"head.weight": (V, self.hidden_size)}
+        if self.embed_size:
+            shapes["embedding.weight"] = V, self.embed_size
+        named = [name for name in weights if name.startswith("recurrent.weight_hh_l")]
+        shapes.update(dict.fromkeys(named, (rows, self.hidden_size)))
+        if len(named) != self.num_layers:
+            raise ValueError(f"a model of {self.num_layers} layers has weights of {len(named)}")
+        for name, shape in shapes.items():
+            if weights[name].shape != shape:
+                raise ValueError(f"{name} must be {shape}, got {weights[name].shape}")
 
     def _tokens(self, source, validation, settings, encoding):
         """Tokens to train on and to validate by, or None; makes vocabulary and network once."""
@@ -368,17 +394,22 @@ class LanguageModel:
         """(weights, arrays, meta) of the run in a checkpoint, whose vocabulary is taken over."""
         arrays, metadata = _read(path)
         if RUN not in metadata:
-            raise ValueError(f"{os.fspath(path)} holds a model but no training run to resume")
-        saved = LanguageModel.load(path)
+            raise ValueError(f"{os.fsdecode(path)} holds a model but no training run to resume")
+        saved = LanguageModel._of(path, arrays, metadata)
         if self.network is None:
             self.vocabulary = saved.vocabulary
             self._build()
         if (len(self.vocabulary), self.config) != (len(saved.vocabulary), saved.config):
-            raise ValueError(f"{os.fspath(path)} is the run of another model, {saved}")
+            raise ValueError(f"{os.fsdecode(path)} is the run of another model, {saved}")
         weights = {name: a for name, a in arrays.items() if not name.startswith("training.")}
         rest = {name[len("training."):]: a for name, a in arrays.items()
                 if name.startswith("training.")}
-        return weights, rest, json.loads(metadata[RUN])
+        try:
+            meta = json.loads(metadata[RUN])
+            _check_run(meta)
+        except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
+            raise _damaged_run(path, error) from None
+        return weights, rest, meta
 
     def _save_run(self, path, trainer):
         weights, arrays, meta = trainer.snapshot()
@@ -387,7 +418,8 @@ class LanguageModel:
 
     def _write(self, path, arrays, metadata):
         tokens = self.vocabulary.tokens[1:] if self.level != "byte" else []
-        saved = {"config": self.config, "level": self.level, "tokens": tokens,
+        saved = {"version": description.VERSION, "config": self.config, "level": self.level,
+                 "tokens": tokens,
                  "history": self.history, "outcome": self.outcome}
         safetensors.write(path, arrays, {KEY: json.dumps(saved), **metadata})
 
@@ -438,24 +470,53 @@ class _Bar:
 
 def _check_place(path):
     """ValueError or OSError unless a model can be saved at this path."""
-    if os.fspath(path).endswith((".onnx", ".h5", ".keras", ".pt", ".pth")):
-        raise ValueError("a LanguageModel is saved as .safetensors; of that file, "
-                         "lstmcore.convert(file, 'x.onnx') or (file, 'x.weights.h5') writes the "
-                         f"recurrent layers; got {os.fspath(path)!r}")
-    check_writable(path)
+    if os.fsdecode(path).endswith((".onnx", ".h5", ".keras", ".pt", ".pth")):
+        raise ValueError("a LanguageModel is saved as .safetensors; lstmcore.save(model, 'x.onnx') "
+                         "writes a graph of it, and lstmcore.convert(file, 'x.weights.h5') the "
+                         f"recurrent layers; got {os.fsdecode(path)!r}")
+    disk.check_writable(path)
 
 
-def check_writable(path: Path) -> None:
-    """OSError unless a file can be written at this path; a file that is there stays as it is."""
-    folder = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path):
-        raise IsADirectoryError(21, "is a directory", os.fspath(path))
-    probe = os.path.join(folder, f".{os.path.basename(path)}.{os.getpid()}.probe")
-    try:
-        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, os.fspath(path)) from None
-    os.remove(probe)
+def _check_version(path, saved):
+    if (version := saved.get("version", 1)) != description.VERSION:
+        raise ValueError(f"{os.fsdecode(path)} is of version {version!r:.40} of lstmcore's files, "
+                         f"this lstmcore reads version {description.VERSION}: install a newer one")
+
+
+def _check_run(meta):
+    """KeyError, TypeError or ValueError unless this is what `Trainer.snapshot` says of a run."""
+    for name, kind in (("digest", str), ("rng", dict), ("settings", dict), ("budget", dict)):
+        if not isinstance(meta[name], kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {meta[name]!r:.40}")
+    for name in ("epoch", "position", "step", "loss_tokens", "waited"):
+        if type(meta[name]) is not int or not 0 <= meta[name] < 1 << 62:
+            raise ValueError(f"{name} must be a count, got {meta[name]!r:.40}")
+    for name in ("seconds", "loss_sum", "scale"):
+        if type(meta[name]) not in (int, float) or not math.isfinite(meta[name]):
+            raise ValueError(f"{name} must be a finite number, got {meta[name]!r:.40}")
+    if meta["best_loss"] is not None and type(meta["best_loss"]) not in (int, float):
+        raise TypeError(f"best_loss must be a number, got {meta['best_loss']!r:.40}")
+    _checked_history(meta["history"])
+    _settings(meta["settings"])
+    if missing := Settings.__dataclass_fields__.keys() - meta["settings"].keys():
+        raise KeyError(*sorted(missing))
+    Budget(**meta["budget"])
+
+
+def _checked_history(history):
+    """The records of a file; TypeError or KeyError where one lacks what a record says."""
+    if not isinstance(history, list) or not all(isinstance(record, dict) for record in history):
+        raise TypeError(f"history must be a list of records, got {history!r:.100}")
+    for record in history:
+        for name in ("step", "epoch", "loss", "validation", "lr", "seconds", "best"):
+            if record[name] is not None and not isinstance(record[name], (int, float)):
+                raise TypeError(f"{name} in history must be a number, got {record[name]!r:.40}")
+    return list(history)
+
+
+def _damaged_run(path, error):
+    return ValueError(f"{os.fsdecode(path)} holds a training run that is damaged or of another "
+                      f"version of lstmcore: {error!r:.200}")
 
 
 def _settings(given):
@@ -469,8 +530,8 @@ def _read(path):
     try:
         arrays, metadata = safetensors.read(path)
     except ValueError as error:
-        raise ValueError(f"{os.fspath(path)} is no model that can be read: {error}") from None
+        raise ValueError(f"{os.fsdecode(path)} is no model that can be read: {error}") from None
     if KEY not in metadata:
-        raise ValueError(f"{os.fspath(path)} is a safetensors file, but not of a language model "
+        raise ValueError(f"{os.fsdecode(path)} is a safetensors file, but not of a language model "
                          "that lstmcore saved")
     return arrays, metadata

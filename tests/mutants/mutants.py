@@ -17,6 +17,9 @@ KERNELS_PXD, MEMORY_PXD, PRODUCTS_PXD, RECURRENCE_PXD = (
 REF, CALLS, DENSE_PY, CHECKS, MODULE, LAYERS, THREADS = (
     f"lstmcore/{name}.py" for name in ("reference", "functional", "dense", "checks", "module",
                                        "layers", "threads"))
+FILES = "lstmcore/files.py"
+DISK, STATE_DICT, SAFETENSORS, ONNX = (f"lstmcore/formats/{name}.py" for name in (
+    "disk", "state_dict", "safetensors", "onnx"))
 
 MUTANTS = [
     # the cell, forward
@@ -582,6 +585,23 @@ MUTANTS = [
      "sums.first, sums.last, sums.n_products = p.fed, p.fed, 1"),
     ("BLAS sums the first rows of da", PRODUCTS,
      "start, end = sums.first + start, sums.first + end", "pass"),
+    # files
+    ("a save writes over the old file", DISK, "os.replace(partial, target)",
+     "open(target, 'wb').write(open(partial, 'rb').read())"),
+    ("what a killed save leaves stays", DISK, "            if _locked(descriptor):\n", "            if 0:\n"),
+    ("the unfinished file of another is removed", DISK,
+     "(0 if wait else fcntl.LOCK_NB))", "(0 if wait else fcntl.LOCK_NB)) if wait else None"),
+    ("the mode is not kept", DISK, "os.fchmod(descriptor, stat.S_IMODE(old.st_mode))", "pass"),
+    ("a link is replaced", DISK, "target = os.path.realpath(path)", "target = os.path.abspath(path)"),
+    ("weight_norm along the wrong axis", STATE_DICT, "g.shape[k] == 1)", "g.shape[k] != 1)"),
+    ("pruning forgets its mask", STATE_DICT, "return (a * mask).astype(a.dtype)", "return a"),
+    ("a shard is a model", SAFETENSORS, "if int(match[3]) > 1:", "if 0:"),
+    ("a state that is not zero is dropped", ONNX, "if isinstance(value, _Unknown) and value.fill == 0:",
+     "if isinstance(value, _Unknown):"),
+    ("any constant lengths will do", ONNX, "not np.all(lengths == len(x))", "0"),
+    ("a storage may serve any number of layers", FILES, "if room < 0:", "if 0:"),
+    ("another version is read", FILES, "said.pop(\"version\", 1)) != description.VERSION",
+     "said.pop(\"version\", 1)) != version"),
 ]
 
 QUICK = {"o looks at the old c", "da_f from c_t", "gates are a vector apart",

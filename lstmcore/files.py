@@ -1,0 +1,356 @@
+"""load, save, convert: between files and layers or models.
+
+    m = lstmcore.load("model.pt")           the recurrent layers of a file, ready to run
+    lstmcore.save(m, "model.safetensors")   or m.save(...); .onnx and .weights.h5 too
+    lstmcore.convert("a.keras", "b.onnx")   both in one
+    lstmcore.load("model.pt", into=net)     the parameters of a whole model of your own
+
+What the formats are, `lstmcore.formats` knows; here their descriptions become layers, and back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lstmcore import checks, formats, layers
+from lstmcore._types import Path
+from lstmcore.formats import description
+from lstmcore.module import Module
+
+OPTIONS = (*description.OPTIONS, "dtype", "activation", "recurrent_activation")
+_LAYER, _MODEL = "lstmcore.layer", "lstmcore.language_model"
+
+
+def load(path: Path, name: str | None = None, *, into: Any = None, **options: Any) -> Any:
+    """The LSTM or RNN in a file, in evaluation mode.
+
+    Parameters
+    ----------
+    path : a file of any of these kinds, told by its content
+        - safetensors: what `save` wrote; or tensors under PyTorch's names. Of a model in several
+          files, the index (.safetensors.index.json)
+        - PyTorch's zip archives (.pt, .pth) of a state_dict, of dicts that hold one, of a whole
+          module, and of TorchScript
+        - Keras 3 (.keras, .weights.h5) and older Keras (.h5), CuDNNLSTM included
+        - ONNX (.onnx): what `save` wrote; or LSTM and RNN nodes; needs onnx
+    name : which recurrent layer, where a file holds several: the prefix of its tensors in a
+        state_dict, the layer's name in Keras, the node's name in ONNX. A list of names is loaded as
+        one stack, each fed by the one before it.
+    into : a `Module` whose parameters, by their names, are set to the file's arrays; it is
+        returned. `name` is then the prefix of its tensors in the file
+    batch_first, dropout, nonlinearity : what a file of weights does not say, as for `lstmcore.LSTM`
+    activation, recurrent_activation : what Keras's files of weights alone do not say
+    dtype : "float32" or "float64", of the layers; by default float64 for float64 alone
+
+    Returns an `lstmcore.LSTM` or `RNN`, an `lstmcore.Stack` where layers differ in width,
+    one reads from the end only, or Keras's return_sequences=False asks for the last output alone,
+    or the module or model that lstmcore saved. What else a file holds (an
+    embedding, a head) is named in a warning, unless `name` is given; `formats.read_arrays` returns
+    its arrays. What only acts in training (initializers, regularizers, dropout) is not kept.
+
+    Raises ValueError for a file that is damaged, or that asks for what lstmcore does not have, with
+    its name (hard_sigmoid, clip, merge_mode='sum', GRU, ...).
+
+    >>> import os, tempfile
+    >>> import lstmcore
+    >>> path = os.path.join(tempfile.mkdtemp(), "m.safetensors")
+    >>> m = lstmcore.LSTM(3, 5, num_layers=2, bidirectional=True, seed=0)
+    >>> m.save(path)
+    >>> lstmcore.load(path)
+    LSTM(3, 5, num_layers=2, bidirectional=True)
+    >>> net = lstmcore.Sequential(lstmcore.Linear(3, 4, seed=0), lstmcore.Tanh())
+    >>> lstmcore.save(net, path)
+    >>> lstmcore.load(path)
+    Sequential(Linear(3, 4), Tanh())
+    """
+    if unknown := options.keys() - set(OPTIONS):
+        raise TypeError(f"options of load are {', '.join(OPTIONS)}, got {sorted(unknown)}")
+    if "dtype" in options:
+        options["dtype"] = checks.float_dtype(options["dtype"])
+    if into is not None:
+        return _fill(into, path, name, options)
+    content = formats.read(path)
+    if name is None and (own := content.own.keys() & _OWN.keys()):
+        return _OWN[own.pop()](path, content, options)
+    if _MODEL in content.own:                       # its RNNs are all of this kind
+        options = {"nonlinearity": "tanh", **options}
+    with formats.naming(path):
+        makers = _chosen(path, content, name)
+        said = {key: options.pop(key) for key in ("activation", "recurrent_activation")
+                if key in options}
+        found, room = [], 4 * _size(path) + (1 << 24)
+        for make in makers:
+            made = make(**said) if said else make()
+            # Layers have arrays of their own: those of a file may be few, and stand in many places.
+            room -= sum(a.nbytes for layer in made for d in layer.directions for a in d.values())
+            if room < 0:
+                raise ValueError(f"{path} shares its arrays among so many layers that they would "
+                                 "take more than four times its size")
+            found += made
+        return assemble(found, **{**content.options, **options})
+
+
+def save(module: Any, path: Path, **options: Any) -> None:
+    """Write a module or a language model to a file; the ending of `path` says which kind.
+
+    `load` makes of each kind the module that was written, except that a .weights.h5 says nothing of
+    dropout and of how a Stack groups its layers, and that a class of your own is filled, not made:
+    `load(path, into=...)`. The file appears whole or not at all.
+
+    .safetensors : PyTorch's names, so that `torch.nn.LSTM.load_state_dict` takes them, and what
+        rebuilds the module
+    .onnx : a graph for any runtime, see `lstmcore.formats.onnx_export.export`, and its options
+        `state` and `lengths`; needs onnx
+    .weights.h5 : for `keras.Model.load_weights` of the same layers in a row; needs h5py
+    """
+    if not isinstance(module, Module) and not hasattr(module, "save"):
+        raise TypeError(f"module must be a Module or a LanguageModel, got {type(module).__name__}")
+    write = formats.writer(path).write_module
+    if isinstance(module, Module):
+        write(path, module, **options)
+    elif os.fsdecode(path).endswith(".onnx") and hasattr(module, "network"):
+        module._check_fitted()
+        write(path, module.network, tokens=True, **options)
+    elif options:
+        raise TypeError(f"a {type(module).__name__} is saved without options, got {options}")
+    else:
+        module.save(path)
+
+
+def convert(source: Path, target: Path, name: str | None = None, **options: Any) -> Any:
+    """Load the recurrent layers of one file and save them as another: see `load` and `save`.
+
+    Of a language model, which is a .safetensors file, other kinds hold the recurrent layers alone;
+    a warning says so, and what was left out: `save` of the loaded model writes all of it to .onnx.
+    Returns the module that was written.
+    """
+    if not os.fsdecode(target).endswith(".safetensors") and name is None:
+        formats.writer(target)
+        name = _part_of_model(source)
+    module = load(source, name, **options)
+    module.save(target)
+    return module
+
+
+def _part_of_model(path):
+    """The name of the recurrent layers in a language model's file; None for any other file."""
+    content = formats.read(path)
+    if _MODEL not in content.own:
+        return None
+    left = {name.partition(".")[0] for name in content.arrays} - {"recurrent", "training"}
+    warnings.warn(f"{path} is a language model, of which only the recurrent layers were converted; "
+                  f"left out: {description.some(sorted(left))} (lstmcore.formats.read_arrays "
+                  "returns them)", stacklevel=3)
+    return "recurrent"
+
+
+def _chosen(path, content, name):
+    """The functions that make the wanted layers."""
+    chains, others = content.chains, content.others
+    names = [found for chain in chains for found, _ in chain]
+    if not names:
+        hint = content.hint and f": {content.hint}"
+        raise ValueError(f"{path} holds no LSTM or RNN, only "
+                         f"{description.some(others) or 'nothing'}{hint}")
+    if name is not None:
+        wanted = [name] if isinstance(name, str) else list(name)
+        makers = {found: make for chain in chains for found, make in chain}
+        if missing := [n for n in wanted if n.rstrip(".") not in makers] or not wanted:
+            raise ValueError(f"{path} has no recurrent layer {missing}, it has "
+                             f"{description.some(names)}")
+        return [makers[n.rstrip(".")] for n in wanted]
+    if len(chains) > 1:
+        raise ValueError(f"{path} holds several recurrent layers, choose by name= one of "
+                         f"{description.some(names)}, or a list of those that feed each other")
+    if others:
+        warnings.warn(f"{path}: loaded {description.some(names)}; left in the file: "
+                      f"{description.some(others)} (lstmcore.formats.read_arrays returns them)",
+                      stacklevel=3)
+    return [make for _, make in chains[0]]
+
+
+def _size(path):
+    """The size of a file, and of those beside it that it may lead to."""
+    name = os.fsdecode(path)
+    if not name.endswith((".onnx", ".json")):
+        return os.path.getsize(name)
+    return sum(entry.stat().st_size for entry in os.scandir(os.path.dirname(name) or ".")
+               if entry.is_file())
+
+
+def _fill(module, path, name, options):
+    """The module, its parameters set to the arrays of a file."""
+    if not isinstance(module, Module):
+        raise TypeError(f"into must be a Module, got {type(module).__name__}")
+    if options:
+        raise TypeError(f"a module that is filled says everything itself, got {sorted(options)}")
+    content = formats.read(path)
+    if _LAYER in content.own:
+        with formats.naming(path):
+            _check_version(path, json.loads(content.own[_LAYER]))
+    arrays, _ = formats.state_dict.folded(content.arrays or formats.read_arrays(path))
+    if name:
+        arrays = description.below(name.rstrip("."), arrays)
+        if not arrays:
+            raise ValueError(f"{path} has no arrays whose names begin with {name!r}")
+    with formats.naming(path):
+        module.load_state_dict(arrays)
+    return module.eval()
+
+
+# ---- what lstmcore wrote ------------------------------------------------------------------------
+
+
+def _own_layer(path, content, options):
+    """A module from what `save` wrote."""
+    options = {key: value for key, value in options.items()}
+    with formats.naming(path):
+        try:
+            said = json.loads(content.own[_LAYER])
+            _check_version(path, said)
+            return rebuild(said, content.arrays, **options).eval()
+        except (json.JSONDecodeError, RecursionError, TypeError, KeyError,
+                AttributeError) as error:
+            raise ValueError(f"{path} has a description of its layer that is not lstmcore's: "
+                             f"{error!r:.200}") from None
+
+
+def _own_model(path, content, options):
+    """A model from what its own `save` wrote."""
+    from lstmcore.models import LanguageModel
+    if options:
+        raise TypeError(f"a file of a language model says everything itself, got {options}")
+    return LanguageModel.load(path)
+
+
+def _check_version(path, said):
+    if isinstance(said, dict) and (version := said.pop("version", 1)) != description.VERSION:
+        raise ValueError(f"{path} is of version {version!r:.40} of lstmcore's files, this lstmcore "
+                         f"reads version {description.VERSION}: install a newer one")
+
+
+_OWN = {_LAYER: _own_layer, _MODEL: _own_model}
+
+
+def rebuild(said: Mapping[str, Any], arrays: Mapping[str, Any], **options: Any) -> Any:
+    """The module of a description, its sizes taken from its arrays alone.
+
+    options : those of `load` that shall be other than described.
+    """
+    description.check(said)
+    kind = said["class"]
+    if kind in description.GATES:
+        said = {"dtype": None, **said, **options}
+        dtype = said.pop("dtype")
+        del said["class"]
+        found = description.from_torch_names("", description.group(arrays)[""])
+        return assemble(found, dtype=dtype, **said)
+    if unknown := options.keys() - ({"batch_first"} if kind == "Stack" else set()):
+        raise ValueError(f"the file holds a {kind}, which says {sorted(unknown)} itself"
+                         + "; only batch_first can be given" * (kind == "Stack"))
+    if kind not in _MAKERS:
+        raise ValueError(f"the file holds the parameters of a {kind}, a class that is not "
+                         "lstmcore's: make one, and load(path, into=it)")
+    values = {**said, **options}
+    del values["class"]
+    if "layers" in values:
+        start = "layers." if kind == "Stack" else ""
+        values["layers"] = [rebuild(layer, description.below(f"{start}{n}", arrays))
+                            for n, layer in enumerate(values["layers"])]
+    elif kind in ("Linear", "Embedding"):
+        values["arrays"] = arrays
+    return _MAKERS[kind](**values).eval()
+
+
+def _linear(arrays):
+    weight = _matrix(arrays)
+    module = layers.Linear(weight.shape[1], weight.shape[0], bias="bias" in arrays,
+                           dtype=weight.dtype, seed=0)
+    module.load_state_dict(arrays)
+    return module
+
+
+def _embedding(arrays):
+    module = layers.Embedding(*_matrix(arrays).shape, dtype=arrays["weight"].dtype, seed=0)
+    module.load_state_dict(arrays)
+    return module
+
+
+def _matrix(arrays):
+    weight = arrays["weight"]
+    if weight.ndim != 2 or weight.dtype not in (np.float32, np.float64):
+        raise ValueError(f"weight must be a matrix of float32 or float64, got {weight.dtype} "
+                         f"{weight.shape}")
+    return weight
+
+
+_MAKERS = {"Linear": _linear, "Embedding": _embedding, "Stack": layers.Stack,
+           "Sequential": lambda **said: layers.Sequential(*said["layers"]),
+           **{kind: getattr(layers, kind) for kind in (
+               "Dropout", "Tanh", "Sigmoid", "ReLU", "LastStep", "MeanOverTime", "MaxOverTime")}}
+
+
+# ---- from descriptions to layers ----------------------------------------------------------------
+
+
+def assemble(found: Any, batch_first: bool = False, dropout: float = 0.0,
+             nonlinearity: str | None = None, dtype: Any = None) -> Any:
+    """`description.Layer`s, each fed by the one before it, as one module in evaluation mode.
+
+    They make one `LSTM` or `RNN` where it can say the same, and a `Stack` elsewhere.
+    """
+    found = [description.checked(layer, nonlinearity) for layer in found]
+    width = found[0].directions[0]["weight_ih"].shape[1]
+    for layer in found:
+        if layer.last_step and layer is not found[-1]:
+            raise ValueError(f"{layer.name} returns its last step only (return_sequences=False), "
+                             "so it cannot feed another layer: load one of them by name=")
+        for arrays in layer.directions:
+            if (got := arrays["weight_ih"].shape[1]) != width:
+                raise ValueError(f"{layer.name} must take the {width} outputs of the layer before "
+                                 f"it, its weight_ih takes {got}")
+        width = len(layer.directions) * layer.output_size
+    dtype = dtype or np.result_type(np.float32, *(a for layer in found for d in layer.directions
+                                                  for a in d.values()))
+    are_one = len({description.signature(layer) for layer in found}) == 1 and \
+        not any(layer.reverse or layer.initial is not None for layer in found)
+    if dropout and not are_one:
+        raise ValueError("dropout cannot be given to layers that do not form one LSTM")
+    if are_one and not found[-1].last_step:
+        return _build(found, dtype, batch_first=batch_first, dropout=dropout).eval()
+    groups = [found] if are_one else [[layer] for layer in found]
+    return layers.Stack([_build(group, dtype, dropout=dropout) for group in groups],
+                        [group[0].reverse for group in groups], batch_first,
+                        [_cast(group[0].initial, dtype) for group in groups],
+                        found[-1].last_step).eval()
+
+
+def _build(found, dtype, **options):
+    first = found[0]
+    names = first.directions[0]
+    if first.kind == "LSTM":
+        options["peepholes"] = "weight_peephole" in names
+        options["proj_size"] = first.output_size if "weight_hr" in names else 0
+    else:
+        options["nonlinearity"] = first.nonlinearity
+    module = (layers.LSTM if first.kind == "LSTM" else layers.RNN)(
+        names["weight_ih"].shape[1], first.hidden_size, len(found), bias="bias" in names,
+        bidirectional=len(first.directions) == 2, dtype=dtype, seed=0, **options)
+    module.load_state_dict({f"{weight}_l{n}{suffix}": a for n, layer in enumerate(found)
+                            for suffix, arrays in zip(("", "_reverse"), layer.directions)
+                            for weight, a in arrays.items()})
+    return module
+
+
+def _cast(state, dtype):
+    if state is None:
+        return None
+    if isinstance(state, tuple):
+        return tuple(a.astype(dtype) for a in state)
+    return state.astype(dtype)

@@ -1,0 +1,225 @@
+"""What files say of layers, as data: descriptions between the readers, the writers and lstmcore.
+
+A reader describes the recurrent layers that it found as `Layer`s, a writer is given them. The names
+of their arrays are those of an `lstmcore.LSTM`, which are PyTorch's. No layer is built here.
+"""
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+WEIGHTS = ("weight_ih", "weight_hh", "bias", "weight_peephole", "weight_hr")
+OPTIONS = ("batch_first", "dropout", "nonlinearity")
+VERSION = 1             # of the descriptions in our own files
+_TORCH_NAME = re.compile(r"(?:(.*)\.)?(weight_ih|weight_hh|bias|bias_ih|bias_hh|weight_hr|"
+                         r"weight_peephole)(?:_l(\d{1,4})(_reverse)?)?", re.DOTALL)
+
+
+class Content(NamedTuple):
+    """What a reader found in a file."""
+
+    arrays: dict                # by the names of what lstmcore wrote, or else by the file's
+    chains: list = []           # of lists of (name, function that returns a list of Layer), each
+    #                             layer fed by the one before it
+    others: list = []           # names of what is none of these
+    options: dict = {}          # those of `OPTIONS` that the file says
+    own: dict = {}              # the descriptions that lstmcore wrote, JSON by kind
+    hint: str = ""              # what to do where no recurrent layer was found
+
+
+class Layer(NamedTuple):
+    """One recurrent layer as a file describes it.
+
+    directions: one or two dicts of arrays, named and shaped as an LSTM's parameters without their
+    `_l0`: weight_ih (4H, I), weight_hh (4H, P), and where there are any bias (4H,),
+    weight_peephole (3, H), weight_hr (P, H); rows ordered i, f, g, o. For an RNN H rows.
+    """
+
+    name: str
+    kind: str                           # "LSTM" or "RNN"
+    directions: list
+    nonlinearity: "str | None" = None   # of an RNN
+    reverse: bool = False               # its only direction reads from the end
+    initial: "tuple | None" = None      # the initial state, where the file fixes one
+    last_step: bool = False             # y is the last output only
+
+    @property
+    def hidden_size(self):
+        return len(self.directions[0]["weight_ih"]) // GATES[self.kind]
+
+    @property
+    def output_size(self):
+        return self.directions[0]["weight_hh"].shape[1]
+
+
+def group(arrays):
+    """Arrays by PyTorch's names -> {prefix: {(layer, suffix): {weight name: array}}}.
+
+    An array may be replaced by a str that says why it cannot be read.
+    """
+    found = {}
+    for name, a in arrays.items():
+        if match := _TORCH_NAME.fullmatch(name):
+            # a torch.nn.LSTMCell has no number of a layer
+            prefix, weight, layer, suffix = (match[1] or "", match[2], int(match[3] or 0),
+                                             match[4] or "")
+            found.setdefault(prefix, {}).setdefault((layer, suffix), {})[weight] = a
+    # A name like an LSTM's does not make one: weight_hh does.
+    return {prefix: cells for prefix, cells in found.items()
+            if any("weight_hh" in cell for cell in cells.values())}
+
+
+def is_weight(name):
+    """Whether a parameter of an LSTM, RNN or Stack could be named so."""
+    match = _TORCH_NAME.fullmatch(name)
+    return match is not None and match[3] is not None
+
+
+def from_torch_names(prefix, cells):
+    """One entry of `group` as a list of Layer."""
+    count = 1 + max(layer for layer, _ in cells)
+    suffixes = ["", "_reverse"] if any(suffix for _, suffix in cells) else [""]
+    wanted = {(layer, suffix) for layer in range(min(count, len(cells))) for suffix in suffixes}
+    if wanted != cells.keys():
+        raise ValueError(f"{prefix or 'the file'} must have the layers 0 to {count - 1}, each with "
+                         f"the directions {suffixes}, got {sorted(cells)}")
+    layers = []
+    for n in range(count):
+        name = f"{prefix}.l{n}".lstrip(".")
+        directions = [_weights(name, cells[n, suffix]) for suffix in suffixes]
+        layers.append(Layer(name, _kind(name, directions[0]), directions))
+    return layers
+
+
+def _kind(name, arrays):
+    """LSTM or RNN, told by the number of rows per hidden unit."""
+    w = arrays.get("weight_hh")
+    if w is None or w.ndim != 2:
+        raise ValueError(f"{name} must have a matrix weight_hh, got "
+                         f"{'none' if w is None else w.shape}")
+    projection = arrays.get("weight_hr", w)
+    H = projection.shape[-1] if projection.ndim == 2 else 0
+    for kind, rows in GATES.items():
+        if H and len(w) == rows * H:
+            if kind == "GRU":
+                raise ValueError(f"{name} is a GRU: lstmcore has LSTM and RNN")
+            return kind
+    raise ValueError(f"weight_hh of {name} must have 4H rows (LSTM) or H (RNN) with H = {H}, "
+                     f"got {w.shape}")
+
+
+def _weights(name, cell):
+    """One cell's arrays, PyTorch's two biases as the one that they add up to."""
+    cell = dict(cell)
+    for weight, a in cell.items():
+        if isinstance(a, str):
+            raise ValueError(f"{weight} of {name} is no tensor that is read here, but {a}")
+    if ("bias_ih" in cell) != ("bias_hh" in cell) or ("bias" in cell and "bias_ih" in cell):
+        raise ValueError(f"{name} must have bias_ih and bias_hh, or bias alone, or none; "
+                         f"got {sorted(cell)}")
+    if "bias_ih" in cell:
+        pair = cell.pop("bias_ih"), cell.pop("bias_hh")
+        if pair[0].shape != pair[1].shape:
+            raise ValueError(f"bias_ih and bias_hh of {name} must have one shape, "
+                             f"got {pair[0].shape} and {pair[1].shape}")
+        if not {pair[0].dtype.kind, pair[1].dtype.kind} <= {"f"}:
+            raise ValueError(f"the biases of {name} must hold floats, "
+                             f"got {pair[0].dtype} and {pair[1].dtype}")
+        if pair[0].dtype.itemsize < 4:          # a sum in float16 would lose what both hold
+            pair = [b.astype("float32") for b in pair]
+        cell["bias"] = pair[0] + pair[1]
+    return cell
+
+
+def checked(layer, nonlinearity):
+    """The layer, its shapes, dtypes and names proven to fit each other."""
+    first = layer.directions[0]
+    if any(np.ndim(first.get(weight)) != 2 for weight in ("weight_ih", "weight_hh")):
+        raise ValueError(f"{layer.name} must have the matrices weight_ih and weight_hh, got "
+                         f"{ {weight: np.shape(a) for weight, a in first.items()} }")
+    rows, (H, P) = GATES[layer.kind], (layer.hidden_size, layer.output_size)
+    shapes = {"weight_ih": (rows * H, first["weight_ih"].shape[-1]), "weight_hh": (rows * H, P),
+              "bias": (rows * H,), "weight_peephole": (3, H), "weight_hr": (P, H)}
+    if layer.kind == "RNN" and {"weight_peephole", "weight_hr"} & first.keys():
+        raise ValueError(f"{layer.name} has the shape of an RNN and the weights {sorted(first)}")
+    for arrays in layer.directions:
+        if arrays.keys() != first.keys():
+            raise ValueError(f"the directions of {layer.name} must have the same weights, "
+                             f"got {sorted(first)} and {sorted(arrays)}")
+        for weight, a in arrays.items():
+            if a.shape != shapes[weight] or not a.size:
+                raise ValueError(f"{weight} of {layer.name} must be {shapes[weight]} and not "
+                                 f"empty, got {a.shape}")
+            if a.dtype.kind != "f":
+                raise ValueError(f"{weight} of {layer.name} must hold floats, got {a.dtype}")
+    if H != P and "weight_hr" not in first:
+        raise ValueError(f"weight_hh of {layer.name} must be {(rows * H, H)}, got {(rows * H, P)}")
+    if layer.kind != "RNN":
+        return layer
+    if (found := nonlinearity or layer.nonlinearity) is None:
+        raise ValueError(f"{layer.name} is an RNN, and its file does not say whether its "
+                         "nonlinearity is tanh or relu: give nonlinearity=")
+    return layer._replace(nonlinearity=found)
+
+
+def signature(layer):
+    """What layers must have in common to be one LSTM or RNN."""
+    return (layer.kind, layer.hidden_size, layer.output_size, layer.nonlinearity,
+            len(layer.directions), tuple(sorted(layer.directions[0])))
+
+
+def check(said):
+    """ValueError unless a description in a file says what it can say."""
+    kinds = {"batch_first": bool, "dropout": (int, float), "p": (int, float), "nonlinearity": str,
+             "bidirectional": bool, "last_step": bool, "reverse": list, "layers": list,
+             "class": str}
+    if not isinstance(said, dict) or "class" not in said:
+        raise ValueError(f"a description must be an object with a class, got {said!r:.100}")
+    for name, value in said.items():
+        if name not in kinds or not isinstance(value, kinds[name]) \
+                or (isinstance(value, (int, float)) and not 0 <= value <= 1):
+            raise ValueError(f"the description of a {said['class']:.100} says "
+                             f"{name} = {value!r:.100}")
+    if not all(isinstance(r, bool) for r in said.get("reverse", [])):
+        raise ValueError(f"the description of a {said['class']:.100} says reverse = "
+                         f"{said['reverse']!r:.100}")
+
+
+def parts(description, arrays):
+    """The LSTMs and RNNs of a described LSTM, RNN or Stack as (description, [Layer], reverse)."""
+    kind = description["class"]
+    if kind == "Stack":
+        return [(layer, parts(layer, below(f"layers.{n}", arrays))[0][1], reverse)
+                for n, (layer, reverse) in enumerate(zip(description["layers"],
+                                                         description["reverse"]))]
+    if kind not in GATES:
+        raise TypeError(f"module must be an LSTM, RNN or Stack, got {kind}")
+    layers = from_torch_names("", group(arrays)[""])
+    said = description.get("nonlinearity")
+    return [(description, [checked(layer, said) for layer in layers], False)]
+
+
+def below(prefix, arrays):
+    """The arrays whose names begin with prefix and a dot, without these."""
+    start = prefix + "."
+    return {name[len(start):]: a for name, a in arrays.items() if name.startswith(start)}
+
+
+def torch_names(arrays):
+    """Recurrent layers' parameters as PyTorch names them: two biases, one of zeros."""
+    found = {}
+    for name, a in arrays.items():
+        if name.rpartition(".")[2].startswith("bias_l") and is_weight(name):
+            head, _, tail = name.rpartition("bias_l")
+            found[f"{head}bias_ih_l{tail}"], found[f"{head}bias_hh_l{tail}"] = a, np.zeros_like(a)
+        else:
+            found[name] = a
+    return found
+
+
+def some(names, limit=12):
+    """Names for a message, cut to a readable number."""
+    names = [repr(str(n)[:80]) if n else "(no prefix)" for n in names]
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" * (len(names) > limit))
