@@ -103,11 +103,13 @@ def save(module: Any, path: Path, **options: Any) -> None:
     dropout and of how a Stack groups its layers, and that a class of your own is filled, not made:
     `load(path, into=...)`. The file appears whole or not at all.
 
-    .safetensors : PyTorch's names, so that `torch.nn.LSTM.load_state_dict` takes them, and what
-        rebuilds the module
-    .onnx : a graph for any runtime, see `lstmcore.formats.onnx_export.export`, and its options
-        `state` and `lengths`; needs onnx
-    .weights.h5 : for `keras.Model.load_weights` of the same layers in a row; needs h5py
+    .safetensors: PyTorch's names, so that `torch.nn.LSTM.load_state_dict` takes them, and what
+    rebuilds the module.
+
+    .onnx: a graph for any runtime, see `lstmcore.formats.onnx_export.export`, and its options
+    `state` and `lengths`; needs onnx.
+
+    .weights.h5: for `keras.Model.load_weights` of the same layers in a row; needs h5py
     """
     if not isinstance(module, Module) and not hasattr(module, "save"):
         raise TypeError(f"module must be a Module or a LanguageModel, got {type(module).__name__}")
@@ -301,7 +303,7 @@ _MAKERS = {"Linear": _linear, "Embedding": _embedding, "Stack": layers.Stack,
 
 def assemble(found: Any, batch_first: bool = False, dropout: float = 0.0,
              nonlinearity: str | None = None, dtype: Any = None) -> Any:
-    """`description.Layer`s, each fed by the one before it, as one module in evaluation mode.
+    """Descriptions of layers, each fed by the one before it, as one module in evaluation mode.
 
     They make one `LSTM` or `RNN` where it can say the same, and a `Stack` elsewhere.
     """

@@ -26,7 +26,7 @@ SMALLEST = 1e-30  # what is smaller is drawn here: a logarithmic axis has no zer
 
 
 def gradient_flow(layer: layers.LSTM | layers.RNN, x: ArrayLike, *, seed: int = 0) -> Floats:
-    """The norm of ∂L/∂h_{t-k} for k = 0..T, where L = rᵀh_t, t is the last step and |r| = 1.
+    """The norm of ∂L/∂h_{t-k} for k = 0..T, where L = rᵀh_t, t is the last step and r of norm 1.
 
     Parameters
     ----------

@@ -400,7 +400,7 @@ class WarmUp(Schedule):
 
 
 class Plateau:
-    """lr *= factor when a loss has not fallen for more than `patience` steps in a row.
+    """lr becomes factor · lr when a loss has not fallen for more than `patience` steps in a row.
 
     Falling means below the best so far by the share `threshold` of it; lr never gets below
     `min_lr`.

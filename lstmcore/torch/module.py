@@ -54,8 +54,10 @@ class LSTM(torch.nn.LSTM):
     Constructor, parameters, state_dict, inputs (batched, unbatched, PackedSequence), outputs and
     semantics are those of torch.nn.LSTM. The number of threads is torch's (torch.set_num_threads).
 
-    Parameters beyond torch.nn.LSTM's, both by keyword
-    --------------------------------------------------
+    Parameters
+    ----------
+    *args, **kwargs
+        torch.nn.LSTM's own.
     peepholes : bool
         The gates also see the cell (Gers et al. 2002): parameters weight_peephole_l{k} (3, H),
         rows p_i, p_f, p_o, zero at the start. A checkpoint without them sets them to zero.
