@@ -70,3 +70,16 @@ def test_links_of_a_page_lead_somewhere(page):
 @apart
 def test_the_front_page_is_short():
     assert PAGES[0].read_text(encoding="utf-8").count("\n") <= 250
+
+
+@apart
+def test_every_public_name_is_in_the_reference():
+    """By its own name, or as a member of a module that is shown whole."""
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    whole = re.findall(r"automodule:: (\S+)\n   :members:\n", page)
+    names = {name for line in re.findall(r":members: (.*)", page) for name in line.split(", ")}
+    names |= set(re.findall(r"autoclass:: (\w+)", page))
+    for name in lstmcore.__all__:
+        value = getattr(lstmcore, name)
+        if callable(value):
+            assert name in names or value.__module__ in whole, name
