@@ -151,8 +151,8 @@ def rank(found: Activations, place: int = 0, signal: str = "h",
 
     Returns
     -------
-    list of Selective(neuron, feature, r), by falling size of r, the correlation of the neuron's signal
-    with the feature that it follows best. It is what stands in this one text, not a proof.
+    list of Selective(neuron, feature, r), by falling size of r, the correlation of the neuron's
+    signal with the feature that it follows best. It is what stands in this one text, not a proof.
     """
     values = _signal(found, place, signal).astype(np.float64)
     seen = features(found.tokens)

@@ -58,7 +58,7 @@ class RNNTape(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of lstm_backward, each shaped as what it belongs to; of the kernels, dx is None for token ids."""
+    """Of lstm_backward, each shaped as what it belongs to; dx is None for the kernels' token ids."""
 
     dx: Any
     dW_ih: Floats

@@ -1,4 +1,4 @@
-"""Every example in a docstring, in the README and in docs runs as printed; their links lead somewhere."""
+"""Every example in docstrings, README and docs runs as printed, and every link leads somewhere."""
 
 import doctest
 import importlib
@@ -39,7 +39,7 @@ apart = pytest.mark.skipif(not PAGES[0].exists(),
 @apart
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_examples_of_a_page_run(page, tmp_path, monkeypatch):
-    """Section by section, each with the names of those before it, but for those that need an extra."""
+    """Section by section, each with the names of those before it, where its extras are there."""
     monkeypatch.chdir(tmp_path)
     names, runner = {}, doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     text = page.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Programs around us: torch.fx, ONNX's exporters, tensors and datasets, other encodings, closed streams."""
+"""Programs around us: torch.fx, exporters to ONNX, others' arrays, encodings, closed streams."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ def has(*modules):
                               reason=f"needs {', '.join(modules)}")
 
 
-# ---- PyTorch -----------------------------------------------------------------------------------------
+# ---- PyTorch -------------------------------------------------------------------------------------
 
 def tagger(torch, **options):
     class Tagger(torch.nn.Module):
@@ -154,7 +154,7 @@ def test_restore_keeps_what_torch_cannot_compute():
         lstmcore.torch.restore(3)
 
 
-# ---- tensors and datasets as X -----------------------------------------------------------------------
+# ---- tensors and datasets as X -------------------------------------------------------------------
 
 class Dataset:
     """What h5py and xarray hand out: a shape, items, and a way to become an array."""
@@ -193,7 +193,7 @@ def test_three_axes_of_other_libraries(make, tmp_path):
     assert (model.fit(given, y).predict_proba(given) == want).all()
 
 
-# ---- the command line's streams ----------------------------------------------------------------------
+# ---- the command line's streams ------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
@@ -225,8 +225,8 @@ def test_a_text_reaches_a_pipe_of_any_encoding(written, encoding):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the shell's redirections")
-@pytest.mark.parametrize("arguments", [("train", "-", "--steps", "1"), ("sample", None, "--prime", "-"),
-                                       ("eval", None, "-")])
+@pytest.mark.parametrize("arguments", [
+    ("train", "-", "--steps", "1"), ("sample", None, "--prime", "-"), ("eval", None, "-")])
 def test_closed_standard_input_is_one_line(written, arguments, tmp_path):
     given = [written if a is None else a for a in arguments]
     if given[0] == "train":
@@ -240,8 +240,8 @@ def test_closed_standard_input_is_one_line(written, arguments, tmp_path):
 @pytest.mark.parametrize("redirect", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_closed_outputs_end_no_training(tmp_path, redirect):
     (tmp_path / "t.txt").write_text("once more unto the breach, dear friends\n" * 60)
-    code, out, said = command("train", tmp_path / "t.txt", "--steps", 1, "--hidden", 8, "--layers", 1,
-                              "--out", tmp_path / "m.safetensors", redirect=redirect)
+    code, out, said = command("train", tmp_path / "t.txt", "--steps", 1, "--hidden", 8, "--layers",
+                              1, "--out", tmp_path / "m.safetensors", redirect=redirect)
     assert code == 0 and "Traceback" not in said
     assert command("sample", tmp_path / "m.safetensors", "--length", 5)[0] == 0
     if redirect == "2>&-":

@@ -45,8 +45,8 @@ class Forecaster:
     ((20,), True)
     """
 
-    def __init__(self, window: int = 24, horizon: int = 1, *, season: int = 1, anchored: bool = True,
-                 regressor: LSTMRegressor | None = None) -> None:
+    def __init__(self, window: int = 24, horizon: int = 1, *, season: int = 1,
+                 anchored: bool = True, regressor: LSTMRegressor | None = None) -> None:
         self.window = checks.size("window", window)
         self.horizon = checks.size("horizon", horizon)
         self.season = checks.size("season", season)

@@ -1,4 +1,4 @@
-"""`accelerate`: turn the LSTMs of a model that exists into ours, or say why not; `restore`: back."""
+"""`accelerate` turns the LSTMs of a model into ours, or says why not; `restore` turns them back."""
 
 from typing import NamedTuple
 
