@@ -10,7 +10,6 @@ import numpy as np
 
 from lstmcore import _dense, _kernels, checks
 from lstmcore._memory import empty
-from lstmcore.checks import F64
 from lstmcore.functional import _found_packed, _threads
 
 LinearGradients = namedtuple("LinearGradients", "dx dW db")

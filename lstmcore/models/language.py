@@ -21,7 +21,7 @@ from lstmcore.models.training import Budget, Settings, Trainer, total_nats
 from lstmcore.module import Module
 
 Evaluation = namedtuple("Evaluation", "nats bits_per_char perplexity tokens unknown")
-KEY, RUN = "lstmcore.language_model", "lstmcore.training"
+KEY, RUN = description.MODEL, "lstmcore.training"
 CELLS = ("lstm", "rnn")
 
 
@@ -285,7 +285,7 @@ class LanguageModel:
         with formats.naming(path):
             try:
                 saved = json.loads(metadata[KEY])
-                _check_version(path, saved)
+                description.check_version(path, saved)
                 model = cls(**saved["config"])
                 model.vocabulary = text.Vocabulary(saved["level"], saved["tokens"])
                 model.history, model.outcome = _checked_history(saved["history"]), saved["outcome"]
@@ -448,12 +448,6 @@ def _check_place(path):
                          "writes a graph of it, and lstmcore.convert(file, 'x.weights.h5') the "
                          f"recurrent layers; got {os.fsdecode(path)!r}")
     disk.check_writable(path)
-
-
-def _check_version(path, saved):
-    if (version := saved.get("version", 1)) != description.VERSION:
-        raise ValueError(f"{os.fsdecode(path)} is of version {version!r:.40} of lstmcore's files, "
-                         f"this lstmcore reads version {description.VERSION}: install a newer one")
 
 
 def _check_run(meta):
