@@ -63,13 +63,23 @@ def load(path, name=None, *, into=None, **options):
     >>> lstmcore.load(path)
     Sequential(Linear(3, 4), Tanh())
     """
+    options = _checked(options)
+    if into is not None:
+        return _fill(into, path, name, options)
+    return _made(formats.read(path), path, name, options)
+
+
+def _checked(options):
+    """The options of `load`; TypeError for what is none."""
     if unknown := options.keys() - set(OPTIONS):
         raise TypeError(f"options of load are {', '.join(OPTIONS)}, got {sorted(unknown)}")
     if "dtype" in options:
-        options["dtype"] = checks.float_dtype(options["dtype"])
-    if into is not None:
-        return _fill(into, path, name, options)
-    content = formats.read(path)
+        options = {**options, "dtype": checks.float_dtype(options["dtype"])}
+    return options
+
+
+def _made(content, path, name, options):
+    """What the content of a file describes: see `load`."""
     if name is None and (own := content.own.keys() & _OWN.keys()):
         return _OWN[own.pop()](path, content, options)
     if description.MODEL in content.own:                       # its RNNs are all of this kind
@@ -124,17 +134,18 @@ def convert(source, target, name=None, **options):
     a warning says so, and what was left out: `save` of the loaded model writes all of it to .onnx.
     Returns the module that was written.
     """
+    options = _checked(options)
+    content = formats.read(source)
+    formats.writer(target)
     if not os.fsdecode(target).endswith(".safetensors") and name is None:
-        formats.writer(target)
-        name = _part_of_model(source)
-    module = load(source, name, **options)
+        name = _part_of_model(content, source)
+    module = _made(content, source, name, options)
     module.save(target)
     return module
 
 
-def _part_of_model(path):
+def _part_of_model(content, path):
     """The name of the recurrent layers in a language model's file; None for any other file."""
-    content = formats.read(path)
     if description.MODEL not in content.own:
         return None
     left = {name.partition(".")[0] for name in content.arrays} - {"recurrent", "training"}
