@@ -13,7 +13,6 @@ import numpy as np
 from lstmcore import _dense, _kernels, _products, checks
 from lstmcore._memory import empty
 from lstmcore._types import ArrayLike, Floats
-from lstmcore.checks import F64
 from lstmcore.functional import _found_packed, _threads
 
 

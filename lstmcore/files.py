@@ -24,7 +24,6 @@ from lstmcore.formats import description
 from lstmcore.module import Module
 
 OPTIONS = (*description.OPTIONS, "dtype", "activation", "recurrent_activation")
-_LAYER, _MODEL = "lstmcore.layer", "lstmcore.language_model"
 
 
 def load(path: Path, name: str | None = None, *, into: Any = None, **options: Any) -> Any:
@@ -69,16 +68,26 @@ def load(path: Path, name: str | None = None, *, into: Any = None, **options: An
     >>> lstmcore.load(path)
     Sequential(Linear(3, 4), Tanh())
     """
+    options = _checked(options)
+    if into is not None:
+        return _fill(into, path, name, options)
+    return _made(formats.read(path), path, name, options)
+
+
+def _checked(options):
+    """The options of `load`; TypeError for what is none."""
     if unknown := options.keys() - set(OPTIONS):
         raise TypeError(f"options of load are {', '.join(OPTIONS)}, got {sorted(unknown)}")
     if "dtype" in options:
-        options["dtype"] = checks.float_dtype(options["dtype"])
-    if into is not None:
-        return _fill(into, path, name, options)
-    content = formats.read(path)
+        options = {**options, "dtype": checks.float_dtype(options["dtype"])}
+    return options
+
+
+def _made(content, path, name, options):
+    """What the content of a file describes: see `load`."""
     if name is None and (own := content.own.keys() & _OWN.keys()):
         return _OWN[own.pop()](path, content, options)
-    if _MODEL in content.own:                       # its RNNs are all of this kind
+    if description.MODEL in content.own:                       # its RNNs are all of this kind
         options = {"nonlinearity": "tanh", **options}
     with formats.naming(path):
         makers = _chosen(path, content, name)
@@ -132,18 +141,19 @@ def convert(source: Path, target: Path, name: str | None = None, **options: Any)
     a warning says so, and what was left out: `save` of the loaded model writes all of it to .onnx.
     Returns the module that was written.
     """
+    options = _checked(options)
+    content = formats.read(source)
+    formats.writer(target)
     if not os.fsdecode(target).endswith(".safetensors") and name is None:
-        formats.writer(target)
-        name = _part_of_model(source)
-    module = load(source, name, **options)
+        name = _part_of_model(content, source)
+    module = _made(content, source, name, options)
     module.save(target)
     return module
 
 
-def _part_of_model(path):
+def _part_of_model(content, path):
     """The name of the recurrent layers in a language model's file; None for any other file."""
-    content = formats.read(path)
-    if _MODEL not in content.own:
+    if description.MODEL not in content.own:
         return None
     left = {name.partition(".")[0] for name in content.arrays} - {"recurrent", "training"}
     warnings.warn(f"{path} is a language model, of which only the recurrent layers were converted; "
@@ -193,9 +203,9 @@ def _fill(module, path, name, options):
     if options:
         raise TypeError(f"a module that is filled says everything itself, got {sorted(options)}")
     content = formats.read(path)
-    if _LAYER in content.own:
+    if description.LAYER in content.own:
         with formats.naming(path):
-            _check_version(path, json.loads(content.own[_LAYER]))
+            description.check_version(path, json.loads(content.own[description.LAYER]))
     arrays, _ = formats.state_dict.folded(content.arrays or formats.read_arrays(path))
     if name:
         arrays = description.below(name.rstrip("."), arrays)
@@ -211,11 +221,11 @@ def _fill(module, path, name, options):
 
 def _own_layer(path, content, options):
     """A module from what `save` wrote."""
-    options = {key: value for key, value in options.items()}
     with formats.naming(path):
         try:
-            said = json.loads(content.own[_LAYER])
-            _check_version(path, said)
+            said = json.loads(content.own[description.LAYER])
+            description.check_version(path, said)
+            said.pop("version", None)
             return rebuild(said, content.arrays, **options).eval()
         except (json.JSONDecodeError, RecursionError, TypeError, KeyError,
                 AttributeError) as error:
@@ -228,16 +238,10 @@ def _own_model(path, content, options):
     from lstmcore.models import LanguageModel
     if options:
         raise TypeError(f"a file of a language model says everything itself, got {options}")
-    return LanguageModel.load(path)
+    return LanguageModel._of(path, content.arrays, content.own)
 
 
-def _check_version(path, said):
-    if isinstance(said, dict) and (version := said.pop("version", 1)) != description.VERSION:
-        raise ValueError(f"{path} is of version {version!r:.40} of lstmcore's files, this lstmcore "
-                         f"reads version {description.VERSION}: install a newer one")
-
-
-_OWN = {_LAYER: _own_layer, _MODEL: _own_model}
+_OWN = {description.LAYER: _own_layer, description.MODEL: _own_model}
 
 
 def rebuild(said: Mapping[str, Any], arrays: Mapping[str, Any], **options: Any) -> Any:

@@ -17,7 +17,8 @@ NEEDS = {"lstmcore.torch": "torch", "lstmcore.models.estimators": "sklearn",
          "lstmcore.models.forecasting": "sklearn", "lstmcore.gradflow": "matplotlib",
          "lstmcore.inspect": "matplotlib", "lstmcore.formats.keras": "h5py",
          "lstmcore.formats.hdf5": "h5py", "lstmcore.formats.onnx": "onnx",
-         "lstmcore.formats.onnx_export": "onnx"}
+         "lstmcore.formats.onnx_export": "onnx", "lstmcore.formats.onnx_graph": "onnx",
+         "lstmcore.formats.onnx_operators": "onnx"}
 MODULES = sorted(m.name for m in pkgutil.walk_packages(lstmcore.__path__, "lstmcore.")
                  if not m.name.endswith("__main__"))
 

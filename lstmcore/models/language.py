@@ -38,7 +38,7 @@ class Evaluation(NamedTuple):
     unknown: int
 
 
-KEY, RUN = "lstmcore.language_model", "lstmcore.training"
+KEY, RUN = description.MODEL, "lstmcore.training"
 CELLS = ("lstm", "rnn")
 
 
@@ -312,7 +312,7 @@ class LanguageModel:
         with formats.naming(path):
             try:
                 saved = json.loads(metadata[KEY])
-                _check_version(path, saved)
+                description.check_version(path, saved)
                 model = cls(**saved["config"])
                 model.vocabulary = text.Vocabulary(saved["level"], saved["tokens"])
                 model.history, model.outcome = _checked_history(saved["history"]), saved["outcome"]
@@ -475,12 +475,6 @@ def _check_place(path):
                          "writes a graph of it, and lstmcore.convert(file, 'x.weights.h5') the "
                          f"recurrent layers; got {os.fsdecode(path)!r}")
     disk.check_writable(path)
-
-
-def _check_version(path, saved):
-    if (version := saved.get("version", 1)) != description.VERSION:
-        raise ValueError(f"{os.fsdecode(path)} is of version {version!r:.40} of lstmcore's files, "
-                         f"this lstmcore reads version {description.VERSION}: install a newer one")
 
 
 def _check_run(meta):
