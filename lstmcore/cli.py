@@ -41,6 +41,7 @@ EXAMPLES = """examples:
 
 def main(argv=None):
     """Run the command with these arguments, by default those of the process; the exit code."""
+    _open_streams()
     args = build_parser().parse_args(argv)
     try:
         for name, least in LEAST.items():
@@ -62,6 +63,15 @@ def main(argv=None):
         return _mistake(f"{name}{error.strerror or error}")
     except (ValueError, TypeError, ImportError, FloatingPointError, MemoryError) as error:
         return _mistake(_in_options(str(error)) or type(error).__name__)
+
+
+def _open_streams():
+    """Streams to write to, where a service or a shell has closed them, and for every character."""
+    for name in "stdout", "stderr":
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+    if hasattr(sys.stdout, "reconfigure"):      # a test's stand-in has none
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -256,6 +266,8 @@ def sample(args):
     from lstmcore import LanguageModel
 
     model = LanguageModel.load(args.model)
+    if args.prime == "-" and sys.stdin is None:
+        raise ValueError("standard input is closed")
     prime = sys.stdin.read() if args.prime == "-" else args.prime
     if args.beam is not None:
         pieces = [model.beam_search(prime, args.length, width=args.beam, stop=args.stop)]

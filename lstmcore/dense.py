@@ -4,21 +4,31 @@ They run on the kernels and threads of the recurrent layers. NumPy would need pa
 one is enough, or a second pool of threads, which slows the kernels down.
 """
 
-from collections import namedtuple
+from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 
-from lstmcore import _dense, _kernels, checks
+from lstmcore import _dense, _kernels, _products, checks
 from lstmcore._memory import empty
-from lstmcore.checks import F64
+from lstmcore._types import ArrayLike, Compute, Floats
 from lstmcore.functional import _format, _found_packed, _threads
 
-LinearGradients = namedtuple("LinearGradients", "dx dW db")
+
+class LinearGradients(NamedTuple):
+    """Of a dense layer, shaped as what they belong to; dx is None where it was not needed."""
+
+    dx: Floats | None
+    dW: Floats
+    db: Floats
 
 
 # ---- dense layer -------------------------------------------------------------------------------------
 
-def linear_forward(x, W, b=None, *, n_threads=None, packed=None, compute=None):
+def linear_forward(x: Floats, W: Floats, b: Floats | None = None, *, n_threads: int | None = None,
+                   packed: _products.Packed | None = None,
+                   compute: Compute | None = None) -> Floats:
     """y = x Wᵀ + b on the project's own threads: x (n, I), W (O, I), b (O,) -> y (n, O).
 
     A matrix product of NumPy would use a second pool of threads, which slows the kernels down, and
@@ -42,7 +52,8 @@ def linear_forward(x, W, b=None, *, n_threads=None, packed=None, compute=None):
     return y
 
 
-def linear_backward(x, W, dy, *, need_dx=True, n_threads=None, compute=None):
+def linear_backward(x: Floats, W: Floats, dy: Floats, *, need_dx: bool = True,
+                    n_threads: int | None = None, compute: Compute | None = None) -> LinearGradients:
     """dy (n, O) -> dx (n, I) or None, dW (O, I), db (O,). compute: as in `lstm_forward`.
 
     >>> import numpy as np
@@ -79,7 +90,8 @@ def _matrices(x, W):
 
 # ---- a loss ------------------------------------------------------------------------------------------
 
-def cross_entropy(logits, targets, weights, dlogits, *, n_threads=None):
+def cross_entropy(logits: Floats, targets: ArrayLike, weights: Floats, dlogits: Floats, *,
+                  n_threads: int | None = None) -> Floats:
     """Softmax cross-entropy of rows, in nats: logits (n, V), targets (n,) in 0..V-1 -> losses (n,).
 
     dlogits (n, V), which may be logits itself, becomes the gradient of Σ weights (n,) · losses; it is 0
@@ -109,7 +121,9 @@ def cross_entropy(logits, targets, weights, dlogits, *, n_threads=None):
 
 # ---- an optimizer ------------------------------------------------------------------------------------
 
-def adam_step(p, g, m, v, *, betas, rate, eps, decay=0.0, keep=1.0, n_threads=None):
+def adam_step(p: Floats, g: Floats, m: Floats, v: Floats, *, betas: tuple[float, float],
+              rate: float, eps: float, decay: float = 0.0, keep: float = 1.0,
+              n_threads: int | None = None) -> None:
     """One step of Adam on the parameter p in place, by its gradient g; m and v are its averages.
 
     m += (1 - b1)(g' - m);  v += (1 - b2)(g'² - v);  p = keep · p - rate · m / (√v + eps),  where

@@ -8,21 +8,25 @@
 What the formats are, `lstmcore.formats` knows; here their descriptions become layers, and back.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from lstmcore import checks, formats, layers
+from lstmcore._types import Path
 from lstmcore.formats import description
 from lstmcore.module import Module
 
 OPTIONS = (*description.OPTIONS, "dtype", "activation", "recurrent_activation")
-_LAYER, _MODEL = "lstmcore.layer", "lstmcore.language_model"
 
 
-def load(path, name=None, *, into=None, **options):
+def load(path: Path, name: str | None = None, *, into: Any = None, **options: Any) -> Any:
     """The LSTM or RNN in a file, in evaluation mode.
 
     Parameters
@@ -64,16 +68,26 @@ def load(path, name=None, *, into=None, **options):
     >>> lstmcore.load(path)
     Sequential(Linear(3, 4), Tanh())
     """
+    options = _checked(options)
+    if into is not None:
+        return _fill(into, path, name, options)
+    return _made(formats.read(path), path, name, options)
+
+
+def _checked(options):
+    """The options of `load`; TypeError for what is none."""
     if unknown := options.keys() - set(OPTIONS):
         raise TypeError(f"options of load are {', '.join(OPTIONS)}, got {sorted(unknown)}")
     if "dtype" in options:
-        options["dtype"] = checks.float_dtype(options["dtype"])
-    if into is not None:
-        return _fill(into, path, name, options)
-    content = formats.read(path)
+        options = {**options, "dtype": checks.float_dtype(options["dtype"])}
+    return options
+
+
+def _made(content, path, name, options):
+    """What the content of a file describes: see `load`."""
     if name is None and (own := content.own.keys() & _OWN.keys()):
         return _OWN[own.pop()](path, content, options)
-    if _MODEL in content.own:                       # its RNNs are all of this kind
+    if description.MODEL in content.own:                       # its RNNs are all of this kind
         options = {"nonlinearity": "tanh", **options}
     with formats.naming(path):
         makers = _chosen(path, content, name)
@@ -91,18 +105,20 @@ def load(path, name=None, *, into=None, **options):
         return assemble(found, **{**content.options, **options})
 
 
-def save(module, path, **options):
+def save(module: Any, path: Path, **options: Any) -> None:
     """Write a module or a language model to a file; the ending of `path` says which kind.
 
     `load` makes of each kind the module that was written, except that a .weights.h5 says nothing of
     dropout and of how a Stack groups its layers, and that a class of your own is filled, not made:
     `load(path, into=...)`. The file appears whole or not at all.
 
-    .safetensors : PyTorch's names, so that `torch.nn.LSTM.load_state_dict` takes them, and what
-        rebuilds the module
-    .onnx : a graph for any runtime, see `lstmcore.formats.onnx_export.export`, and its options
-        `state` and `lengths`; needs onnx
-    .weights.h5 : for `keras.Model.load_weights` of the same layers in a row; needs h5py
+    .safetensors: PyTorch's names, so that `torch.nn.LSTM.load_state_dict` takes them, and what
+    rebuilds the module.
+
+    .onnx: a graph for any runtime, see `lstmcore.formats.onnx_export.export`, and its options
+    `state` and `lengths`; needs onnx.
+
+    .weights.h5: for `keras.Model.load_weights` of the same layers in a row; needs h5py
     """
     if not isinstance(module, Module) and not hasattr(module, "save"):
         raise TypeError(f"module must be a Module or a LanguageModel, got {type(module).__name__}")
@@ -118,25 +134,26 @@ def save(module, path, **options):
         module.save(path)
 
 
-def convert(source, target, name=None, **options):
+def convert(source: Path, target: Path, name: str | None = None, **options: Any) -> Any:
     """Load the recurrent layers of one file and save them as another: see `load` and `save`.
 
     Of a language model, which is a .safetensors file, other kinds hold the recurrent layers alone;
     a warning says so, and what was left out: `save` of the loaded model writes all of it to .onnx.
     Returns the module that was written.
     """
+    options = _checked(options)
+    content = formats.read(source)
+    formats.writer(target)
     if not os.fsdecode(target).endswith(".safetensors") and name is None:
-        formats.writer(target)
-        name = _part_of_model(source)
-    module = load(source, name, **options)
+        name = _part_of_model(content, source)
+    module = _made(content, source, name, options)
     module.save(target)
     return module
 
 
-def _part_of_model(path):
+def _part_of_model(content, path):
     """The name of the recurrent layers in a language model's file; None for any other file."""
-    content = formats.read(path)
-    if _MODEL not in content.own:
+    if description.MODEL not in content.own:
         return None
     left = {name.partition(".")[0] for name in content.arrays} - {"recurrent", "training"}
     warnings.warn(f"{path} is a language model, of which only the recurrent layers were converted; "
@@ -186,9 +203,9 @@ def _fill(module, path, name, options):
     if options:
         raise TypeError(f"a module that is filled says everything itself, got {sorted(options)}")
     content = formats.read(path)
-    if _LAYER in content.own:
+    if description.LAYER in content.own:
         with formats.naming(path):
-            _check_version(path, json.loads(content.own[_LAYER]))
+            description.check_version(path, json.loads(content.own[description.LAYER]))
     arrays, _ = formats.state_dict.folded(content.arrays or formats.read_arrays(path))
     if name:
         arrays = description.below(name.rstrip("."), arrays)
@@ -204,11 +221,11 @@ def _fill(module, path, name, options):
 
 def _own_layer(path, content, options):
     """A module from what `save` wrote."""
-    options = {key: value for key, value in options.items()}
     with formats.naming(path):
         try:
-            said = json.loads(content.own[_LAYER])
-            _check_version(path, said)
+            said = json.loads(content.own[description.LAYER])
+            description.check_version(path, said)
+            said.pop("version", None)
             return rebuild(said, content.arrays, **options).eval()
         except (json.JSONDecodeError, RecursionError, TypeError, KeyError,
                 AttributeError) as error:
@@ -221,19 +238,13 @@ def _own_model(path, content, options):
     from lstmcore.models import LanguageModel
     if options:
         raise TypeError(f"a file of a language model says everything itself, got {options}")
-    return LanguageModel.load(path)
+    return LanguageModel._of(path, content.arrays, content.own)
 
 
-def _check_version(path, said):
-    if isinstance(said, dict) and (version := said.pop("version", 1)) != description.VERSION:
-        raise ValueError(f"{path} is of version {version!r:.40} of lstmcore's files, this lstmcore "
-                         f"reads version {description.VERSION}: install a newer one")
+_OWN = {description.LAYER: _own_layer, description.MODEL: _own_model}
 
 
-_OWN = {_LAYER: _own_layer, _MODEL: _own_model}
-
-
-def rebuild(said, arrays, **options):
+def rebuild(said: Mapping[str, Any], arrays: Mapping[str, Any], **options: Any) -> Any:
     """The module of a description, its sizes taken from its arrays alone.
 
     options : those of `load` that shall be other than described.
@@ -294,8 +305,9 @@ _MAKERS = {"Linear": _linear, "Embedding": _embedding, "Stack": layers.Stack,
 # ---- from descriptions to layers ----------------------------------------------------------------
 
 
-def assemble(found, batch_first=False, dropout=0.0, nonlinearity=None, dtype=None):
-    """`description.Layer`s, each fed by the one before it, as one module in evaluation mode.
+def assemble(found: Any, batch_first: bool = False, dropout: float = 0.0,
+             nonlinearity: str | None = None, dtype: Any = None) -> Any:
+    """Descriptions of layers, each fed by the one before it, as one module in evaluation mode.
 
     They make one `LSTM` or `RNN` where it can say the same, and a `Stack` elsewhere.
     """

@@ -5,19 +5,26 @@ nothing is cast, no argument is written to, and no result aliases an argument. W
 later one (a tape, packed weights, a step) remembers what it was made of, and is compared with it.
 """
 
+from __future__ import annotations
+
 import functools
 from collections import namedtuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from lstmcore import _backward, _forward, _kernels, _products, checks
 from lstmcore._memory import empty
 from lstmcore._recurrence import cell as cell_row  # the row of a cell, by name
+from lstmcore._types import Array, ArrayLike, Compute, Floats, Ints, Lengths, Precision
 from lstmcore.checks import F32, F64
 from lstmcore.reference import Gradients, RNNGradients, quantize
 from lstmcore.threads import get_num_threads, resolve
 
 _SERIAL_WORK = 1_000_000  # multiply-adds that are done before a second thread pays: about 20 µs
+
+Cell: TypeAlias = Literal["lstm", "tanh", "relu"]
 
 # What goes to the plans, by name.
 Sizes = namedtuple("Sizes", "T B I H K dtype")
@@ -40,20 +47,20 @@ class TokenIds:
 
     __slots__ = ("array", "size", "_used")
 
-    def __init__(self, ids, size):
+    def __init__(self, ids: ArrayLike, size: int) -> None:
         self.size, self._used = checks.size("size", size), None
         own = checks.ids(ids, "token ids", self.size)
         own.flags.writeable = False
         self.array = own[...]       # a view of what is read-only cannot be made writable
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return TokenIds, (self.array, self.size)    # a copy is checked like any ids
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return self.array.shape
 
-    def used(self):
+    def used(self) -> tuple[Ints, Ints]:
         """The ids that occur, and the place of each id among them, as this array."""
         if self._used is None:
             used, places = np.unique(self.array, return_inverse=True)
@@ -69,7 +76,7 @@ class TokenTable:
 
     __slots__ = ("rows",)
 
-    def __init__(self, rows):
+    def __init__(self, rows: Floats) -> None:
         self.rows = rows
 
 
@@ -244,10 +251,15 @@ class _Tape:
         self.cell, self.sizes, self.weights, self.batch = cell, sizes, weights, batch
         self.tokens, self.y = tokens, y
 
-    x = property(lambda self: self.batch.x)
-    lengths = property(lambda self: self.batch.lengths)
+    @property
+    def x(self) -> Array | TokenIds:
+        return self.batch.x
 
-    def check(self):
+    @property
+    def lengths(self) -> Ints | None:
+        return self.batch.lengths
+
+    def check(self) -> None:
         """An error unless every array is still what it was: most are the caller's."""
         T, B, I, H, K, dtype = self.sizes
         rows, is_double = self.cell.fed * H, dtype is F64
@@ -283,27 +295,28 @@ class Tape(_Tape):
 
     __slots__ = ("raw_gates", "raw_c", "_turn")
 
-    def __init__(self, cell, sizes, weights, batch, tokens, y, raw_gates, raw_c):
+    def __init__(self, cell: Any, sizes: Sizes, weights: Weights, batch: Batch, tokens: int, y: Floats,
+                 raw_gates: Floats, raw_c: Floats) -> None:
         self.cell, self.sizes, self.weights, self.batch = cell, sizes, weights, batch
         self.tokens, self.y, self.raw_gates, self.raw_c = tokens, y, raw_gates, raw_c
         self._turn = [True]        # popping it is one step, for threads that race for the tape too
 
     @property
-    def gates(self):
+    def gates(self) -> Floats:
         if not self._turn:
             self._refuse()
         return self._padded(self.raw_gates)
 
     @property
-    def c(self):
+    def c(self) -> Floats:
         return self._padded(self.raw_c)
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Bytes kept beside x and y."""
         return self.raw_gates.nbytes + self.raw_c.nbytes
 
-    def check(self):
+    def check(self) -> None:
         if not self._turn:
             self._refuse()
         super().check()
@@ -314,14 +327,14 @@ class Tape(_Tape):
         N, H = self.tokens, self.sizes.H
         return (("raw_gates", self.raw_gates, (N, self.cell.gates * H)), ("raw_c", self.raw_c, (N, H)))
 
-    def take(self):
+    def take(self) -> None:
         """The tape is used now; an error if it was before."""
         try:
             self._turn.pop()
         except IndexError:
             self._refuse()
 
-    def again(self):
+    def again(self) -> Tape:
         """This tape with gates of its own, to be used one time more."""
         return Tape(self.cell, self.sizes, self.weights, self.batch, self.tokens, self.y,
                     self.raw_gates.copy(), self.raw_c)
@@ -350,8 +363,10 @@ class RNNTape(_Tape):
     __slots__ = ()
 
 
-def tape_from(*, x, W_ih, W_hh, peepholes=None, W_hr=None, h0=None, c0=None, lengths=None,
-              reverse=False, y, raw_gates, raw_c, compute=None):
+def tape_from(*, x: Array, W_ih: Floats, W_hh: Floats, peepholes: Floats | None = None,
+              W_hr: Floats | None = None, h0: Floats | None = None, c0: Floats | None = None,
+              lengths: Lengths = None, reverse: bool = False, y: Floats, raw_gates: Floats,
+              raw_c: Floats, compute: Compute | None = None) -> Tape:
     """A tape from the arrays of an earlier one, for those who must store it as plain arrays.
 
     raw_gates (tokens, 4H) is written to by `lstm_backward`, so it shares no memory with the others.
@@ -473,9 +488,13 @@ def _checked_upstream(tape, dy, dh_n, dc_n):
 
 # ---- LSTM --------------------------------------------------------------------------------------------
 
-def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_hr=None,
-                 lengths=None, reverse=False, keep_tape=True, n_threads=None, packed=None,
-                 compute=None):
+def lstm_forward(x: Array, W_ih: Floats, W_hh: Floats, b: Floats | None = None,
+                 h0: Floats | None = None, c0: Floats | None = None, *,
+                 peepholes: Floats | None = None, W_hr: Floats | None = None,
+                 lengths: Lengths = None, reverse: bool = False, keep_tape: bool = True,
+                 n_threads: int | None = None, packed: _products.Packed | None = None,
+                 compute: Compute | None = None,
+                 ) -> tuple[Floats, tuple[Floats, Floats], Tape | Any]:
     """Run one LSTM layer over a batch of sequences.
 
     Parameters
@@ -528,7 +547,8 @@ def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_h
     return y, (h_n, c_n), Tape(*made, *kept) if keep_tape else None
 
 
-def lstm_backward(tape, dy, dh_n=None, dc_n=None, *, n_threads=None):
+def lstm_backward(tape: Tape, dy: Floats, dh_n: Floats | None = None, dc_n: Floats | None = None, *,
+                  n_threads: int | None = None) -> Gradients:
     """Gradients of a loss through `lstm_forward`, by backpropagation through time.
 
     Parameters
@@ -568,8 +588,12 @@ def lstm_backward(tape, dy, dh_n=None, dc_n=None, *, n_threads=None):
 
 # ---- vanilla RNN -------------------------------------------------------------------------------------
 
-def rnn_forward(x, W_ih, W_hh, b=None, h0=None, *, nonlinearity="tanh", lengths=None, reverse=False,
-                keep_tape=True, n_threads=None, packed=None, compute=None):
+def rnn_forward(x: Array, W_ih: Floats, W_hh: Floats, b: Floats | None = None,
+                h0: Floats | None = None, *, nonlinearity: Literal["tanh", "relu"] = "tanh",
+                lengths: Lengths = None, reverse: bool = False, keep_tape: bool = True,
+                n_threads: int | None = None, packed: _products.Packed | None = None,
+                compute: Compute | None = None,
+                ) -> tuple[Floats, Floats, RNNTape | Any]:
     """Run one vanilla (Elman) RNN layer: h_t = tanh(x_t W_ihᵀ + h_{t-1} W_hhᵀ + b), or relu.
 
     Parameters are those of `lstm_forward`, with W_ih (H, I), W_hh (H, H), b (H,), and nonlinearity
@@ -592,7 +616,8 @@ def rnn_forward(x, W_ih, W_hh, b=None, h0=None, *, nonlinearity="tanh", lengths=
     return y, h_n, RNNTape(*made) if keep_tape else None
 
 
-def rnn_backward(tape, dy, dh_n=None, *, n_threads=None):
+def rnn_backward(tape: RNNTape, dy: Floats, dh_n: Floats | None = None, *,
+                 n_threads: int | None = None) -> RNNGradients:
     """Gradients through `rnn_forward`: dy (T, B, H), dh_n (B, H).
 
     Returns RNNGradients(dx, dW_ih, dW_hh, db, dh0), a named tuple.
@@ -615,7 +640,7 @@ def rnn_backward(tape, dy, dh_n=None, *, n_threads=None):
 
 # ---- weights packed for many calls -------------------------------------------------------------------
 
-class Quantized(namedtuple("Quantized", "q scale")):
+class Quantized(NamedTuple):
     """A matrix below float32: q (n, K) int8 times scale (n,) float32, as `reference.quantize` has it.
 
     >>> import numpy as np
@@ -624,14 +649,15 @@ class Quantized(namedtuple("Quantized", "q scale")):
     array([[  64, -127]], dtype=int8)
     """
 
-    __slots__ = ()
+    q: Ints
+    scale: Floats
 
     @classmethod
-    def of(cls, W):
+    def of(cls, W: Floats) -> Quantized:
         """W (n, K) float32, rounded: one scale for each row."""
         return cls(*quantize(W))
 
-    def checked(self, name, shape):
+    def checked(self, name: str, shape: tuple[int, ...]) -> Quantized:
         """These arrays, contiguous, found to be of a matrix of this shape."""
         q, scale = (np.ascontiguousarray(checks.unmasked(name, a)) for a in self)
         if q.shape != shape or q.dtype != np.int8 or scale.shape != shape[:1] or scale.dtype != F32:
@@ -639,7 +665,7 @@ class Quantized(namedtuple("Quantized", "q scale")):
                              f"{shape[:1]}, got {q.dtype} {q.shape} with {scale.dtype} {scale.shape}")
         return Quantized(q, scale)
 
-    def floats(self):
+    def floats(self) -> Floats:
         """What it stands for: q scale (n, K), float32."""
         return self.q * self.scale[:, None]
 
@@ -647,7 +673,9 @@ class Quantized(namedtuple("Quantized", "q scale")):
 PRECISIONS = ("float32", "float64", "bfloat16", "int8")
 
 
-def pack(cell, W_ih, W_hh=None, W_hr=None, *, precision=None, quantized=None):
+def pack(cell: Cell | Literal["linear"], W_ih: Floats, W_hh: Floats | None = None,
+         W_hr: Floats | None = None, *, precision: Precision | None = None,
+         quantized: Sequence[Quantized | None] | None = None) -> _products.Packed:
     """Weights arranged for many calls with packed=; they must not change as long as it is used.
 
     precision: the number format of the products: the weights' dtype by default; or "bfloat16", or
@@ -739,8 +767,11 @@ class Step:
     (1, 2)
     """
 
-    def __init__(self, cell, batch_size, W_ih, W_hh, b=None, peepholes=None, W_hr=None, *,
-                 n_threads=None, precision=None, quantized=None):
+    def __init__(self, cell: Cell, batch_size: int, W_ih: Floats, W_hh: Floats,
+                 b: Floats | None = None, peepholes: Floats | None = None,
+                 W_hr: Floats | None = None, *, n_threads: int | None = None,
+                 precision: Precision | None = None,
+                 quantized: Sequence[Quantized | None] | None = None) -> None:
         row = cell_row(cell)
         B = checks.size("batch_size", batch_size)
         W_ih = checks.unmasked("W_ih", W_ih)
@@ -777,20 +808,26 @@ class Step:
         self._serial = packed.nbytes <= 1 << 20
 
     # Views: what has no memory of its own cannot be resized.
-    h = property(lambda self: self._h[...], doc="The state h (B, K), a view to be written to.")
-    c = property(lambda self: None if self._c is None else self._c[...],
-                 doc="The state c (B, H), likewise; None of a cell without c.")
+    @property
+    def h(self) -> Floats:
+        """The state h (B, K), a view to be written to."""
+        return self._h[...]
 
-    def __getstate__(self):
+    @property
+    def c(self) -> Floats | None:
+        """The state c (B, H), likewise; None of a cell without c."""
+        return None if self._c is None else self._c[...]
+
+    def __getstate__(self) -> dict[str, Any]:
         return {name: vars(self)[name]
                 for name in ("_cell", "_weights", "_quantized", "_sizes", "_h", "_c", "_n_threads")}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
         self._h, self._c = (None if a is None else a.copy() for a in (self._h, self._c))
         self._prepare()
 
-    def __call__(self, x_t, out=None):
+    def __call__(self, x_t: Array, out: Floats | None = None) -> Floats:
         """x_t (B, I), or token ids (B,) -> h_t (B, H), in `out` if it is given."""
         table = None
         if not _kernels.fits(x_t, self._x_shape, self._is_double):
@@ -800,7 +837,7 @@ class Step:
         self._run(x_t, out, n_threads, table)
         return out
 
-    def room(self, out):
+    def room(self, out: Floats | None) -> Floats:
         """`out`, found fit to take h_t, or a new array if it is None."""
         if out is None:
             return np.empty(self._y_shape, self._sizes.dtype)
@@ -828,7 +865,7 @@ class Step:
 
 # ---- the machine -------------------------------------------------------------------------------------
 
-def info():
+def info() -> dict[str, Any]:
     """What runs here: version, instruction sets, BLAS, threads and OpenMP, as a dict.
 
     blas: also whether SciPy's may be used at all, where the compiler has no vectors: only if the bits of

@@ -8,17 +8,25 @@ explodes) exponentially; in an LSTM the way through the cell multiplies it by th
 `gradient_flow` measures a layer of yours, `compare` the textbook cases, `plot` draws either.
 """
 
+from __future__ import annotations
+
 import copy
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lstmcore import checks, layers
+from lstmcore._types import ArrayLike, Floats, Init, Path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SMALLEST = 1e-30  # what is smaller is drawn here: a logarithmic axis has no zero
 
 
-def gradient_flow(layer, x, *, seed=0):
-    """The norm of ∂L/∂h_{t-k} for k = 0..T, where L = rᵀh_t, t is the last step and |r| = 1.
+def gradient_flow(layer: layers.LSTM | layers.RNN, x: ArrayLike, *, seed: int = 0) -> Floats:
+    """The norm of ∂L/∂h_{t-k} for k = 0..T, where L = rᵀh_t, t is the last step and r of norm 1.
 
     Parameters
     ----------
@@ -70,8 +78,9 @@ def gradient_flow(layer, x, *, seed=0):
     return norms
 
 
-def compare(hidden_size=64, steps=100, *, forget_biases=(0, 1, 3), input_size=16, batch_size=32,
-            init="uniform", seed=0):
+def compare(hidden_size: int = 64, steps: int = 100, *, forget_biases: Iterable[float] = (0, 1, 3),
+            input_size: int = 16, batch_size: int = 32, init: Init = "uniform",
+            seed: int = 0) -> dict[str, Floats]:
     """`gradient_flow` of a vanilla RNN and of LSTMs of the same sizes, by forget bias.
 
     The input is white noise, the weights are fresh ones (`init` as in `LSTM`) in float64.
@@ -94,7 +103,8 @@ def compare(hidden_size=64, steps=100, *, forget_biases=(0, 1, 3), input_size=16
     return {name: gradient_flow(layer, x, seed=seed)[:, 0] for name, layer in cases.items()}
 
 
-def plot(flows, path=None, *, title="How far back the gradient reaches"):
+def plot(flows: Mapping[str, ArrayLike], path: Path | None = None, *,
+         title: str = "How far back the gradient reaches") -> Figure:
     """Draw norms against k, one line per name; written to `path` if given (PNG, SVG, PDF).
 
     `flows` is what `compare` returned, or any dict of name -> (T+1,) norms. Returns the matplotlib

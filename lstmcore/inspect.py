@@ -5,18 +5,44 @@ the text (Karpathy, Johnson and Li 2015 found cells for quotes, brackets and lin
 writes an HTML file with a chooser for all of them, `picture` a PNG of one.
 """
 
+from __future__ import annotations
+
 import base64
 import html
 import json
 import re
-from collections import namedtuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
 from lstmcore import checks
+from lstmcore._types import Floats, Path
 
-Activations = namedtuple("Activations", "tokens places signals")
-Selective = namedtuple("Selective", "neuron feature r")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from lstmcore.models.estimators import LSTMClassifier, LSTMRegressor
+    from lstmcore.models.language import LanguageModel
+
+    Model: TypeAlias = LanguageModel | LSTMClassifier | LSTMRegressor
+
+
+class Activations(NamedTuple):
+    """What every neuron does, token by token: signals holds a dict per place of (T, H) arrays."""
+
+    tokens: list[str]
+    places: list[str]
+    signals: list[dict[str, Floats]]
+
+
+class Selective(NamedTuple):
+    """A neuron, the feature that it follows best, and the correlation r."""
+
+    neuron: int
+    feature: str
+    r: float
+
 
 MEANINGS = {"h": "hidden state h", "c": "cell state c (its tanh)", "i": "input gate i",
             "f": "forget gate f", "o": "output gate o", "g": "candidate g"}
@@ -26,7 +52,7 @@ RARE = 5                # a feature seen (or missing) less often than this expla
 OPENING, CLOSING = "([{<", ")]}>"
 
 
-def activations(model, text):
+def activations(model: Model, text: str) -> Activations:
     """What every neuron of a model does, token by token, while it reads a text.
 
     Parameters
@@ -70,7 +96,7 @@ def _read(model, text):
     return model.vocabulary.split(text), network.inputs(ids[:, None]), network.recurrent
 
 
-def features(tokens):
+def features(tokens: Sequence[str]) -> dict[str, Floats]:
     """What can be seen in a text without a model: name -> (T,) numbers.
 
     >>> sorted(features(list('say "hi" 12 times to me, now')))[:3]
@@ -113,7 +139,8 @@ def _by_character(text):
     return found
 
 
-def rank(found, place=0, signal="h", count=20):
+def rank(found: Activations, place: int = 0, signal: str = "h",
+         count: int = 20) -> list[Selective]:
     """The most selective neurons: those that follow one feature of the text most closely.
 
     Parameters
@@ -124,8 +151,8 @@ def rank(found, place=0, signal="h", count=20):
 
     Returns
     -------
-    list of Selective(neuron, feature, r), by falling |r|: the correlation of the neuron's signal
-    with the feature that it follows best. An |r| is what stands in this one text, not a proof.
+    list of Selective(neuron, feature, r), by falling size of r, the correlation of the neuron's
+    signal with the feature that it follows best. It is what stands in this one text, not a proof.
     """
     values = _signal(found, place, signal).astype(np.float64)
     seen = features(found.tokens)
@@ -153,7 +180,8 @@ def _signal(found, place, signal):
     return checks.unmasked(f"signal {signal}", found.signals[place][signal])
 
 
-def page(model, text, path, *, limit=2000, title=None):
+def page(model: Model | Activations, text: str | None, path: Path, *, limit: int = 2000,
+         title: str | None = None) -> None:
     """Write an HTML page that colors a text by any neuron; it needs no network.
 
     Parameters
@@ -190,7 +218,8 @@ def _bytes(values, signal):
     return np.clip(np.rint(share * 254), 0, 254).astype(np.uint8).tobytes()
 
 
-def picture(model, text, path=None, *, neuron, place=0, signal="h", limit=1200, width=80):
+def picture(model: Model | Activations, text: str | None, path: Path | None = None, *, neuron: int,
+            place: int = 0, signal: str = "h", limit: int = 1200, width: int = 80) -> Figure:
     """Draw a text colored by one neuron, as PNG, SVG or PDF; returns the matplotlib figure.
 
     Parameters

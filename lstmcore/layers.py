@@ -4,9 +4,14 @@
 layer. Sizes: T steps, B batch, V vocabulary, W width of whatever comes in.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 
 from lstmcore import checks, dense, functional
+from lstmcore._types import Array, ArrayLike, Bools, Dtype, Floats, Lengths, Seed
 from lstmcore.module import Module, dropout_mask
 from lstmcore.recurrent import LSTM, RNN, LSTMTrace, RNNTrace, Stream
 from lstmcore.stack import Stack
@@ -25,21 +30,22 @@ class Embedding(Module):
     (1, 3, 4)
     """
 
-    def __init__(self, num_embeddings, embedding_dim, *, dtype="float32", seed=None):
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, dtype: Dtype = "float32",
+                 seed: Seed = None) -> None:
         self.num_embeddings = checks.size("num_embeddings", num_embeddings)
         self.embedding_dim = checks.size("embedding_dim", embedding_dim)
         self.dtype = checks.float_dtype(dtype)
         drawn = np.random.default_rng(seed).standard_normal((num_embeddings, embedding_dim))
         self._declare("weight", drawn.astype(self.dtype))
 
-    def __call__(self, tokens):
+    def __call__(self, tokens: ArrayLike) -> Floats:
         """Token ids in 0..V-1, in any shape -> their rows."""
         tokens = checks.ids(tokens, "tokens", self.num_embeddings)
         y = self._own["weight"][0][tokens]
         self._keep(y, tokens)
         return y
 
-    def backward(self, dy):
+    def backward(self, dy: Floats) -> None:
         """Adds dy (..., E) to the gradients of the tokens' rows. Tokens have none: returns None."""
         dy, tokens = self._take(dy)
         # SciPy trusts the tokens to be rows of the table, also of one that was resized.
@@ -69,11 +75,12 @@ class Linear(Module):
     (5, 2, 3)
     """
 
-    def __init__(self, in_features, out_features, *, bias=True, dtype="float32", seed=None):
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True,
+                 dtype: Dtype = "float32", seed: Seed = None) -> None:
         self.in_features = checks.size("in_features", in_features)
         self.out_features = checks.size("out_features", out_features)
         self.bias, self.dtype = bool(bias), checks.float_dtype(dtype)
-        self.n_threads = None                       # handed on to lstmcore.functional
+        self.n_threads: int | None = None           # handed on to lstmcore.functional
         rng, bound = np.random.default_rng(seed), in_features**-0.5
         shapes = {"weight": (out_features, in_features), "bias": (out_features,)}
         for name in ("weight", "bias")[:1 + self.bias]:
@@ -83,7 +90,7 @@ class Linear(Module):
         super()._fix(fixed)
         self._packed = functional.pack("linear", self._own["weight"][0]) if fixed else None
 
-    def __call__(self, x):
+    def __call__(self, x: Floats) -> Floats:
         """x (..., I) of the layer's dtype -> y (..., O)."""
         x = checks.floats("x", x, self.dtype)
         if x.shape[-1:] != (self.in_features,):
@@ -95,7 +102,7 @@ class Linear(Module):
         self._keep(y, x)
         return y
 
-    def backward(self, dy):
+    def backward(self, dy: Floats) -> Floats:
         """dy (..., O) -> dx (..., I); adds to the gradients of weight and bias."""
         dy, x = self._take(dy)
         weight, dweight = self._own["weight"]
@@ -118,11 +125,11 @@ class Dropout(Module):
 
     _says = ("p",)
 
-    def __init__(self, p=0.5, *, seed=None):
+    def __init__(self, p: float = 0.5, *, seed: Seed = None) -> None:
         self.p = checks.probability("p", p)
         self.rng = np.random.default_rng(seed)
 
-    def __call__(self, x):
+    def __call__(self, x: Floats) -> Floats:
         """x of any shape -> the same shape."""
         x = checks.floats("x", x)
         if not self.training:
@@ -132,7 +139,7 @@ class Dropout(Module):
         self._keep(y, mask)
         return y
 
-    def backward(self, dy):
+    def backward(self, dy: Floats) -> Floats:
         """dy -> dx, dropped and scaled as x was."""
         dy, mask = self._take(dy)
         return dy * mask
@@ -141,13 +148,13 @@ class Dropout(Module):
 class _Pointwise(Module):
     """A function of each number by itself, whose slope is known from its value y."""
 
-    def __call__(self, x):
+    def __call__(self, x: Floats) -> Floats:
         """x of any shape -> the same shape."""
         y = self._value(checks.floats("x", x))
         self._keep(y, y)
         return y
 
-    def backward(self, dy):
+    def backward(self, dy: Floats) -> Floats:
         """dy -> dx."""
         dy, y = self._take(dy)
         return dy * self._slope(y)
@@ -182,7 +189,7 @@ class ReLU(_Pointwise):
         return y > 0
 
 
-def sigmoid(x):
+def sigmoid(x: Floats) -> Floats:
     """1 / (1 + e^-x), accurate and free of overflow on both sides."""
     e = np.exp(-np.abs(checks.unmasked("x", x)))
     return np.where(x >= 0, 1, e) / (1 + e)
@@ -198,16 +205,16 @@ class Sequential(Module):
     (5, 10)
     """
 
-    def __init__(self, *layers):
-        self.layers = list(layers)
+    def __init__(self, *layers: Module) -> None:
+        self.layers: list[Any] = list(layers)
 
-    def __call__(self, x):
+    def __call__(self, x: Array) -> Floats:
         """The input of the first layer -> the output of the last."""
         for layer in self.layers:
             x = layer(x)
         return x
 
-    def backward(self, dy):
+    def backward(self, dy: Floats) -> Floats:
         """The gradient by the output -> by the input, through every layer."""
         for layer in reversed(self.layers):
             dy = layer.backward(dy)
@@ -216,11 +223,11 @@ class Sequential(Module):
     def _children(self):
         return ((str(n), layer) for n, layer in enumerate(self.layers))
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         """What the parameters do not say: the layers, each by its own description."""
         return {**super().describe(), "layers": [layer.describe() for layer in self.layers]}
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Sequential({', '.join(map(repr, self.layers))})"
 
 
@@ -232,10 +239,10 @@ class _Pool(Module):
 
     _says = ("batch_first",)
 
-    def __init__(self, *, batch_first=False):
+    def __init__(self, *, batch_first: bool = False) -> None:
         self.batch_first = bool(batch_first)
 
-    def __call__(self, y, lengths=None):
+    def __call__(self, y: Floats, lengths: Lengths = None) -> Floats:
         """y (T, B, W), or (B, T, W) with batch_first, and lengths (B,) in 0..T -> (B, W)."""
         y = checks.floats("y", y)
         if y.ndim != 3:
@@ -248,7 +255,7 @@ class _Pool(Module):
         self._keep(pooled, steps.shape, lengths, tape)
         return pooled
 
-    def backward(self, dpooled):
+    def backward(self, dpooled: Floats) -> Floats:
         """dpooled (B, W) -> dy, as y was; 0 past the end of each sequence."""
         dpooled, shape, lengths, tape = self._take(dpooled, "dpooled")
         dy = self._spread(dpooled, shape, lengths, tape)
@@ -268,7 +275,7 @@ class LastStep(_Pool):
 
     _says = "batch_first", "bidirectional"
 
-    def __init__(self, *, bidirectional=False, batch_first=False):
+    def __init__(self, *, bidirectional: bool = False, batch_first: bool = False) -> None:
         super().__init__(batch_first=batch_first)
         self.bidirectional = bool(bidirectional)
 
@@ -338,7 +345,7 @@ class MaxOverTime(_Pool):
         return dy
 
 
-def sequence_mask(lengths, T):
+def sequence_mask(lengths: ArrayLike, T: int) -> Bools:
     """Which steps are really there: (B,) ints in 0..T -> (T, B) bool.
 
     >>> sequence_mask([2, 0, 1], 3).astype(int)

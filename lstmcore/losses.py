@@ -5,14 +5,29 @@ What counts, and how much, is said by a mask; what becomes of the single losses,
 losses; the gradient is then that of their sum). Sums are formed in float64.
 """
 
+from __future__ import annotations
+
+from typing import Literal, overload
+
 import numpy as np
 
 from lstmcore import checks, dense
+from lstmcore._types import ArrayLike, Floats
 from lstmcore.layers import sigmoid
 
 
-def softmax_cross_entropy(logits, targets, *, ignore_index=None, mask=None, reduction="mean",
-                          out=None):
+@overload
+def softmax_cross_entropy(logits: Floats, targets: ArrayLike, *, ignore_index: int | None = None,
+                          mask: ArrayLike | None = None, reduction: Literal["mean", "sum"] = "mean",
+                          out: Floats | None = None) -> tuple[float, Floats]: ...
+@overload
+def softmax_cross_entropy(logits: Floats, targets: ArrayLike, *, ignore_index: int | None = None,
+                          mask: ArrayLike | None = None, reduction: Literal["none"],
+                          out: Floats | None = None) -> tuple[Floats, Floats]: ...
+def softmax_cross_entropy(logits: Floats, targets: ArrayLike, *, ignore_index: int | None = None,
+                          mask: ArrayLike | None = None,
+                          reduction: Literal["mean", "sum", "none"] = "mean",
+                          out: Floats | None = None) -> tuple[float | Floats, Floats]:
     """-log softmax(logits)[target], in nats, for targets that are classes.
 
     Parameters
@@ -59,7 +74,15 @@ def softmax_cross_entropy(logits, targets, *, ignore_index=None, mask=None, redu
     return _reduce(losses.reshape(shape), weights, share, reduction), d
 
 
-def mse_loss(y, target, *, mask=None, reduction="mean"):
+@overload
+def mse_loss(y: Floats, target: ArrayLike, *, mask: ArrayLike | None = None,
+             reduction: Literal["mean", "sum", "half_sum"] = "mean") -> tuple[float, Floats]: ...
+@overload
+def mse_loss(y: Floats, target: ArrayLike, *, mask: ArrayLike | None = None,
+             reduction: Literal["none"]) -> tuple[Floats, Floats]: ...
+def mse_loss(y: Floats, target: ArrayLike, *, mask: ArrayLike | None = None,
+             reduction: Literal["mean", "sum", "half_sum", "none"] = "mean",
+             ) -> tuple[float | Floats, Floats]:
     """Squared error (y - target)² of every number.
 
     Parameters
@@ -85,7 +108,15 @@ def mse_loss(y, target, *, mask=None, reduction="mean"):
     return loss, _scale(d, factor if half else 2 * factor, weights == 0)
 
 
-def bce_with_logits(logits, targets, *, mask=None, reduction="mean"):
+@overload
+def bce_with_logits(logits: Floats, targets: ArrayLike, *, mask: ArrayLike | None = None,
+                    reduction: Literal["mean", "sum"] = "mean") -> tuple[float, Floats]: ...
+@overload
+def bce_with_logits(logits: Floats, targets: ArrayLike, *, mask: ArrayLike | None = None,
+                    reduction: Literal["none"]) -> tuple[Floats, Floats]: ...
+def bce_with_logits(logits: Floats, targets: ArrayLike, *, mask: ArrayLike | None = None,
+                    reduction: Literal["mean", "sum", "none"] = "mean",
+                    ) -> tuple[float | Floats, Floats]:
     """Binary cross-entropy -t log σ(z) - (1 - t) log(1 - σ(z)), in nats, of logits z.
 
     Parameters

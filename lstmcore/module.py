@@ -7,12 +7,19 @@ weights and its output themselves, not copies: leave the numbers in them as they
 What it finds of another shape or dtype then is an error; what is indexed by is always a copy.
 """
 
+from __future__ import annotations
+
 import inspect
 import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 
 from lstmcore import checks
+from lstmcore._types import Floats, Path
+
+M = TypeVar("M", bound="Module")
 
 
 class Module:
@@ -34,27 +41,27 @@ class Module:
     """
 
     training = True
-    rng = None          # the layer's random numbers, where it needs any
-    _own = {}           # name -> (parameter, gradient) of this layer alone
+    rng: np.random.Generator | None = None      # the layer's random numbers, where it needs any
+    _own: dict[str, tuple[Floats, Floats]] = {}     # name -> (parameter, gradient) of this layer alone
     _thawed = None      # of a frozen layer: name -> the parameter from before, for `unfreeze`
     _packed = None      # what a frozen layer with kernels has packed for them
     _tape = None        # what the last call in training mode left for backward
-    _says = ()          # attributes that the parameters do not tell, and a file has to
+    _says: tuple[str, ...] = ()          # attributes that the parameters do not tell, and a file has to
 
-    def parameters(self):
+    def parameters(self) -> dict[str, Floats]:
         """The parameters by name: the arrays themselves, to be changed only in place."""
         return {name: p for name, (p, _) in self._named()}
 
-    def gradients(self):
+    def gradients(self) -> dict[str, Floats]:
         """The gradients under the parameters' names: the arrays themselves."""
         return {name: g for name, (_, g) in self._named()}
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
         """Set every gradient to zero, before the next backward adds to it."""
         for _, (_, g) in self._named():
             g.fill(0)
 
-    def train(self, mode=True):
+    def train(self: M, mode: bool = True) -> M:
         """Training mode: calls keep what backward needs, and dropout drops. Returns self."""
         if mode:
             self._check_not_frozen("be trained")
@@ -64,11 +71,11 @@ class Module:
                 module._tape = None
         return self
 
-    def eval(self):
+    def eval(self: M) -> M:
         """Inference mode: nothing is kept, nothing dropped. Returns self."""
         return self.train(False)
 
-    def freeze(self):
+    def freeze(self: M) -> M:
         """Fix the parameters for inference, in inference mode, until `unfreeze`. Returns self.
 
         Calls give the same bits, but no longer pack the weights for the kernels each time. The
@@ -85,7 +92,7 @@ class Module:
             module._fix(True)
         return self
 
-    def unfreeze(self):
+    def unfreeze(self: M) -> M:
         """Let the parameters change again; the mode stays inference. Returns self.
 
         They are the arrays that they were before, for optimizers and whoever else has them, and
@@ -95,26 +102,26 @@ class Module:
             module._fix(False)
         return self
 
-    def modules(self):
+    def modules(self) -> list[tuple[str, Module]]:
         """(prefix, module) of this module and of every module below it, each module once."""
         return list(self._walk("", set()))
 
-    def save(self, path, **options):
+    def save(self, path: Path, **options: Any) -> None:
         """Write the module to a file, for `lstmcore.load`: see `lstmcore.save`."""
         import lstmcore                 # files stand above the layers
         lstmcore.save(self, path, **options)
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         """What the parameters do not say of this module, as JSON can hold it: its class first."""
         kind, values = type(self), {name: getattr(self, name) for name in self._says}
         home = "" if kind.__module__.startswith("lstmcore.") else kind.__module__ + "."
         return {"class": home + kind.__qualname__, **values}
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Floats]:
         """A copy of every parameter by name."""
         return {name: p.copy() for name, p in self.parameters().items()}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy `state` into the parameters; floats of another width are rounded to theirs.
 
         `state` maps names to arrays, or is a PyTorch state_dict. Its names and shapes must be this
@@ -137,18 +144,18 @@ class Module:
         for name, p in parameters.items():
             np.copyto(p, state[name], casting="same_kind")
 
-    def rng_state(self):
+    def rng_state(self) -> dict[str, Any]:
         """The state of every layer's random numbers, by the layer's name; JSON can hold it."""
         return {prefix + "rng": module.rng.bit_generator.state
                 for prefix, module in self.modules() if module.rng is not None}
 
-    def load_rng_state(self, state):
+    def load_rng_state(self, state: Mapping[str, Any]) -> None:
         """Continue with the random numbers where `rng_state` described them."""
         for prefix, module in self.modules():
             if module.rng is not None:
                 module.rng.bit_generator.state = state[prefix + "rng"]
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in vars(self).items() if name != "_tape"}
         if self._thawed is not None:
             # apart from the arrays that wait for `unfreeze`, which a shallow copy would share
@@ -156,7 +163,7 @@ class Module:
             state.update(_own=own, _thawed=None, _packed=None)
         return state
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         said = []
         for name, parameter in inspect.signature(type(self)).parameters.items():
             value = getattr(self, name, parameter.default)
@@ -259,7 +266,8 @@ def _immutable(p):
     return np.frombuffer(p.tobytes(), p.dtype).reshape(p.shape)
 
 
-def dropout_mask(rng, p, shape, dtype):
+def dropout_mask(rng: np.random.Generator, p: float, shape: tuple[int, ...],
+                 dtype: np.dtype[Any]) -> Floats:
     """Zero with probability p, else 1 / (1 - p), so that x * mask has the expectation of x.
 
     16 random bits decide on a number (four times as fast as a random float), so p is rounded to a

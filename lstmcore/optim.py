@@ -8,12 +8,20 @@ training that is resumed goes on bit for bit.
 The update rules are PyTorch's, letter for letter: p parameter, g gradient, lr learning rate.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from math import cos, inf, pi, sqrt
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from lstmcore import _kernels, checks, dense
+from lstmcore._types import Array, Floats
 from lstmcore.module import Module
+
+# What an optimizer changes: a Module, or its parameters and gradients by name.
+Trained: TypeAlias = Module | tuple[Mapping[str, Floats], Mapping[str, Floats]]
 
 BLOCK = 32768   # numbers: six blocks of float32, 768 KB, stay in a second-level cache
 
@@ -27,10 +35,10 @@ class Optimizer:
     updates one block of one parameter in `_update(p, g, s, r, *slots)`, with s and r to write on.
     """
 
-    slots = ()
-    block = BLOCK       # numbers that `_update` is given at once
+    slots: tuple[str, ...] = ()
+    block: int | None = BLOCK       # numbers that `_update` is given at once
 
-    def __init__(self, model, lr, weight_decay):
+    def __init__(self, model: Trained, lr: float, weight_decay: float) -> None:
         self.lr = checks.number("lr", lr)
         self.weight_decay = checks.number("weight_decay", weight_decay)
         self.steps = 0
@@ -43,7 +51,7 @@ class Optimizer:
                        for slot in self.slots}
         self._blocks = self._seen = None
 
-    def step(self):
+    def step(self) -> None:
         """Update every parameter by its gradient, once."""
         self._check_unchanged()
         self.steps += 1
@@ -51,13 +59,13 @@ class Optimizer:
         for block in self._blocks:
             self._update(*block)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Array]:
         """Everything that steps change, as a flat dict of name -> copied array."""
         state = {f"{slot}.{name}": a.copy()
                  for slot, arrays in self._slots.items() for name, a in arrays.items()}
         return {"lr": np.array(self.lr), "steps": np.array(self.steps), **state}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state_dict of the same rule over the same parameters."""
         own = {f"{slot}.{name}": a
                for slot, arrays in self._slots.items() for name, a in arrays.items()}
@@ -76,7 +84,7 @@ class Optimizer:
             a[...] = given[name]
         self.lr, self.steps = lr, steps
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         # Views and addresses: cut anew from the arrays.
         return {**vars(self), "_blocks": None, "_seen": None}
 
@@ -138,7 +146,8 @@ class SGD(Optimizer):
     >>> optimizer.step()
     """
 
-    def __init__(self, model, lr, *, momentum=0.0, nesterov=False, weight_decay=0.0):
+    def __init__(self, model: Trained, lr: float, *, momentum: float = 0.0, nesterov: bool = False,
+                 weight_decay: float = 0.0) -> None:
         self.momentum, self.nesterov = checks.number("momentum", momentum), bool(nesterov)
         if nesterov and not momentum:
             raise ValueError("nesterov needs a momentum above 0")
@@ -167,8 +176,8 @@ class RMSprop(Optimizer):
     momentum: p -= lr · u, where u = momentum · u + d.
     """
 
-    def __init__(self, model, lr=0.01, *, alpha=0.99, eps=1e-8, centered=False, momentum=0.0,
-                 weight_decay=0.0):
+    def __init__(self, model: Trained, lr: float = 0.01, *, alpha: float = 0.99, eps: float = 1e-8,
+                 centered: bool = False, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         self.alpha, self.eps = checks.fraction("alpha", alpha), checks.number("eps", eps)
         self.momentum, self.centered = checks.number("momentum", momentum), bool(centered)
         self.slots = ("square", *["mean"] * self.centered, *["velocity"] * (self.momentum > 0))
@@ -201,7 +210,8 @@ class Adagrad(Optimizer):
 
     slots = ("square",)
 
-    def __init__(self, model, lr=0.01, *, eps=1e-10, weight_decay=0.0):
+    def __init__(self, model: Trained, lr: float = 0.01, *, eps: float = 1e-10,
+                 weight_decay: float = 0.0) -> None:
         self.eps = checks.number("eps", eps)
         super().__init__(model, lr, weight_decay)
 
@@ -224,7 +234,9 @@ class Adam(Optimizer):
 
     slots = ("mean", "square")
 
-    def __init__(self, model, lr=1e-3, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+    def __init__(self, model: Trained, lr: float = 1e-3, *,
+                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.0) -> None:
         b1, b2 = betas
         self.betas = checks.fraction("betas[0]", b1), checks.fraction("betas[1]", b2)
         self.eps = checks.number("eps", eps)
@@ -249,7 +261,9 @@ class Adam(Optimizer):
 class AdamW(Adam):
     """Adam with decoupled decay (Loshchilov and Hutter 2019): p -= lr · weight_decay · p first."""
 
-    def __init__(self, model, lr=1e-3, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
+    def __init__(self, model: Trained, lr: float = 1e-3, *,
+                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.01) -> None:
         super().__init__(model, lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def _decay(self):
@@ -263,7 +277,7 @@ def _follow(average, new, keep, r):
     average += r
 
 
-def clip_grad_norm(gradients, max_norm):
+def clip_grad_norm(gradients: Module | Mapping[str, Floats], max_norm: float) -> float:
     """Scale gradients in place so that their joint 2-norm is at most max_norm; the norm before.
 
     `gradients` is a model, or what its `gradients()` returns. A norm that is not finite is returned
@@ -285,7 +299,7 @@ def clip_grad_norm(gradients, max_norm):
     return norm
 
 
-def clip_grad_value(gradients, max_value):
+def clip_grad_value(gradients: Module | Mapping[str, Floats], max_value: float) -> None:
     """Limit every number of the gradients to -max_value..max_value, in place.
 
     `gradients` is a model, or what its `gradients()` returns.
@@ -298,20 +312,24 @@ def clip_grad_value(gradients, max_value):
 class Schedule:
     """What all schedules share: `step()` after every epoch, or every update, sets optimizer.lr."""
 
-    def __init__(self, optimizer):
+    def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer, self.base, self.count = optimizer, optimizer.lr, 0
         optimizer.lr = self.lr_at(0)
 
-    def step(self):
+    def lr_at(self, n: int) -> float:
+        """The learning rate after n steps."""
+        raise NotImplementedError(f"{type(self).__name__} must say what lr is after n steps")
+
+    def step(self) -> None:
         """Count one more, and set the learning rate accordingly."""
         self.count += 1
         self.optimizer.lr = self.lr_at(self.count)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """What steps change, as a dict of numbers; JSON can hold it."""
         return {"base": self.base, "count": self.count}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state_dict of the same kind of schedule, the learning rate included."""
         self.base = checks.number("base", state["base"])
         self.count = checks.size("count", state["count"], at_least=0)
@@ -329,11 +347,11 @@ class StepDecay(Schedule):
     0.25
     """
 
-    def __init__(self, optimizer, every, factor, *, start=0):
+    def __init__(self, optimizer: Optimizer, every: int, factor: float, *, start: int = 0) -> None:
         self.every, self.factor, self.start = checks.size("every", every), float(factor), start
         super().__init__(optimizer)
 
-    def lr_at(self, n):
+    def lr_at(self, n: int) -> float:
         """The learning rate after n steps."""
         return self.base * self.factor ** (max(0, n - self.start) // self.every)
 
@@ -341,11 +359,11 @@ class StepDecay(Schedule):
 class CosineDecay(Schedule):
     """lr falls from base to `final` in `steps` steps, by half a cosine, and stays there."""
 
-    def __init__(self, optimizer, steps, *, final=0.0):
+    def __init__(self, optimizer: Optimizer, steps: int, *, final: float = 0.0) -> None:
         self.steps, self.final = checks.size("steps", steps), checks.number("final", final)
         super().__init__(optimizer)
 
-    def lr_at(self, n):
+    def lr_at(self, n: int) -> float:
         """The learning rate after n steps."""
         share = (1 + cos(pi * min(n, self.steps) / self.steps)) / 2
         return self.final + (self.base - self.final) * share
@@ -362,19 +380,19 @@ class WarmUp(Schedule):
     0.25
     """
 
-    def __init__(self, optimizer, steps, *, then=None):
+    def __init__(self, optimizer: Optimizer, steps: int, *, then: Schedule | None = None) -> None:
         if then is not None and (then.optimizer is not optimizer or not hasattr(then, "lr_at")):
             raise ValueError("then must be a StepDecay or CosineDecay of the same optimizer")
         self.steps, self.then = checks.size("steps", steps), then
         super().__init__(optimizer)
 
-    def lr_at(self, n):
+    def lr_at(self, n: int) -> float:
         """The learning rate after n steps."""
         if n < self.steps:
             return self.base * (n + 1) / self.steps
         return self.then.lr_at(n - self.steps) if self.then else self.base
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state_dict of the same kind of schedule, the learning rate included."""
         if self.then:
             self.then.base = checks.number("base", state["base"])
@@ -382,7 +400,7 @@ class WarmUp(Schedule):
 
 
 class Plateau:
-    """lr *= factor when a loss has not fallen for more than `patience` steps in a row.
+    """lr becomes factor · lr when a loss has not fallen for more than `patience` steps in a row.
 
     Falling means below the best so far by the share `threshold` of it; lr never gets below
     `min_lr`.
@@ -395,14 +413,16 @@ class Plateau:
     0.1
     """
 
-    def __init__(self, optimizer, *, factor=0.5, patience=0, threshold=1e-4, min_lr=0.0):
+    def __init__(self, optimizer: Optimizer, *, factor: float = 0.5, patience: int = 0,
+                 threshold: float = 1e-4, min_lr: float = 0.0) -> None:
         self.optimizer, self.factor = optimizer, checks.fraction("factor", factor)
         self.patience = checks.size("patience", patience, at_least=0)
         self.threshold = checks.number("threshold", threshold)
         self.min_lr = checks.number("min_lr", min_lr)
-        self.best, self.waited = None, 0
+        self.best: float | None = None
+        self.waited = 0
 
-    def step(self, loss):
+    def step(self, loss: float) -> None:
         """Take note of a loss, and lower the learning rate if it is time."""
         if self.best is None or loss < self.best - self.threshold * abs(self.best):
             self.best, self.waited = float(loss), 0
@@ -412,11 +432,11 @@ class Plateau:
             self.optimizer.lr = max(self.optimizer.lr * self.factor, self.min_lr)
             self.waited = 0
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """What steps change, as a dict of numbers; JSON can hold it."""
         return {"lr": self.optimizer.lr, "best": self.best, "waited": self.waited}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state_dict of another Plateau, the learning rate included."""
         lr = checks.number("lr", state["lr"])
         best = None if state["best"] is None else float(state["best"])

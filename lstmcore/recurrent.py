@@ -7,23 +7,46 @@ Sizes: T steps, B batch, I inputs, H hidden units, P width of h (H without proje
 D directions. States are (L·D, B, ·); layer l in direction d stands at l·D + d.
 """
 
+from __future__ import annotations
+
 import copy
 import threading
-from collections import namedtuple
+from collections.abc import Mapping
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from lstmcore import checks, dense, functional
+from lstmcore._types import Array, Dtype, Floats, Init, Lengths, Seed
 from lstmcore.module import Module, dropout_mask
 
-LSTMTrace = namedtuple("LSTMTrace", "i f g o c h")
-RNNTrace = namedtuple("RNNTrace", "h")
+
+class LSTMTrace(NamedTuple):
+    """What an LSTM computed: the gates i, f, g, o, the cell c, each (T, B, H), and h (T, B, P)."""
+
+    i: Floats
+    f: Floats
+    g: Floats
+    o: Floats
+    c: Floats
+    h: Floats
+
+
+class RNNTrace(NamedTuple):
+    """What an RNN computed: h (T, B, H)."""
+
+    h: Floats
+
+
+State = TypeVar("State")                        # (h, c) of an LSTM, h of an RNN
+Trace = TypeVar("Trace", LSTMTrace, RNNTrace)
+Pair: TypeAlias = tuple[Floats, Floats]
 
 NAMES = dict(W_ih="weight_ih", W_hh="weight_hh", b="bias", peepholes="weight_peephole",
              W_hr="weight_hr")
 
 
-class _Recurrent(Module):
+class _Recurrent(Module, Generic[State, Trace]):
     """A stack of recurrent layers: everything but the cell.
 
     A cell says how many gates it has (`_gates`), how wide the parts of its state are (`_widths`),
@@ -40,7 +63,7 @@ class _Recurrent(Module):
         self.dropout = checks.probability("dropout", dropout)
         self.init, self.dtype = init, checks.float_dtype(dtype)
         self.rng = np.random.default_rng(seed)
-        self.n_threads = None                       # handed on to lstmcore.functional
+        self.n_threads: int | None = None           # handed on to lstmcore.functional
         draw = _initializer(init, self.hidden_size, self.rng)
         for layer in range(self.num_layers):
             for suffix in ("", "_reverse")[:self.directions]:
@@ -66,12 +89,12 @@ class _Recurrent(Module):
             if fixed:
                 w["packed"] = functional.pack(self._cell, w["W_ih"], w["W_hh"], w.get("W_hr"))
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         del state["_weights"], state["_dweights"]       # `_sort` finds them again
         return state
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
         self._sort()
 
@@ -82,7 +105,8 @@ class _Recurrent(Module):
         shapes = {"W_ih": (self._gates, H, inputs), "W_hh": (self._gates, H, P)}
         return {**shapes, "b": (self._gates, H)} if self.bias else shapes
 
-    def __call__(self, x, state=None, lengths=None, *, embedding=None):
+    def __call__(self, x: Array, state: State | None = None, lengths: Lengths = None, *,
+                 embedding: Module | None = None) -> tuple[Floats, State]:
         """One pass over whole sequences.
 
         Parameters
@@ -109,7 +133,8 @@ class _Recurrent(Module):
                    weights is not self._weights)
         return y, self._join(final)
 
-    def backward(self, dy=None, dstate=None):
+    def backward(self, dy: Floats | None = None,
+                 dstate: State | None = None) -> tuple[Floats, State]:
         """The gradients of the loss by y and by the final state -> by x and by the initial state.
 
         Adds to `gradients()`. None stands for zeros. For token ids the first result is None.
@@ -137,11 +162,11 @@ class _Recurrent(Module):
             dx = embedding.backward(dx)
         return dx, self._join(dinitial)
 
-    def stream(self, batch_size=1):
+    def stream(self, batch_size: int = 1) -> Stream[State]:
         """The layer as a machine that takes one step at a time: a `Stream`."""
         return Stream(self, batch_size)
 
-    def trace(self, x, state=None, lengths=None):
+    def trace(self, x: Array, state: State | None = None, lengths: Lengths = None) -> list[Trace]:
         """Everything the layer computes for x, for looking inside.
 
         Returns a list in the order of the states: for each layer and direction an LSTMTrace
@@ -250,7 +275,7 @@ class _Recurrent(Module):
         return parts if len(parts) > 1 else parts[0]
 
 
-class LSTM(_Recurrent):
+class LSTM(_Recurrent[Pair, LSTMTrace]):
     """A stack of LSTM layers (Hochreiter and Schmidhuber 1997; forget gate: Gers et al. 2000).
 
     Parameters
@@ -285,9 +310,11 @@ class LSTM(_Recurrent):
     _gates, _cell = 4, "lstm"
     _says = "batch_first", "dropout"
 
-    def __init__(self, input_size, hidden_size, num_layers=1, *, bias=True, batch_first=False,
-                 dropout=0.0, bidirectional=False, proj_size=0, peepholes=False, forget_bias=1.0,
-                 init="uniform", dtype="float32", seed=None):
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, *,
+                 bias: bool = True, batch_first: bool = False, dropout: float = 0.0,
+                 bidirectional: bool = False, proj_size: int = 0, peepholes: bool = False,
+                 forget_bias: float = 1.0, init: Init = "uniform", dtype: Dtype = "float32",
+                 seed: Seed = None) -> None:
         self.proj_size = checks.size("proj_size", proj_size, at_least=0)
         self.peepholes, self.forget_bias = bool(peepholes), float(forget_bias)
         if self.proj_size > checks.size("hidden_size", hidden_size):
@@ -325,7 +352,7 @@ class LSTM(_Recurrent):
         return LSTMTrace(*(self._swap(a.copy()) for a in (*gates, tape.c, y)))
 
 
-class RNN(_Recurrent):
+class RNN(_Recurrent[Floats, RNNTrace]):
     """A stack of vanilla layers (Elman 1990): h_t = tanh(x_t W_ihᵀ + h_{t-1} W_hhᵀ + b), or relu.
 
     As `LSTM`, with `nonlinearity` "tanh" or "relu". Weights have H rows where an LSTM's have 4H,
@@ -340,9 +367,10 @@ class RNN(_Recurrent):
     _gates = 1
     _says = "batch_first", "dropout", "nonlinearity"
 
-    def __init__(self, input_size, hidden_size, num_layers=1, *, nonlinearity="tanh", bias=True,
-                 batch_first=False, dropout=0.0, bidirectional=False, init="uniform",
-                 dtype="float32", seed=None):
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, *,
+                 nonlinearity: Literal["tanh", "relu"] = "tanh", bias: bool = True,
+                 batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
+                 init: Init = "uniform", dtype: Dtype = "float32", seed: Seed = None) -> None:
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
         self.nonlinearity = self._cell = nonlinearity
@@ -367,7 +395,7 @@ class RNN(_Recurrent):
         return RNNTrace(self._swap(y))
 
 
-class Stream:
+class Stream(Generic[State]):
     """A recurrent layer fed one step at a time; it remembers its state and keeps nothing else.
 
     It has the weights as they were when it was made (call `stream` again after training), never
@@ -381,7 +409,7 @@ class Stream:
     >>> s.reset()
     """
 
-    def __init__(self, layer, batch_size=1):
+    def __init__(self, layer: _Recurrent[State, Any], batch_size: int = 1) -> None:
         if layer.bidirectional:
             raise ValueError("a bidirectional layer cannot stream: its second half starts at the "
                              "end of the sequence")
@@ -396,31 +424,31 @@ class Stream:
         self._between = [np.empty_like(step.h) for step in self._steps[:-1]]
         self._turn = threading.Lock()
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {name: vars(self)[name] for name in ("layer", "batch_size", "_steps")}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
         self._steps = [copy.copy(step) for step in self._steps]
         self._prepare()
 
-    def reset(self):
+    def reset(self) -> None:
         """Back to a state of zeros."""
         self.state = None
 
     @property
-    def state(self):
+    def state(self) -> State:
         """The state after the last step, a copy, as the layer returns it; may be set."""
         return self.layer._join([(step.h, step.c)[:len(self.layer._widths)]
                                  for step in self._steps])
 
     @state.setter
-    def state(self, state):
+    def state(self, state: State | None) -> None:
         for step, parts in zip(self._steps, self.layer._split(state, self.batch_size, "state")):
             for own, part in zip((step.h, step.c), parts):
                 own[...] = 0 if part is None else part
 
-    def step(self, x_t, out=None):
+    def step(self, x_t: Array, out: Floats | None = None) -> Floats:
         """x_t (B, I), or token ids (B,) -> y_t (B, P), in `out` if it is given."""
         out = self._steps[-1].room(out)     # before any layer has taken a step
         if not self._turn.acquire(blocking=False):

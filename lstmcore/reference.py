@@ -21,29 +21,84 @@ signatures of `lstmcore.functional`, checks nothing, knows nothing but NumPy, an
 fallback. Sizes: T steps, B batch, I inputs, H hidden units, P projected units (P = H without W_hr).
 """
 
-from collections import namedtuple
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
-Tape = namedtuple("Tape", "x W_ih W_hh peepholes W_hr h0 c0 lengths reverse compute y gates c")
-RNNTape = namedtuple("RNNTape", "x W_ih W_hh h0 lengths reverse compute nonlinearity y")
-Gradients = namedtuple("Gradients", "dx dW_ih dW_hh db dpeepholes dh0 dc0 dW_hr")
-RNNGradients = namedtuple("RNNGradients", "dx dW_ih dW_hh db dh0")
+from lstmcore._types import ArrayLike, Floats, Ints, Lengths
 
 
-def sigmoid(a):
+class Tape(NamedTuple):
+    """What lstm_forward keeps for lstm_backward."""
+
+    x: Floats
+    W_ih: Floats
+    W_hh: Floats
+    peepholes: Floats | None
+    W_hr: Floats | None
+    h0: Floats
+    c0: Floats
+    lengths: Lengths
+    reverse: bool
+    compute: str | None
+    y: Floats
+    gates: Floats
+    c: Floats
+
+
+class RNNTape(NamedTuple):
+    """What rnn_forward keeps for rnn_backward."""
+
+    x: Floats
+    W_ih: Floats
+    W_hh: Floats
+    h0: Floats
+    lengths: Lengths
+    reverse: bool
+    compute: str | None
+    nonlinearity: str
+    y: Floats
+
+
+class Gradients(NamedTuple):
+    """Of lstm_backward, each shaped as what it belongs to; dx is None for the kernels' token ids."""
+
+    dx: Any
+    dW_ih: Floats
+    dW_hh: Floats
+    db: Floats
+    dpeepholes: Floats | None
+    dh0: Floats
+    dc0: Floats
+    dW_hr: Floats | None
+
+
+class RNNGradients(NamedTuple):
+    """Of rnn_backward, likewise."""
+
+    dx: Any
+    dW_ih: Floats
+    dW_hh: Floats
+    db: Floats
+    dh0: Floats
+
+
+def sigmoid(a: Floats) -> Floats:
     """σ(a) = 1 / (1 + e^-a), by tanh, which does not overflow."""
     return 0.5 * (1 + np.tanh(0.5 * a))
 
 
-def rounded(a):
+def rounded(a: ArrayLike) -> Floats:
     """a as float32, rounded to the 8 significant bits of bfloat16: to nearest, ties to even."""
     a = np.asarray(a, "float32")
     bits = a.view("uint32")
     return np.where(np.isnan(a), a, (bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000).view("float32"))
 
 
-def quantize(W):
+def quantize(W: ArrayLike) -> tuple[Ints, Floats]:
     """W (n, K) -> q (n, K) int8 and scale (n,) float32 with W ≈ q scale: max |W| of a row is 127.
 
     A row below 2^-100 is zeros with scale 0; a row that holds nan or inf is zeros with scale nan.
@@ -57,7 +112,7 @@ def quantize(W):
     return q, np.where(largest < 2.0**-100, 0, largest / 127)
 
 
-def product(a, b, compute):
+def product(a: Floats, b: Floats, compute: str | None) -> Floats:
     """a (n, K) times b (K, m), both in the number format `compute`; int8 has a scale per K numbers."""
     if compute == "bfloat16":
         return rounded(a).astype(a.dtype) @ rounded(b).astype(a.dtype)
@@ -68,7 +123,7 @@ def product(a, b, compute):
     return a @ b
 
 
-def cell_forward(a, c_prev, p):
+def cell_forward(a: Floats, c_prev: Floats, p: Floats) -> tuple[Floats, Floats, Floats]:
     """One step of the cell: a (n, 4H), c_prev (n, H), p (3, H) -> gates (n, 4H), c, m (n, H)."""
     a_i, a_f, a_g, a_o = np.split(a, 4, axis=1)
     p_i, p_f, p_o = p
@@ -80,7 +135,8 @@ def cell_forward(a, c_prev, p):
     return np.concatenate([i, f, g, o], axis=1), c, o * np.tanh(c)
 
 
-def cell_backward(gates, c, c_prev, p, dm, dc):
+def cell_backward(gates: Floats, c: Floats, c_prev: Floats, p: Floats, dm: Floats,
+                  dc: Floats) -> tuple[Floats, Floats]:
     """The mirror of cell_forward: dm = ∂L/∂m, dc = ∂L/∂c -> da (n, 4H), dc_prev (n, H)."""
     i, f, g, o = np.split(gates, 4, axis=1)
     p_i, p_f, p_o = p
@@ -93,7 +149,8 @@ def cell_backward(gates, c, c_prev, p, dm, dc):
     return np.concatenate([da_i, da_f, da_g, da_o], axis=1), dc * f + p_i * da_i + p_f * da_f
 
 
-def steps(T, B, lengths, reverse):
+def steps(T: int, B: int, lengths: Lengths,
+          reverse: bool) -> Iterator[tuple[Ints, Ints, Ints | None]]:
     """The (rows, times, earlier times) of each step: row b takes part in its own lengths[b] steps.
 
     In reverse a row is read from its own last step to its first.
@@ -105,8 +162,13 @@ def steps(T, B, lengths, reverse):
         yield r, t, (t + 1 if reverse else t - 1) if s > 0 else None
 
 
-def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_hr=None,
-                 lengths=None, reverse=False, keep_tape=True, compute=None, n_threads=None):
+def lstm_forward(x: Floats, W_ih: Floats, W_hh: Floats, b: Floats | None = None,
+                 h0: Floats | None = None, c0: Floats | None = None, *,
+                 peepholes: Floats | None = None, W_hr: Floats | None = None,
+                 lengths: Lengths = None, reverse: bool = False, keep_tape: bool = True,
+                 compute: str | None = None,
+                 n_threads: int | None = None,
+                 ) -> tuple[Floats, tuple[Floats, Floats], Tape | Any]:
     """x (T,B,I), W_ih (4H,I), W_hh (4H,P) -> y (T,B,P), (h_n (B,P), c_n (B,H)), tape."""
     T, B, _ = x.shape
     H, P = W_hh.shape[0] // 4, W_hh.shape[1]
@@ -125,7 +187,8 @@ def lstm_forward(x, W_ih, W_hh, b=None, h0=None, c0=None, *, peepholes=None, W_h
     return y, (h, c), tape if keep_tape else None
 
 
-def lstm_backward(tape, dy, dh_n=None, dc_n=None, *, n_threads=None):
+def lstm_backward(tape: Tape, dy: Floats, dh_n: Floats | None = None, dc_n: Floats | None = None, *,
+                  n_threads: int | None = None) -> Gradients:
     """dy (T,B,P), dh_n (B,P), dc_n (B,H) -> Gradients, every one shaped as what it belongs to."""
     x, W_ih, W_hh, peepholes, W_hr, h0, c0, lengths, reverse, compute, y, gates, c = tape
     T, B, _ = x.shape
@@ -155,8 +218,11 @@ def lstm_backward(tape, dy, dh_n=None, dc_n=None, *, n_threads=None):
     return Gradients(dx, dW_ih, dW_hh, db, None if peepholes is None else dp, dh, dc, dW_hr)
 
 
-def rnn_forward(x, W_ih, W_hh, b=None, h0=None, *, nonlinearity="tanh",
-                lengths=None, reverse=False, keep_tape=True, compute=None, n_threads=None):
+def rnn_forward(x: Floats, W_ih: Floats, W_hh: Floats, b: Floats | None = None,
+                h0: Floats | None = None, *, nonlinearity: str = "tanh", lengths: Lengths = None,
+                reverse: bool = False, keep_tape: bool = True, compute: str | None = None,
+                n_threads: int | None = None,
+                ) -> tuple[Floats, Floats, RNNTape | Any]:
     """h_t = tanh(x_t W_ihᵀ + h_{t-1} W_hhᵀ + b), or relu: x (T,B,I) -> y (T,B,H), h_n (B,H), tape."""
     T, B, _ = x.shape
     H = len(W_hh)
@@ -170,7 +236,8 @@ def rnn_forward(x, W_ih, W_hh, b=None, h0=None, *, nonlinearity="tanh",
     return y, h, tape if keep_tape else None
 
 
-def rnn_backward(tape, dy, dh_n=None, *, n_threads=None):
+def rnn_backward(tape: RNNTape, dy: Floats, dh_n: Floats | None = None, *,
+                 n_threads: int | None = None) -> RNNGradients:
     """dy (T,B,H), dh_n (B,H) -> RNNGradients: each step multiplies by W_hhᵀ, and so it vanishes."""
     x, W_ih, W_hh, h0, lengths, reverse, compute, nonlinearity, y = tape
     T, B, _ = x.shape

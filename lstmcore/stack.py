@@ -1,8 +1,14 @@
 """Stack: recurrent layers in a row that one LSTM or RNN cannot express, as files hold them."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from lstmcore import checks
+from lstmcore._types import Array, Floats, Lengths
 from lstmcore.module import Module
 
 
@@ -30,7 +36,9 @@ class Stack(Module):
 
     _says = "batch_first", "reverse", "last_step"
 
-    def __init__(self, layers, reverse=None, batch_first=False, initial=None, last_step=False):
+    def __init__(self, layers: Sequence[Any], reverse: Sequence[bool] | None = None,
+                 batch_first: bool = False, initial: Sequence[Any] | None = None,
+                 last_step: bool = False) -> None:
         self.layers, self.batch_first = list(layers), bool(batch_first)
         self.last_step = bool(last_step)
         if not self.layers:
@@ -46,7 +54,8 @@ class Stack(Module):
                 raise ValueError(f"layers[{n}] must take {width} {before.dtype} inputs from the "
                                  f"layer before it, it takes {layer.input_size} {layer.dtype}")
 
-    def __call__(self, x, state=None, lengths=None):
+    def __call__(self, x: Array, state: Sequence[Any] | None = None,
+                 lengths: Lengths = None) -> tuple[Floats, list[Any]]:
         """x (T,B,I), or (B,T,I) with batch_first -> y, and the list of the layers' final states.
 
         lengths : (B,) ints in 0..T. With last_step, the y of a sequence of length 0 is its initial
@@ -65,7 +74,8 @@ class Stack(Module):
         self._keep(y, lengths)
         return y, final
 
-    def backward(self, dy=None, dstate=None):
+    def backward(self, dy: Floats | None = None,
+                 dstate: Sequence[Any] | None = None) -> tuple[Floats, list[Any]]:
         """Gradients by y and by the final states, None for zeros -> dx, and by initial states."""
         dy, lengths = self._take(dy)
         dstates, dinitial = _one_each("dstate", dstate, None, self.layers), []
@@ -80,7 +90,7 @@ class Stack(Module):
             dinitial.append(dfirst)
         return None if dy is None else self._outside(dy), dinitial[::-1]
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         """What the parameters do not say; ValueError with fixed initial states."""
         if any(state is not None for state in self.initial):
             raise ValueError("a Stack with fixed initial states cannot be saved: set its initial "
@@ -107,7 +117,7 @@ class Stack(Module):
     def _outside(self, a):
         return a.swapaxes(0, 1) if self.batch_first else a
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         said = [repr(self.layers)]
         if any(self.reverse):
             said.append(f"reverse={self.reverse}")

@@ -5,15 +5,18 @@ OMP_NUM_THREADS (where it is valid: what libgomp passes over, so do we) > the CP
 the cgroups' quotas leave to this process.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re
 import threading
+from collections.abc import Iterator
 
 MOST = 1024         # threads, more than any machine has use for
 
 _local = threading.local()
-_default = None
+_default: int | None = None
 
 
 def _positive(n, name):
@@ -43,7 +46,7 @@ def _from_environment():
     return cpus()
 
 
-def cpus():
+def cpus() -> int:
     """How many CPUs affinity and quota leave to this process."""
     if hasattr(os, "sched_getaffinity"):
         n = len(os.sched_getaffinity(0))
@@ -101,7 +104,7 @@ def _read(path):
         return ""
 
 
-def get_num_threads():
+def get_num_threads() -> int:
     """The number of threads that a call without n_threads uses.
 
     >>> import lstmcore
@@ -118,14 +121,14 @@ def get_num_threads():
     return n
 
 
-def set_num_threads(n):
+def set_num_threads(n: int) -> None:
     """Use n threads (int >= 1) in every later call of this process that does not say otherwise."""
     global _default
     _default = _positive(n, "n")
 
 
 @contextlib.contextmanager
-def threads(n):
+def threads(n: int) -> Iterator[None]:
     """Use n threads (int >= 1) for the calls that this Python thread makes inside the context."""
     n, before = _positive(n, "n"), getattr(_local, "n", None)
     _local.n = n
@@ -135,7 +138,7 @@ def threads(n):
         _local.n = before
 
 
-def resolve(n_threads):
+def resolve(n_threads: int | None) -> int:
     """n_threads as the argument of a public function: None or an int >= 1."""
     return get_num_threads() if n_threads is None else _positive(n_threads, "n_threads")
 
@@ -174,7 +177,7 @@ def _release():
 
 
 @contextlib.contextmanager
-def one_blas_thread():
+def one_blas_thread() -> Iterator[None]:
     """Hold every BLAS pool of the process to one thread; the last of concurrent callers restores."""
     me = threading.get_ident()
     with _lock:
@@ -192,7 +195,7 @@ def one_blas_thread():
                 _release()
 
 
-def look_for_blas():
+def look_for_blas() -> None:
     """Look again for BLAS libraries, since one was loaded; if the others are held, so is it."""
     global _pools
     with _lock:

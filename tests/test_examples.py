@@ -1,4 +1,4 @@
-"""Every example in a docstring and in the README runs as printed."""
+"""Every example in docstrings, README and docs runs as printed, and every link leads somewhere."""
 
 import doctest
 import importlib
@@ -11,14 +11,16 @@ import pytest
 
 import lstmcore
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = {"lstmcore.torch": "torch", "lstmcore.models.estimators": "sklearn",
          "lstmcore.models.forecasting": "sklearn", "lstmcore.gradflow": "matplotlib",
          "lstmcore.inspect": "matplotlib", "lstmcore.formats.keras": "h5py",
          "lstmcore.formats.hdf5": "h5py", "lstmcore.formats.onnx": "onnx",
-         "lstmcore.formats.onnx_export": "onnx"}
+         "lstmcore.formats.onnx_export": "onnx", "lstmcore.formats.onnx_graph": "onnx",
+         "lstmcore.formats.onnx_operators": "onnx"}
 MODULES = sorted(m.name for m in pkgutil.walk_packages(lstmcore.__path__, "lstmcore.")
-                 if not m.name.endswith("__main__"))
+                 if not m.name.endswith("__main__") and "-" not in m.name)   # - : PyInstaller's
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -29,21 +31,56 @@ def test_docstring_examples_run(name, tmp_path, monkeypatch):
     assert doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS).failed == 0
 
 
-README_NEEDS = {"Classify and predict": "sklearn", "Forecast": "sklearn", "Look inside": "matplotlib",
-                "See the gradient vanish": "matplotlib", "Files, without": "h5py onnx torch"}
+SECTION_NEEDS = {"Classify": "sklearn", "Forecast": "sklearn", "Look inside": "matplotlib",
+                 "See the gradient vanish": "matplotlib", "Files, without": "h5py onnx torch"}
+apart = pytest.mark.skipif(not PAGES[0].exists(),
+                           reason="the tests of an installed wheel may lie without README and docs")
 
 
-def test_readme_examples_run(tmp_path, monkeypatch):
-    """Section by section, each with the names of those before it, but for those that need an extra."""
-    if not README.exists():
-        pytest.skip("the tests of an installed wheel may lie without the README")
+@apart
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_examples_of_a_page_run(page, tmp_path, monkeypatch):
+    """Section by section, each with the names of those before it, where its extras are there."""
     monkeypatch.chdir(tmp_path)
     names, runner = {}, doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    for section in re.split("^##+ ", README.read_text(encoding="utf-8"), flags=re.MULTILINE):
+    text = page.read_text(encoding="utf-8")
+    for section in re.split("^#+ ", text, flags=re.MULTILINE):
         title = section.partition("\n")[0]
-        needs = " ".join(n for start, n in README_NEEDS.items() if title.startswith(start)).split()
+        needs = " ".join(n for start, n in SECTION_NEEDS.items() if title.startswith(start)).split()
         if all(map(importlib.util.find_spec, needs)):
-            test = doctest.DocTestParser().get_doctest(section, names, title, str(README), 0)
+            test = doctest.DocTestParser().get_doctest(section, names, title, str(page), 0)
             runner.run(test, clear_globs=False)
             names.update(test.globs)
-    assert runner.tries > 50 and runner.failures == 0
+    assert runner.failures == 0
+
+
+@apart
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("http:", "https:")):
+            file, _, anchor = target.partition("#")
+            at = page.parent / file if file else page
+            assert at.exists(), target
+            titles = re.findall("^#+ (.*)$", at.read_text(encoding="utf-8"), re.M) if anchor else ()
+            assert not anchor or anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
+                                            for title in titles}, target
+
+
+@apart
+def test_the_front_page_is_short():
+    assert PAGES[0].read_text(encoding="utf-8").count("\n") <= 250
+
+
+@apart
+def test_every_public_name_is_in_the_reference():
+    """By its own name, or as a member of a module that is shown whole."""
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    whole = re.findall(r"automodule:: (\S+)\n   :members:\n", page)
+    names = {name for line in re.findall(r":members: (.*)", page) for name in line.split(", ")}
+    names |= set(re.findall(r"autoclass:: (\w+)", page))
+    for name in lstmcore.__all__:
+        value = getattr(lstmcore, name)
+        if callable(value):
+            assert name in names or value.__module__ in whole, name

@@ -4,6 +4,7 @@ A reader describes the recurrent layers that it found as `Layer`s, a writer is g
 of their arrays are those of an `lstmcore.LSTM`, which are PyTorch's. No layer is built here.
 """
 
+import os
 import re
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 WEIGHTS = ("weight_ih", "weight_hh", "bias", "weight_peephole", "weight_hr")
 OPTIONS = ("batch_first", "dropout", "nonlinearity")
 VERSION = 1             # of the descriptions in our own files
+LAYER, MODEL = "lstmcore.layer", "lstmcore.language_model"      # their names there
 _TORCH_NAME = re.compile(r"(?:(.*)\.)?(weight_ih|weight_hh|bias|bias_ih|bias_hh|weight_hr|"
                          r"weight_peephole)(?:_l(\d{1,4})(_reverse)?)?", re.DOTALL)
 
@@ -52,6 +54,13 @@ class Layer(NamedTuple):
     @property
     def output_size(self):
         return self.directions[0]["weight_hh"].shape[1]
+
+
+def check_version(path, said):
+    """ValueError unless this version of lstmcore reads what one of our own files says."""
+    if isinstance(said, dict) and (version := said.get("version", 1)) != VERSION:
+        raise ValueError(f"{os.fsdecode(path)} is of version {version!r:.40} of lstmcore's files, "
+                         f"this lstmcore reads version {VERSION}: install a newer one")
 
 
 def group(arrays):

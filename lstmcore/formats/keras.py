@@ -161,10 +161,8 @@ def _entry(name, layer):
 def _is_batch_first(path, config):
     """As the configuration says, if it is ours; Keras's layers always are."""
     said = config.get("batch_first", True) if isinstance(config, dict) else True
-    if isinstance(config, dict) and config.get("version", 1) != description.VERSION \
-            and "batch_first" in config:
-        raise ValueError(f"{path} is of version {config['version']!r:.40} of lstmcore's files, "
-                         f"this lstmcore reads version {description.VERSION}")
+    if isinstance(config, dict) and "batch_first" in config:
+        description.check_version(path, config)
     if not isinstance(said, bool):
         raise ValueError(f"{path} says batch_first={said!r:.40}: it must be true or false")
     return said

@@ -31,7 +31,6 @@ except ImportError:
 
 OPSET, IR_VERSION = 17, 8           # of 2022: what every onnxruntime since 1.12 reads
 ORDER = {"LSTM": [0, 3, 1, 2], "RNN": [0]}              # ONNX's gates, as places in ours
-KEY = "lstmcore.layer"
 RECURRENT = "LSTM", "RNN", "Stack"
 POINTWISE = {"Tanh": "Tanh", "Sigmoid": "Sigmoid", "ReLU": "Relu", "Dropout": "Identity"}
 POOLS = "LastStep", "MeanOverTime", "MaxOverTime"
@@ -93,7 +92,7 @@ def build(said, steps, arrays, *, state, lengths, tokens):
     y = values[-1]
     graph.output("y", y.name, y.dtype, y.axes, y.width)
     graph.outputs.insert(0, graph.outputs.pop())        # y first
-    return graph.model({KEY: json.dumps({
+    return graph.model({description.LAYER: json.dumps({
         "version": description.VERSION, **said, "steps": [list(step) for step in steps],
         "graph": {"state": state, "lengths": lengths, "tokens": tokens}})})
 

@@ -22,7 +22,7 @@ from lstmcore.formats import description, disk, state_dict
 MAX_HEADER = 1 << 24        # a header is JSON: parsed, it takes some twenty times its size
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2",
           "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?"}
-INDEX, LAYER = ".safetensors.index.json", "lstmcore.layer"
+INDEX = ".safetensors.index.json"
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 
 
@@ -45,8 +45,8 @@ def read_arrays(path):
 
 def write_module(path, module):
     """Write a module: PyTorch's names, and what rebuilds it."""
-    write(path, description.torch_names(module.parameters()),
-                 {LAYER: json.dumps({"version": description.VERSION, **module.describe()})})
+    said = {"version": description.VERSION, **module.describe()}
+    write(path, description.torch_names(module.parameters()), {description.LAYER: json.dumps(said)})
 
 
 def _all(path):

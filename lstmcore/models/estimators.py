@@ -5,9 +5,15 @@ list of strings; pandas objects too. A `Network` reads them; training is the loo
 `_SequenceEstimator._train`.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
 import numpy as np
 
 from lstmcore import checks, optim
+from lstmcore._types import Array, ArrayLike, Cell, Floats, Init, Lengths
 from lstmcore.layers import (LSTM, RNN, Dropout, Embedding, LastStep, Linear, MaxOverTime,
                              MeanOverTime, Sequential)
 from lstmcore.losses import mse_loss, softmax_cross_entropy
@@ -23,6 +29,8 @@ try:
 except ImportError as error:
     raise ImportError("LSTMClassifier and LSTMRegressor need scikit-learn 1.6 or newer: "
                       "pip install 'lstmcore[sklearn]'") from error
+
+Self = TypeVar("Self", bound="_SequenceEstimator")
 
 PREDICT_ROWS = 256  # sequences at a time: the memory of a prediction does not grow with X
 
@@ -66,18 +74,19 @@ PARAMETERS = """
 class Network(Module):
     """Tokens or channels -> recurrent layers -> one vector per sequence -> outputs."""
 
-    def __init__(self, recurrent, pool, head, dropout, embed=None):
+    def __init__(self, recurrent: LSTM | RNN, pool: Any, head: Linear, dropout: list[Any],
+                 embed: Embedding | None = None) -> None:
         self.embed, self.recurrent, self.pool, self.head = embed, recurrent, pool, head
         self.before, self.after = dropout
 
-    def __call__(self, x, lengths=None):
+    def __call__(self, x: Array, lengths: Lengths = None) -> Floats:
         """x (T, B, C), or tokens (T, B), and lengths (B,) -> outputs (B, O)."""
         if self.embed is not None:
             x = self.before(self.embed(x))
         y, _ = self.recurrent(x, lengths=lengths)
         return self.head(self.after(self.pool(y, lengths)))
 
-    def backward(self, doutputs):
+    def backward(self, doutputs: Floats) -> None:
         """doutputs (B, O); adds to the gradients of every layer."""
         dy = self.pool.backward(self.after.backward(self.head.backward(doutputs)))
         dx, _ = self.recurrent.backward(dy)
@@ -88,13 +97,21 @@ class Network(Module):
 class _SequenceEstimator(BaseEstimator):
     """Everything but the targets: reading X, building the network, training it, running it."""
 
-    def __init__(self, hidden_size=32, num_layers=1, *, cell="lstm", bidirectional=False,
-                 peepholes=False, forget_bias=1.0, init="glorot", pooling="last", dropout=0.0,
-                 n_channels=1, standardize=True, tokenizer="char", embedding_size=32, min_count=1,
-                 epochs=100, batch_size=64, optimizer="adam", learning_rate=1e-2,
-                 weight_decay=0.0, clip_norm=1.0, schedule="constant", validation_fraction=0.0,
-                 patience=10, warm_start=False, dtype=None, n_threads=None, verbose=False,
-                 random_state=None):
+    def __init__(self, hidden_size: int = 32, num_layers: int = 1, *, cell: Cell = "lstm",
+                 bidirectional: bool = False, peepholes: bool = False, forget_bias: float = 1.0,
+                 init: Init = "glorot", pooling: Literal["last", "mean", "max"] = "last",
+                 dropout: float = 0.0, n_channels: int = 1, standardize: bool = True,
+                 tokenizer: Literal["char", "word"] | Callable[[str], list[str]] = "char",
+                 embedding_size: int = 32, min_count: int = 1, epochs: int = 100,
+                 batch_size: int = 64,
+                 optimizer: Literal["adam", "adamw", "sgd", "rmsprop", "adagrad"] = "adam",
+                 learning_rate: float = 1e-2, weight_decay: float = 0.0,
+                 clip_norm: float | None = 1.0,
+                 schedule: Literal["constant", "cosine"] = "constant",
+                 validation_fraction: float = 0.0, patience: int = 10, warm_start: bool = False,
+                 dtype: Literal["float32", "float64"] | None = None, n_threads: int | None = None,
+                 verbose: bool = False,
+                 random_state: int | np.random.RandomState | None = None) -> None:
         self.hidden_size = hidden_size
         self.num_layers = num_layers
         self.cell = cell
@@ -129,7 +146,7 @@ class _SequenceEstimator(BaseEstimator):
         tags.input_tags.three_d_array = True
         return tags
 
-    def fit(self, X, y, sample_weight=None):
+    def fit(self: Self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Train on sequences X (see the class) and their targets y. Returns self."""
         return self._fit(X, y, sample_weight, self.epochs,
                          resume=self.warm_start and hasattr(self, "network_"))
@@ -362,7 +379,8 @@ class LSTMClassifier(ClassifierMixin, _SequenceEstimator):
     array(['l', 'r'], dtype='<U1')
     """
 
-    def partial_fit(self, X, y, classes=None, sample_weight=None):
+    def partial_fit(self, X: Any, y: ArrayLike, classes: ArrayLike | None = None,
+                    sample_weight: ArrayLike | None = None) -> LSTMClassifier:
         """One epoch over X and y, going on from before. The first call must name all `classes`."""
         resume = hasattr(self, "network_")
         checks.unmasked("classes", classes)
@@ -379,18 +397,18 @@ class LSTMClassifier(ClassifierMixin, _SequenceEstimator):
         finally:
             del self._classes_given
 
-    def predict_proba(self, X):
+    def predict_proba(self, X: Any) -> Floats:
         """The probability of every class, (n, number of classes), in the order of `classes_`."""
         logits = self._run(X)
         e = np.exp(logits - logits.max(axis=1, keepdims=True))
         return e / e.sum(axis=1, keepdims=True)
 
-    def predict(self, X):
+    def predict(self, X: Any) -> Array:
         """The most probable class of each sequence, (n,)."""
         best = self._run(X).argmax(axis=1)
         return self.classes_[best]
 
-    def score(self, X, y, sample_weight=None):
+    def score(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
         """The share of X that `predict` gives the class y."""
         checks.unmasked("y", y), checks.unmasked("sample_weight", sample_weight)
         return super().score(X, y, sample_weight)
@@ -444,17 +462,18 @@ class LSTMRegressor(RegressorMixin, _SequenceEstimator):
         tags.target_tags.multi_output = True
         return tags
 
-    def partial_fit(self, X, y, sample_weight=None):
+    def partial_fit(self, X: Any, y: ArrayLike,
+                    sample_weight: ArrayLike | None = None) -> LSTMRegressor:
         """One epoch over X and y, going on from before; the first call fixes the scaling."""
         return self._fit(X, y, sample_weight, 1, hasattr(self, "network_"))
 
-    def predict(self, X):
+    def predict(self, X: Any) -> Floats:
         """The numbers of each sequence, shaped as y was: (n,) or (n, K)."""
         outputs = self._run(X)
         values = outputs * self._y_scale + self._y_shift
         return values[:, 0] if self._y_flat else values
 
-    def score(self, X, y, sample_weight=None):
+    def score(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
         """R², the share of the variance of y that `predict` explains."""
         checks.unmasked("y", y), checks.unmasked("sample_weight", sample_weight)
         return super().score(X, y, sample_weight)
@@ -484,5 +503,5 @@ class LSTMRegressor(RegressorMixin, _SequenceEstimator):
         return mse_loss(outputs, targets, mask=weights / outputs.shape[1], reduction="sum")
 
 
-for _estimator in (LSTMClassifier, LSTMRegressor):
+for _estimator in (LSTMClassifier, LSTMRegressor) if __doc__ else ():       # none under -OO
     _estimator.__doc__ = _estimator.__doc__.replace("\n\n    >>>", f"\n{PARAMETERS}\n    >>>", 1)

@@ -4,12 +4,19 @@ A window of the series, and of columns known beside it, is one sequence; the nex
 are its targets. Longer forecasts roll on: what was forecast becomes past.
 """
 
+from __future__ import annotations
+
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lstmcore import checks
+from lstmcore._types import ArrayLike, Path
 from lstmcore.models.estimators import LSTMRegressor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Forecaster:
@@ -38,7 +45,8 @@ class Forecaster:
     ((20,), True)
     """
 
-    def __init__(self, window=24, horizon=1, *, season=1, anchored=True, regressor=None):
+    def __init__(self, window: int = 24, horizon: int = 1, *, season: int = 1,
+                 anchored: bool = True, regressor: LSTMRegressor | None = None) -> None:
         self.window = checks.size("window", window)
         self.horizon = checks.size("horizon", horizon)
         self.season = checks.size("season", season)
@@ -47,7 +55,7 @@ class Forecaster:
         if self.season > self.window:
             raise ValueError(f"season must be at most window = {window}, got {season}")
 
-    def fit(self, series, exog=None):
+    def fit(self, series: ArrayLike, exog: ArrayLike | None = None) -> Forecaster:
         """Learn from a series (n,) and, beside it, columns exog (n, K); returns self.
 
         Both may be of pandas. The index of a Series must step evenly, through dates, periods or
@@ -82,7 +90,7 @@ class Forecaster:
         self._index, self._name, self._exog_names = index, name, names
         return self
 
-    def predict(self, steps=1, exog=None):
+    def predict(self, steps: int = 1, exog: ArrayLike | None = None) -> Any:
         """The `steps` values after the end of the series in fit, (steps,).
 
         After a pandas Series, a Series again, whose index goes on from there.
@@ -111,7 +119,8 @@ class Forecaster:
         from pandas import Series
         return Series(values, _after(self._index, steps), name=self._name)
 
-    def backtest(self, series, start, exog=None):
+    def backtest(self, series: ArrayLike, start: int,
+                 exog: ArrayLike | None = None) -> dict[str, Any]:
         """Forecasts from every place of a series on, with the truth as past: how good is the model?
 
         series : (n,), the past and what came after, with exog (n, K) as in fit
@@ -132,7 +141,8 @@ class Forecaster:
                     mae=float(np.abs(forecast - actual).mean()),
                     naive_mae=float(np.abs(naive - actual).mean()))
 
-    def plot(self, actual, path=None, *, exog=None, shown=None, title="Forecast"):
+    def plot(self, actual: ArrayLike, path: Path | None = None, *, exog: ArrayLike | None = None,
+             shown: int | None = None, title: str = "Forecast") -> Figure:
         """Draw the forecast of what came after fit, beside the naive one and the truth.
 
         actual : (steps,) what came after; exog as in predict; shown : how much of the past.

@@ -5,23 +5,40 @@ nats per token, it writes by drawing from its own predictions (Graves 2013). It 
 safetensors file that holds weights, configuration, vocabulary and, if wanted, the training run.
 """
 
+from __future__ import annotations
+
 import copy
 import json
 import math
 import os
-from collections import namedtuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from lstmcore import checks, formats
+from lstmcore._types import Array, Cell, Dtype, Floats, Path
 from lstmcore.formats import description, disk, safetensors
 from lstmcore.layers import LSTM, RNN, Dropout, Embedding, Linear
 from lstmcore.models import generation, text
 from lstmcore.models.training import Budget, Settings, Trainer, total_nats
 from lstmcore.module import Module
 
-Evaluation = namedtuple("Evaluation", "nats bits_per_char perplexity tokens unknown")
-KEY, RUN = "lstmcore.language_model", "lstmcore.training"
+Source: TypeAlias = Path | bytes | Iterable[Path | bytes]
+Callback: TypeAlias = "Callable[[LanguageModel, dict[str, Any]], object]"
+
+
+class Evaluation(NamedTuple):
+    """How well a text was predicted; nats and perplexity are per token."""
+
+    nats: float
+    bits_per_char: float
+    perplexity: float
+    tokens: int
+    unknown: int
+
+
+KEY, RUN = description.MODEL, "lstmcore.training"
 CELLS = ("lstm", "rnn")
 
 
@@ -31,8 +48,8 @@ class Network(Module):
     Dropout acts between the recurrent layers and before the head.
     """
 
-    def __init__(self, V, *, cell, hidden_size, num_layers, embed_size, peepholes, dropout, dtype,
-                 seed):
+    def __init__(self, V: int, *, cell: Cell, hidden_size: int, num_layers: int, embed_size: int,
+                 peepholes: bool, dropout: float, dtype: Dtype, seed: int | None) -> None:
         rng = np.random.default_rng(seed)
         common = dict(dtype=dtype, seed=rng)
         self.embedding = Embedding(V, embed_size, **common) if embed_size else None
@@ -45,17 +62,17 @@ class Network(Module):
         self.dropout = Dropout(dropout, seed=rng) if dropout else None
         self.head = Linear(hidden_size, V, **common)
 
-    def __call__(self, tokens, state=None):
+    def __call__(self, tokens: Array, state: Any = None) -> tuple[Floats, Any]:
         """Tokens (T, B) and the state so far -> logits (T, B, V) and the state after them."""
         y, state = self.recurrent(tokens, state, embedding=self.embedding)
         return self.head(self.dropout(y) if self.dropout else y), state
 
-    def backward(self, dlogits):
+    def backward(self, dlogits: Floats) -> None:
         """The gradient by the logits -> gradients of all parameters; none by the first state."""
         dy = self.head.backward(dlogits)
         self.recurrent.backward(self.dropout.backward(dy) if self.dropout else dy)
 
-    def reader(self, state):
+    def reader(self, state: Any) -> Callable[[int], Floats]:
         """A function that reads one token after another, from a state on: id -> logits (V,)."""
         stream, head = self.recurrent.stream(1), copy.deepcopy(self.head).freeze()
         stream.state = state
@@ -64,7 +81,7 @@ class Network(Module):
             return head(stream.step(self.inputs(np.array([token]))))[0]
         return read
 
-    def inputs(self, tokens):
+    def inputs(self, tokens: Array) -> Array:
         """What the recurrent layers read for tokens (T, B): rows of the table, or the tokens."""
         return self.embedding(tokens) if self.embedding else tokens
 
@@ -100,9 +117,11 @@ class LanguageModel:
     1.0
     """
 
-    def __init__(self, level="char", *, cell="lstm", hidden_size=256, num_layers=2, embed_size=None,
-                 dropout=0.0, peepholes=False, vocab_size=None, min_count=None, dtype="float32",
-                 seed=0):
+    def __init__(self, level: Literal["char", "byte", "word"] = "char", *, cell: Cell = "lstm",
+                 hidden_size: int = 256, num_layers: int = 2, embed_size: int | None = None,
+                 dropout: float = 0.0, peepholes: bool = False, vocab_size: int | None = None,
+                 min_count: int | None = None, dtype: Dtype = "float32",
+                 seed: int | None = 0) -> None:
         text.Vocabulary(level)
         if cell not in CELLS:
             raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
@@ -121,11 +140,16 @@ class LanguageModel:
         self.vocab_size = None if vocab_size is None else checks.size("vocab_size", vocab_size, 2)
         self.min_count = checks.size("min_count", min_count)
         self.dtype = str(checks.float_dtype(dtype))
-        self.network = self.vocabulary = self.outcome = None
-        self.history = []
+        self.network: Any = None
+        self.vocabulary: Any = None
+        self.outcome: str | None = None
+        self.history: list[dict[str, Any]] = []
 
-    def fit(self, source=None, *, validation=None, epochs=None, minutes=None, steps=None,
-            checkpoint=None, resume=None, callbacks=(), progress=True, encoding=None, **settings):
+    def fit(self, source: Source | None = None, *, validation: float | Source | None = None,
+            epochs: float | None = None, minutes: float | None = None, steps: int | None = None,
+            checkpoint: Path | None = None, resume: Path | None = None,
+            callbacks: Callback | Iterable[Callback] = (), progress: bool = True,
+            encoding: str | None = None, **settings: Any) -> LanguageModel:
         """Train on a text.
 
         Parameters
@@ -203,7 +227,7 @@ class LanguageModel:
             self._save_run(checkpoint, trainer)
         return self
 
-    def evaluate(self, source, *, encoding=None):
+    def evaluate(self, source: Source, *, encoding: str | None = None) -> Evaluation:
         """How well the model predicts a text (or a file; see `fit`), all of it but the first token.
 
         Returns (nats, bits_per_char, perplexity, tokens, unknown): nats and perplexity are per
@@ -222,16 +246,17 @@ class LanguageModel:
         perplexity = math.exp(nats / n) if nats / n < 700 else math.inf
         return Evaluation(nats / n, nats / math.log(2) / chars, perplexity, n, unknown)
 
-    def perplexity(self, source, *, encoding=None):
+    def perplexity(self, source: Source, *, encoding: str | None = None) -> float:
         """e to the mean nats per token of a text or file."""
         return self.evaluate(source, encoding=encoding).perplexity
 
-    def bits_per_char(self, source, *, encoding=None):
+    def bits_per_char(self, source: Source, *, encoding: str | None = None) -> float:
         """Bits per character (not per token) of a text or file."""
         return self.evaluate(source, encoding=encoding).bits_per_char
 
-    def generate(self, prime="", length=400, *, temperature=1.0, top_k=None, top_p=None, seed=None,
-                 stop=None):
+    def generate(self, prime: str | bytes = "", length: int = 400, *, temperature: float = 1.0,
+                 top_k: int | None = None, top_p: float | None = None, seed: int | None = None,
+                 stop: str | Iterable[str] | None = None) -> Iterator[str]:
         """An iterator over the pieces of a text that goes on from `prime`: see `sample`."""
         self._check_fitted()
         prime = self.vocabulary.encode(self._check_prime(prime))
@@ -240,8 +265,9 @@ class LanguageModel:
                                    checks.size("length", length, 0), draw,
                                    generation.check_stop(stop))
 
-    def sample(self, prime="", length=400, *, temperature=1.0, top_k=None, top_p=None, seed=None,
-               stop=None):
+    def sample(self, prime: str | bytes = "", length: int = 400, *, temperature: float = 1.0,
+               top_k: int | None = None, top_p: float | None = None, seed: int | None = None,
+               stop: str | Iterable[str] | None = None) -> str:
         """A text that goes on from `prime`, without it.
 
         Parameters
@@ -257,7 +283,8 @@ class LanguageModel:
         return "".join(self.generate(prime, length, temperature=temperature, top_k=top_k,
                                      top_p=top_p, seed=seed, stop=stop))
 
-    def beam_search(self, prime="", length=100, *, width=8, stop=None):
+    def beam_search(self, prime: str | bytes = "", length: int = 100, *, width: int = 8,
+                    stop: str | Iterable[str] | None = None) -> str:
         """The most likely text of `length` tokens after `prime` that a search of this width finds.
 
         With `stop`, texts that end with it compete by their mean log-probability per token.
@@ -268,14 +295,14 @@ class LanguageModel:
                                       checks.size("length", length, 0), checks.size("width", width),
                                       generation.check_stop(stop))
 
-    def save(self, path):
+    def save(self, path: Path) -> None:
         """Write the model to one safetensors file, at once or not at all."""
         self._check_fitted()
         _check_place(path)
         self._write(path, self.network.state_dict(), {})
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: Path) -> LanguageModel:
         """The model in a file that `save` or a training run wrote."""
         return cls._of(path, *_read(path))
 
@@ -285,7 +312,7 @@ class LanguageModel:
         with formats.naming(path):
             try:
                 saved = json.loads(metadata[KEY])
-                _check_version(path, saved)
+                description.check_version(path, saved)
                 model = cls(**saved["config"])
                 model.vocabulary = text.Vocabulary(saved["level"], saved["tokens"])
                 model.history, model.outcome = _checked_history(saved["history"]), saved["outcome"]
@@ -300,13 +327,13 @@ class LanguageModel:
         return model
 
     @property
-    def config(self):
+    def config(self) -> dict[str, Any]:
         """The arguments of the constructor, as they act."""
         names = ("level cell hidden_size num_layers embed_size dropout peepholes vocab_size "
                  "min_count dtype seed").split()
         return {name: getattr(self, name) for name in names}
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         default = LanguageModel(self.level).config
         said = [f"{name}={value!r}" for name, value in self.config.items()
                 if value != default[name]]
@@ -448,12 +475,6 @@ def _check_place(path):
                          "writes a graph of it, and lstmcore.convert(file, 'x.weights.h5') the "
                          f"recurrent layers; got {os.fsdecode(path)!r}")
     disk.check_writable(path)
-
-
-def _check_version(path, saved):
-    if (version := saved.get("version", 1)) != description.VERSION:
-        raise ValueError(f"{os.fsdecode(path)} is of version {version!r:.40} of lstmcore's files, "
-                         f"this lstmcore reads version {description.VERSION}: install a newer one")
 
 
 def _check_run(meta):

@@ -63,6 +63,8 @@ def recognize(X):
     if isinstance(X, np.ndarray) and not (X.ndim == 1 and X.dtype.kind in "OUT"):
         return ("array" if X.ndim == 3 else "table"), X
     if not isinstance(X, (list, tuple, np.ndarray)):
+        if len(getattr(X, "shape", ())) == 3:       # of other libraries: tensors, datasets
+            return "array", np.asarray(X)
         return "table", X
     if not len(X):
         raise ValueError("X must hold at least one sequence, got none")

@@ -42,6 +42,8 @@ def default_text():
 def read_bytes(source):
     """The content of a file, or of standard input for "-"; gzip is recognized and unpacked."""
     if os.fspath(source) == "-":
+        if sys.stdin is None:       # of services, or closed by the shell
+            raise ValueError("standard input is closed")
         data = sys.stdin.buffer.read()
     else:
         with open(source, "rb") as file:

@@ -7,6 +7,8 @@ holds all that the next step depends on. Knows a network, tokens and time; knows
 files.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import hashlib
@@ -14,10 +16,13 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from lstmcore import checks, optim
+from lstmcore._types import Array, Floats, Ints
 from lstmcore.losses import softmax_cross_entropy
 from lstmcore.threads import one_blas_thread
 
@@ -94,7 +99,7 @@ class Budget:
         if self.epochs is self.minutes is self.steps is None:
             self.epochs = 10
 
-    def spent(self, epochs, seconds, steps):
+    def spent(self, epochs: float, seconds: float, steps: int) -> float:
         """The share of the budget that is used up, from 0 to 1."""
         pairs = ((epochs, self.epochs), (seconds / 60, self.minutes), (steps, self.steps))
         shares = [used / given if given else 1.0 for used, given in pairs if given is not None]
@@ -109,7 +114,9 @@ class Trainer:
     tick : called after each step with the trainer, to show progress
     """
 
-    def __init__(self, network, tokens, validation, settings, budget, report=None, tick=None):
+    def __init__(self, network: Any, tokens: Ints, validation: Ints | None, settings: Settings,
+                 budget: Budget, report: Callable[[dict[str, Any]], object] | None = None,
+                 tick: Callable[[Trainer], object] | None = None) -> None:
         self.network, self.settings, self.budget = network, settings, budget
         self.report, self.tick = report or (lambda record: None), tick or (lambda trainer: None)
         self.x, self.targets = streams(tokens, settings.batch_size, settings.seq_length)
@@ -132,17 +139,17 @@ class Trainer:
         self.history, self.outcome = [], None
 
     @property
-    def tokens_seen(self):
+    def tokens_seen(self) -> int:
         """Tokens that the run has trained on, repetitions included."""
         L, B = self.x.shape
         return (self.epoch * L + self.position) * B
 
     @property
-    def epochs(self):
+    def epochs(self) -> float:
         """Epochs done, as a fraction."""
         return self.epoch + self.position / len(self.x)
 
-    def run(self):
+    def run(self) -> None:
         """Train until the budget is spent, the loss stops falling, or an interrupt asks to end.
 
         The network is left with the best weights; `outcome` says why the run ended. Raises
@@ -170,7 +177,7 @@ class Trainer:
         self.network.eval()
         return self
 
-    def snapshot(self):
+    def snapshot(self) -> tuple[dict[str, Floats], dict[str, Array], dict[str, Any]]:
         """(weights, arrays, meta): the best weights, and all that a resumed run needs beside them.
 
         Arrays are named best.*, last.* (each only if it is not `weights`), optimizer.*, state.*;
@@ -192,7 +199,8 @@ class Trainer:
             "settings": dataclasses.asdict(self.settings),
             "budget": dataclasses.asdict(self.budget), "rng": self.network.rng_state()}
 
-    def restore(self, arrays, meta, weights):
+    def restore(self, arrays: Mapping[str, Array], meta: Mapping[str, Any],
+                weights: Mapping[str, Floats]) -> None:
         """Go on where a snapshot was taken, with the same tokens."""
         if meta["digest"] != self.digest:
             raise ValueError("this is not the text that the run to resume was trained on (or it "
@@ -293,7 +301,7 @@ class Trainer:
             f"{self.optimizer.lr:.3g}); a lower lr or clip may help")
 
 
-def streams(tokens, B, T):
+def streams(tokens: Ints, B: int, T: int) -> tuple[Ints, ...]:
     """Tokens (N,) as B streams side by side: inputs and their successors, each (L, B).
 
     The last N - 1 - L·B tokens, fewer than B, are left out. A text below B·T tokens gets fewer
@@ -307,7 +315,7 @@ def streams(tokens, B, T):
 
 
 @one_blas_thread()
-def total_nats(network, tokens):
+def total_nats(network: Any, tokens: Ints) -> float:
     """-Σ log p(token | those before it), over all of `tokens` (N,) but the first.
 
     A long text is cut into up to 64 pieces of at least 1000 tokens, each read together with the

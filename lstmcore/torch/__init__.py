@@ -2,6 +2,7 @@
 
     LSTM         a subclass of torch.nn.LSTM: same constructor, state_dict, inputs and outputs
     accelerate   turn every torch.nn.LSTM of a model into one, in place
+    restore      turn them into torch.nn.LSTM again
 
 The package knows `lstmcore.functional` and PyTorch, nothing of the kernels. CPU only; float32 and
 float64; under autocast it computes in float32.
@@ -10,9 +11,9 @@ float64; under autocast it computes in float32.
 from lstmcore.torch.dynamo import open_to
 from lstmcore.torch.module import LSTM
 from lstmcore.torch.operators import lstm, lstm_backward
-from lstmcore.torch.replacing import Report, accelerate
+from lstmcore.torch.replacing import Report, accelerate, restore
 
-__all__ = ["LSTM", "accelerate"]
+__all__ = ["LSTM", "Report", "accelerate", "restore"]
 
 LSTM.__module__ = __name__  # where pickles look for it
 open_to(LSTM)

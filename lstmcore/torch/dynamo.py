@@ -10,7 +10,7 @@ import sys
 _BUILDER = "torch._dynamo.variables.builder"
 
 
-def open_to(cls):
+def open_to(cls: type) -> None:
     """Let torch.compile trace the modules of a class, now or when dynamo is first imported."""
     if _BUILDER in sys.modules:
         _patch(sys.modules[_BUILDER], cls)

@@ -3,6 +3,7 @@
 import warnings
 
 import torch
+from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
@@ -53,8 +54,10 @@ class LSTM(torch.nn.LSTM):
     Constructor, parameters, state_dict, inputs (batched, unbatched, PackedSequence), outputs and
     semantics are those of torch.nn.LSTM. The number of threads is torch's (torch.set_num_threads).
 
-    Parameters beyond torch.nn.LSTM's, both by keyword
-    --------------------------------------------------
+    Parameters
+    ----------
+    *args, **kwargs
+        torch.nn.LSTM's own.
     peepholes : bool
         The gates also see the cell (Gers et al. 2002): parameters weight_peephole_l{k} (3, H),
         rows p_i, p_f, p_o, zero at the start. A checkpoint without them sets them to zero.
@@ -172,6 +175,11 @@ class LSTM(torch.nn.LSTM):
                         "torch.export or torch.compile, or a torch.nn.LSTM with its state_dict")
 
     def forward(self, input, hx=None):
+        if isinstance(input, Proxy):    # torch.fx takes modules of torch alone for leaves
+            tracer, args = input.tracer, (input,) if hx is None else (input, hx)
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, {})
+        if torch.onnx.is_in_onnx_export():
+            return self._forward_for_onnx(input, hx)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         if input.dim() not in (2, 3):
@@ -191,6 +199,13 @@ class LSTM(torch.nn.LSTM):
         if not batched:
             y, h_n, c_n = y.squeeze(batch_axis), h_n.squeeze(1), c_n.squeeze(1)
         return y, (h_n, c_n)
+
+    def _forward_for_onnx(self, input, hx):
+        """As torch.nn.LSTM computes it: the exporters know that, and write ONNX's LSTM for it."""
+        if self.peepholes:
+            raise ValueError("torch.onnx.export cannot write peepholes: lstmcore.LSTM with this "
+                             "state_dict can, by save('model.onnx')")
+        return super().forward(input, hx)
 
     def _forward_packed(self, input, hx):
         data, batch_sizes, sorted_indices, unsorted_indices = input

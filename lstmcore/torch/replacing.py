@@ -1,4 +1,4 @@
-"""`accelerate`: turn the LSTMs of a model that exists into ours, or say why not."""
+"""`accelerate` turns the LSTMs of a model into ours, or says why not; `restore` turns them back."""
 
 from typing import NamedTuple
 
@@ -10,10 +10,10 @@ from lstmcore.torch.module import LSTM
 class Report(NamedTuple):
     """What `accelerate` did: names of modules replaced; names refused, each with its reason."""
 
-    replaced: list
-    refused: dict
+    replaced: list[str]
+    refused: dict[str, str]
 
-    def __str__(self):
+    def __str__(self) -> str:
         lines = [f"replaced {len(self.replaced)} torch.nn.LSTM"]
         lines += [f"  {name or '(the model itself)'}" for name in self.replaced]
         lines += [f"  kept {name or '(the model itself)'}: {why}"
@@ -21,7 +21,7 @@ class Report(NamedTuple):
         return "\n".join(lines)
 
 
-def accelerate(model):
+def accelerate(model: torch.nn.Module) -> Report:
     """Turn every torch.nn.LSTM inside a model into an `lstmcore.torch.LSTM`, in place.
 
     The modules stay the same objects with the same parameters: optimizers, hooks, shared modules
@@ -56,15 +56,54 @@ def accelerate(model):
         if why:
             report.refused[name] = why
         else:
-            module.__class__ = _counterpart(type(module))
+            module.__class__ = _counterpart(type(module), torch.nn.LSTM, LSTM)
+            report.replaced.append(name)
+    return report
+
+
+def restore(model: torch.nn.Module) -> Report:
+    """Turn every `lstmcore.torch.LSTM` inside a model into a torch.nn.LSTM again, in place.
+
+    What torch.nn.LSTM cannot compute, peepholes, stays, and the report says so.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Returns
+    -------
+    Report
+        As of `accelerate`.
+
+    Examples
+    --------
+    >>> import torch, lstmcore.torch
+    >>> model = torch.nn.ModuleDict({"rnn": lstmcore.torch.LSTM(input_size=3, hidden_size=5)})
+    >>> lstmcore.torch.restore(model).replaced, type(model["rnn"]) is torch.nn.LSTM
+    (['rnn'], True)
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    report = Report([], {})
+    for name, module in model.named_modules():
+        if not isinstance(module, LSTM):
+            continue
+        if module.peepholes:
+            report.refused[name] = "torch.nn.LSTM has no peepholes"
+        elif type(module) is not LSTM and not _is_parametrized(module, LSTM):
+            report.refused[name] = _subclass(type(module))
+        else:
+            for extra in "_frozen", "forget_bias":
+                vars(module).pop(extra, None)
+            module.__class__ = _counterpart(type(module), LSTM, torch.nn.LSTM)
             report.replaced.append(name)
     return report
 
 
 def _reason_to_keep(module):
     cls = type(module)
-    if cls is not torch.nn.LSTM and not _is_parametrized(module):
-        return f"{cls.__module__}.{cls.__qualname__} is a subclass with code of its own"
+    if cls is not torch.nn.LSTM and not _is_parametrized(module, torch.nn.LSTM):
+        return _subclass(cls)
     if "forward" in vars(module):
         return "its forward has been replaced"
     for name, p in module.named_parameters():
@@ -75,14 +114,19 @@ def _reason_to_keep(module):
     return None
 
 
-def _is_parametrized(module):
-    """Whether the class is the one that torch.nn.utils.parametrize makes of a torch.nn.LSTM."""
+def _subclass(cls):
+    return f"{cls.__module__}.{cls.__qualname__} is a subclass with code of its own"
+
+
+def _is_parametrized(module, of):
+    """Whether the class is the one that torch.nn.utils.parametrize makes of the class `of`."""
     return (torch.nn.utils.parametrize.is_parametrized(module)
-            and type(module).__bases__ == (torch.nn.LSTM,))
+            and type(module).__bases__ == (of,))
 
 
-def _counterpart(cls):
-    if cls is torch.nn.LSTM:
-        return LSTM
+def _counterpart(cls, before, after):
+    """`after` in place of the class `before`, or of a parametrization of it."""
+    if cls is before:
+        return after
     own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-    return type(cls.__name__, (LSTM,), own)
+    return type(cls.__name__, (after,), own)

@@ -20,8 +20,8 @@ REF, CALLS, DENSE_PY, CHECKS, MODULE, LAYERS, THREADS = (
     f"lstmcore/{name}.py" for name in ("reference", "functional", "dense", "checks", "module",
                                        "layers", "threads"))
 FILES = "lstmcore/files.py"
-DISK, STATE_DICT, SAFETENSORS, ONNX = (f"lstmcore/formats/{name}.py" for name in (
-    "disk", "state_dict", "safetensors", "onnx"))
+DISK, STATE_DICT, SAFETENSORS, ONNX, DESCRIPTION = (f"lstmcore/formats/{name}.py" for name in (
+    "disk", "state_dict", "safetensors", "onnx", "description"))
 
 MUTANTS = [
     # the cell, forward
@@ -669,8 +669,8 @@ MUTANTS = [
      "if isinstance(value, _Unknown):"),
     ("any constant lengths will do", ONNX, "not np.all(lengths == len(x))", "0"),
     ("a storage may serve any number of layers", FILES, "if room < 0:", "if 0:"),
-    ("another version is read", FILES, "said.pop(\"version\", 1)) != description.VERSION",
-     "said.pop(\"version\", 1)) != version"),
+    ("another version is read", DESCRIPTION, "said.get(\"version\", 1)) != VERSION",
+     "said.get(\"version\", 1)) != version"),
 ]
 
 # Of these instruction sets alone: others do not reach the place.

@@ -33,6 +33,8 @@ PLANS = ("test_kernels", "test_gru", "test_determinism", "test_recurrent", "test
          "test_layers", "test_losses")
 CALLS = ("test_api", "test_checks", "test_recurrent", "test_layers", "test_losses",
          "test_arguments", "test_optim")
+FILES = ("test_files", "test_formats_disk", "test_formats_state_dict", "test_formats_onnx",
+         "test_formats_hostile")
 NOTICE = {
     "csrc/team.c": (("barrier", "region"), ("test_threads",)),
     "csrc/": (("check",), KERNELS),
@@ -47,6 +49,8 @@ NOTICE = {
     "lstmcore/dense": ((), ("test_losses", "test_optim", *CALLS)),
     "lstmcore/module": ((), ("test_layers", *CALLS)),
     "lstmcore/layers": ((), ("test_layers", *CALLS)),
+    "lstmcore/files": ((), FILES),
+    "lstmcore/formats/": ((), FILES),
     "lstmcore/": ((), CALLS),
 }
 
