@@ -13,7 +13,7 @@ import numpy as np
 from lstmcore import _dense, _kernels, _products, checks
 from lstmcore._memory import empty
 from lstmcore._types import ArrayLike, Compute, Floats
-from lstmcore.functional import _format, _found_packed, _threads
+from lstmcore.functional import _format, _found, _found_packed, _threads
 
 
 class LinearGradients(NamedTuple):
@@ -43,7 +43,7 @@ def linear_forward(x: Floats, W: Floats, b: Floats | None = None, *, n_threads: 
     """
     if packed is not None:
         _found_packed(packed, "linear", (W, None, None))
-    x, W, dtype = _matrices(x, W)
+    x, W, dtype = _matrices(x, W, packed is not None and packed.format == "int8")
     b = checks.optional(b, "b", "(O,)", (len(W),), dtype)
     y, n_threads = empty((len(x), len(W)), dtype), _threads(n_threads, len(x), *W.shape)
     if y.size:
@@ -75,7 +75,8 @@ def linear_backward(x: Floats, W: Floats, dy: Floats, *, need_dx: bool = True,
     return g
 
 
-def _matrices(x, W):
+def _matrices(x, W, lowered=False):
+    """x and W, and their dtype. A lowered W is read as it was packed: it stays where it lies."""
     for name, value in (("x", x), ("W", W)):
         if not isinstance(value, np.ndarray) or value.ndim != 2:
             raise TypeError(f"{name} must be a 2-D NumPy array, got "
@@ -85,7 +86,7 @@ def _matrices(x, W):
     if W.shape[1] == 0:
         raise ValueError(f"W must be (O, I) with I >= 1, got {W.shape}")
     return (checks.array(x, "x", "(n, I)", (len(x), W.shape[1]), dtype),
-            checks.array(W, "W", "(O, I)", W.shape, dtype), dtype)
+            (_found if lowered else checks.array)(W, "W", "(O, I)", W.shape, dtype), dtype)
 
 
 # ---- a loss ------------------------------------------------------------------------------------------

@@ -186,20 +186,28 @@ def _format(compute, dtype, packed=None):
 
 
 def _weights(cell, sizes, W_ih, W_hh, b=None, peepholes=None, W_hr=None, looked_up=False, format=None):
-    """The weights, found to be of these sizes. Those of tokens are only looked up: they stay strided."""
+    """The weights, found to be of these sizes. What is only looked up stays strided: W_ih of tokens, and
+    matrices of format int8, which are read as they were packed.
+    """
     _, _, I, H, K, dtype = sizes
     width, rows, letters = cell.gates * H, cell.fed * H, _letters(cell, W_hr is not None)
-    array = checks.array
+    array, matrix = checks.array, _found if format == "int8" else checks.array
     if type(W_ih) is TokenTable:
         W_ih = TokenTable(array(W_ih.rows, "rows of the table", letters.table, (I, width), dtype))
     elif not (looked_up and checks.unmasked("W_ih", W_ih).shape == (rows, I) and W_ih.dtype == dtype):
-        W_ih = array(W_ih, "W_ih", letters.W_ih, (rows, I), dtype)
+        W_ih = matrix(W_ih, "W_ih", letters.W_ih, (rows, I), dtype)
     return Weights(
-        W_ih, array(W_hh, "W_hh", letters.W_hh, (rows, K), dtype),
+        W_ih, matrix(W_hh, "W_hh", letters.W_hh, (rows, K), dtype),
         None if b is None else array(b, "b", letters.b, (width,), dtype),
         None if peepholes is None else array(peepholes, "peepholes", "(3, H)", (3, H), dtype),
-        None if W_hr is None else array(W_hr, "W_hr", "(P, H)", (K, H), dtype),
+        None if W_hr is None else matrix(W_hr, "W_hr", "(P, H)", (K, H), dtype),
         format or _format(None, dtype))
+
+
+def _found(value, name, letters, shape, dtype):
+    """value, of this shape and dtype, wherever its numbers lie."""
+    fits = isinstance(value, np.ndarray) and value.shape == shape and value.dtype == dtype
+    return value if fits else checks.array(value, name, letters, shape, dtype)
 
 
 def _states(cell, sizes, h, c, names, projected):
@@ -643,6 +651,8 @@ def rnn_backward(tape: RNNTape, dy: Floats, dh_n: Floats | None = None, *,
 class Quantized(NamedTuple):
     """A matrix below float32: q (n, K) int8 times scale (n,) float32, as `reference.quantize` has it.
 
+    Rows of one, q (..., K) and scale (...), are one too.
+
     >>> import numpy as np
     >>> from lstmcore.functional import Quantized
     >>> Quantized.of(np.array([[0.5, -1.0]], "float32")).q
@@ -666,8 +676,8 @@ class Quantized(NamedTuple):
         return Quantized(q, scale)
 
     def floats(self) -> Floats:
-        """What it stands for: q scale (n, K), float32."""
-        return self.q * self.scale[:, None]
+        """What it stands for: q scale, float32, shaped as q."""
+        return self.q * self.scale[..., None]
 
 
 PRECISIONS = ("float32", "float64", "bfloat16", "int8")
@@ -700,8 +710,9 @@ def pack(cell: Cell | Literal["linear"], W_ih: Floats, W_hh: Floats | None = Non
         W = checks.floats("W_ih", W_ih)
         if W.ndim != 2 or 0 in W.shape:
             raise ValueError(f"W_ih must be (O, I) with O, I >= 1, got {W.shape}")
-        W = checks.array(W, "W_ih", "(O, I)", W.shape, F64 if W.dtype == F64 else F32)
         format = _precision(precision, W.dtype)
+        if format != "int8":
+            W = checks.array(W, "W_ih", "(O, I)", W.shape, F64 if W.dtype == F64 else F32)
         return _products.Packed("linear", 1, format, _lowered((W, None, None), format, quantized), origin)
     row = cell_row(cell)
     if W_hr is not None and not row.has_projection:
@@ -709,7 +720,8 @@ def pack(cell: Cell | Literal["linear"], W_ih: Floats, W_hh: Floats | None = Non
     W_ih = checks.unmasked("W_ih", W_ih)
     x = np.empty((1, 1, *np.shape(W_ih)[1:2]), getattr(W_ih, "dtype", float))
     x, sizes = _sizes(row, x, W_ih, W_hh, W_hr)
-    w, format = _weights(row, sizes, W_ih, W_hh, None, None, W_hr), _precision(precision, sizes.dtype)
+    format = _precision(precision, sizes.dtype)
+    w = _weights(row, sizes, W_ih, W_hh, None, None, W_hr, format=format)
     return _products.Packed(cell, row.fed, format,
                             _lowered((w.W_ih, w.W_hh, w.W_hr), format, quantized), origin)
 
@@ -730,7 +742,7 @@ def _lowered(weights, format, quantized=None):
     """W_ih, W_hh, W_hr, or None each, as products of this format are packed of."""
     if format != "int8":
         return weights
-    return tuple(W if W is None else Quantized.of(W) if q is None else q.checked(name, W.shape)
+    return tuple(W if W is None else (Quantized.of(W) if q is None else q).checked(name, W.shape)
                  for name, W, q in zip(("W_ih", "W_hh", "W_hr"), weights, quantized or (None,) * 3))
 
 
@@ -785,6 +797,7 @@ class Step:
         self._cell, self._quantized = row, None
         if weights.format == "int8":
             self._quantized = _lowered((weights.W_ih, weights.W_hh, weights.W_hr), "int8", quantized)
+            weights = weights._replace(W_ih=None, W_hh=None, W_hr=None)
         self._weights = Weights(*(None if a is None else np.array(a) for a in weights[:5]),
                                 weights.format)
         _, _, I, H, K, dtype = self._sizes
@@ -803,7 +816,10 @@ class Step:
                                   self._quantized or (W_ih, W_hh, W_hr), ())
         batch = Batch(np.zeros((1, B, I), dtype), None, None, None, None, False, None)
         room = Room(np.zeros((B, K), dtype), self._h, self._c, None, None)
-        self._run = _forward.Stepper(self._cell, self._weights, batch, room, packed)
+        shapes = self._weights
+        if self._quantized:         # the kernels ask W_hh for its shape, and whether W_hr is there
+            shapes = shapes._replace(W_hh=self._quantized[1].q, W_hr=self._quantized[2])
+        self._run = _forward.Stepper(self._cell, shapes, batch, room, packed)
         # A step reads all weights once: a second thread helps if they do not fit near one core.
         self._serial = packed.nbytes <= 1 << 20
 

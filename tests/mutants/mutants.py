@@ -576,8 +576,8 @@ MUTANTS = [
      "if (now := forms) != forms:"),
     ("Embedding keeps the caller's tokens", LAYERS,
      'tokens = checks.ids(tokens, "tokens", self.num_embeddings)\n'
-     '        y = self._own["weight"][0][tokens]\n',
-     'y = self._own["weight"][0][checks.ids(tokens, "tokens", self.num_embeddings)]\n'
+     '        y = self._rows(tokens)\n',
+     'y = self._rows(checks.ids(tokens, "tokens", self.num_embeddings))\n'
      "        tokens = np.asarray(tokens)\n"),
     ("a resized table is trusted", LAYERS,
      'checks.out("the gradient of weight", self._own["weight"][1],',
