@@ -46,7 +46,18 @@ def read_arrays(path):
 def write_module(path, module):
     """Write a module: PyTorch's names, and what rebuilds it."""
     said = {"version": description.VERSION, **module.describe()}
-    write(path, description.torch_names(module.parameters()), {description.LAYER: json.dumps(said)})
+    write(path, description.torch_names(stored(module)), {description.LAYER: json.dumps(said)})
+
+
+def stored(module):
+    """The arrays of a module by name: its parameters, or int8 numbers and their scales."""
+    arrays = {}
+    for name, a in module._stored().items():
+        if isinstance(a, tuple):
+            arrays[name], arrays[name + description.SCALE] = a
+        else:
+            arrays[name] = a
+    return arrays
 
 
 def _all(path):
