@@ -20,7 +20,7 @@ import numpy as np
 
 from lstmcore import checks
 from lstmcore._types import Compute, Floats, Path, Precision
-from lstmcore.functional import Quantized, _format, _precision
+from lstmcore.functional import PRECISIONS, Quantized, _format, _precision
 
 M = TypeVar("M", bound="Module")
 
@@ -69,8 +69,10 @@ class Module:
 
     def zero_grad(self) -> None:
         """Set every gradient to zero, before the next backward adds to it."""
-        for _, (_, g) in self._named():
-            g.fill(0)
+        for _, module in self.modules():
+            for name, (_, g) in module._own.items():
+                if name not in module._without:
+                    g.fill(0)
 
     def train(self: M, mode: bool = True) -> M:
         """Training mode: calls keep what backward needs, and dropout drops. Returns self."""
@@ -109,12 +111,13 @@ class Module:
         ValueError: assignment destination is read-only
         """
         modules = [module for _, module in self.modules()]
-        formats = [_precision(precision or module.compute, module.dtype or np.dtype("float32"))
-                   if module._own or precision not in (None, "float64") else None
+        formats = [_precision(precision or module.compute, module.dtype) if module._own else None
                    for module in modules]
+        if precision is not None and precision not in PRECISIONS:
+            _precision(precision, np.dtype("float32"))          # of a module without parameters
         self.eval()
         for module, format in zip(modules, formats):
-            module._fix(format if module._own else None)
+            module._fix(format)
         return self
 
     def unfreeze(self: M) -> M:
@@ -238,7 +241,7 @@ class Module:
         """Make the floats that a layer loaded in int8 has not had."""
         for name in self._without:
             self._thawed[name] = p = self._quantized[name].floats()
-            self._own[name] = _immutable(p), self._own[name][1]
+            self._own[name] = _immutable(p), np.zeros_like(p)
         self._without = frozenset()
 
     def _floats(self, name):
@@ -272,8 +275,8 @@ class Module:
                 module._without = frozenset(wanted)
                 module.eval()
             else:
-                module._own = {name: (found[name].astype(module.dtype), g) if name in wanted
-                               else (p, g) for name, (p, g) in module._own.items()}
+                module._own = {name: _with_gradient(found[name].astype(module.dtype))
+                               if name in wanted else pair for name, pair in module._own.items()}
             module._fix("int8" if lowered else None)
 
     def _melted(self):
@@ -321,7 +324,7 @@ class Module:
     def _declare(self, name: str, shape: tuple[int, ...], draw: Callable[[], Floats]) -> None:
         """Make what `draw` returns a parameter of this layer, with a gradient of zeros."""
         pair = _outline(shape, self.dtype) if _blank.get() and _is_matrix(name) else \
-            (draw().reshape(shape).astype(self.dtype), np.zeros(shape, self.dtype))
+            _with_gradient(draw().reshape(shape).astype(self.dtype))
         self._own = {**self._own, name: pair}
 
     def _keep(self, y, *tape):
@@ -377,9 +380,14 @@ def _is_matrix(name):
     return not name.startswith(("bias", "weight_peephole"))
 
 
+def _with_gradient(p):
+    return p, np.zeros_like(p)
+
+
 def _outline(shape, dtype):
-    """A parameter of zeros that takes no memory, with a gradient that takes none until it is used."""
-    return np.broadcast_to(np.zeros((), dtype), shape), np.zeros(shape, dtype)
+    """A parameter and a gradient of zeros that take no memory, to be read only."""
+    zeros = np.broadcast_to(np.zeros((), dtype), shape)
+    return zeros, zeros
 
 
 def _immutable(p):

@@ -187,10 +187,11 @@ def joined(arrays):
         rows = name.removesuffix(SCALE)
         if rows != name and rows in arrays and arrays[rows].dtype == np.int8:
             continue
-        scale = arrays.get(name + SCALE)
-        if q.dtype != np.int8 or scale is None:
+        if q.dtype != np.int8:
             found[name] = q
             continue
+        if (scale := arrays.get(name + SCALE)) is None:
+            raise ValueError(f"{name} is int8 and has no scales, {name}{SCALE}")
         if scale.dtype != np.float32 or q.ndim != 2 or scale.shape != q.shape[:1]:
             raise ValueError(f"{name}{SCALE} must be float32 with a scale for each row of {name}, int8 "
                              f"{q.shape}, got {scale.dtype} {scale.shape}")
