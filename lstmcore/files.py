@@ -113,7 +113,7 @@ def save(module: Any, path: Path, **options: Any) -> None:
     """Write a module or a language model to a file; the ending of `path` says which kind.
 
     `load` makes of each kind the module that was written, except that a .weights.h5 says nothing of
-    dropout and of how a Stack groups its layers, and that a class of your own is filled, not made:
+    dropout, of compute and of how a Stack groups its layers, and that a class of your own is filled, not made:
     `load(path, into=...)`. The file appears whole or not at all.
 
     .safetensors: PyTorch's names, so that `torch.nn.LSTM.load_state_dict` takes them, and what
@@ -288,6 +288,8 @@ def rebuild(said: Mapping[str, Any], arrays: Mapping[str, Any], **options: Any) 
     if kind in description.GATES:
         said = {"dtype": None, **said, **options}
         dtype = said.pop("dtype")
+        if said.get("compute") == "bfloat16" and dtype == np.float64:
+            raise ValueError(f"the {kind} computes in bfloat16: dtype must be float32, got float64")
         del said["class"]
         found = description.from_torch_names("", description.group(arrays)[""])
         return assemble(found, dtype=dtype, **said)

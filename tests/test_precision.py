@@ -272,6 +272,9 @@ def test_layers_say_in_what_they_compute(tmp_path):
         module.save(tmp_path / "m.safetensors")
         loaded = lstmcore.load(tmp_path / "m.safetensors")
         assert repr(loaded) == repr(module) and loaded.describe() == module.describe()
+    said[0].save(tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="m.safetensors: the LSTM computes in bfloat16: dtype must be"):
+        lstmcore.load(tmp_path / "m.safetensors", dtype="float64")
     plain = LSTM(3, 4, compute="float32")
     assert plain.compute is None and "compute" not in repr(plain) and "compute" not in plain.describe()
     assert LSTM(3, 4, compute="float64", dtype="float64").compute is None
