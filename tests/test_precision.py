@@ -18,7 +18,7 @@ from test_cli import SMALL, STORY, run, trained         # noqa: F401  (fixtures)
 
 import lstmcore
 from lstmcore import (LSTM, RNN, Dropout, Embedding, LanguageModel, Linear, Module, Sequential, Stack,
-                      Tanh, cli, reference)
+                      Tanh, cli, dense, reference)
 from lstmcore.formats import read_arrays, safetensors
 from lstmcore.functional import Quantized
 
@@ -140,10 +140,17 @@ def test_a_table_of_tokens_gives_the_rows_bits(precision, frozen_table):
         table.freeze(precision)
     ids = np.random.default_rng(2).integers(0, 9, (T, B))
     assert ids.size > 9             # so that the table is projected, not the rows
-    assert (layer(ids, embedding=table)[0] == layer(table(ids))[0]).all()
+    layers = [layer]
+    if precision == "bfloat16":
+        layers.append(spread(LAYERS["stack"](compute="bfloat16")).eval())
+    for layer in layers:
+        assert (layer(ids, embedding=table)[0] == layer(table(ids))[0]).all()
 
 
-def test_training_on_a_table_gives_the_rows_gradients_in_bfloat16(close):
+def test_training_on_a_table_gives_the_rows_gradients_in_bfloat16(close, monkeypatch):
+    seen, backward = [], dense.linear_backward
+    monkeypatch.setattr(dense, "linear_backward",
+                        lambda *args, **options: seen.append(options["compute"]) or backward(*args, **options))
     ids, dy = np.random.default_rng(2).integers(0, 9, (T, B)), normal(T, B, H)
     found = []
     for tabled in True, False:
@@ -157,6 +164,7 @@ def test_training_on_a_table_gives_the_rows_gradients_in_bfloat16(close):
         found.append({**layer.gradients(), "table": table.gradients()["weight"]})
     for name, g in found[0].items():        # sums of da per row are rounded, not each da
         close(g, found[1][name], "bfloat16")
+    assert seen == ["bfloat16"]
 
 
 def test_one_hot_tokens_look_up_what_the_int8_weights_stand_for(close):
@@ -182,6 +190,26 @@ def test_a_linear_layer_is_the_reference_s(precision, close, share_small_work):
     layer.freeze(precision)
     for layer.n_threads in 1, 2, 3:
         assert (layer(x) == y).all() and (layer(x[2, 3:4]) == y[2, 3:4]).all()
+
+
+def test_a_linear_layer_computes_forward_and_backward_in_bfloat16():
+    low, exact = (Linear(I, H, seed=0, compute=compute) for compute in ("bfloat16", None))
+    x, dy = normal(T, B, I), normal(T, B, H)
+    assert (low(x) == exact.freeze("bfloat16")(x)).all()
+    dx = low.backward(dy)
+    want = dense.linear_backward(x.reshape(-1, I), low.parameters()["weight"], dy.reshape(-1, H),
+                                 compute="bfloat16")
+    assert (dx.reshape(-1, I) == want.dx).all() and (low.gradients()["weight"] == want.dW).all()
+
+
+@pytest.mark.parametrize("make", [lambda: Linear(I, H, seed=0), lambda: Embedding(I, H, seed=0)])
+def test_what_changed_since_is_rounded_anew(make):
+    layer = make().freeze("int8").unfreeze()
+    layer.parameters()["weight"][...] = normal(*layer.parameters()["weight"].shape, seed=9)
+    twin = make()
+    twin.load_state_dict(layer.state_dict())
+    x = normal(B, I) if isinstance(layer, Linear) else np.arange(I)
+    assert (layer.freeze("int8")(x) == twin.freeze("int8")(x)).all()
 
 
 def test_an_embedding_in_int8_gives_rounded_rows():
