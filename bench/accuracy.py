@@ -2,9 +2,10 @@
 
 Every task is trained in float32, then evaluated in float32, bfloat16 and int8 on the same weights,
 and trained once more, from the same start, in bfloat16. A record of all figures goes to
-bench/results/, a Markdown table to standard output; `--show RECORD` prints the table of an old one.
-Language models read Python's documentation of its own language or a text of yours, and digits are
-scikit-learn's; the other data sets are left out unless their place is given.
+bench/results/, a page with their table to standard output and, with `--page MD`, to a file; `--show
+RECORD` makes the page of an old record. Language models read Python's documentation of its own
+language, and a text of yours, and digits are scikit-learn's; the other data sets are left out unless
+their place is given.
 """
 
 import argparse
@@ -249,7 +250,7 @@ def main():
         record["tasks"].append(dict(name=task.name, setting=task.setting, quantity=task.quantity,
                                     figures=figures))
         out.write_text(json.dumps(record, indent=1) + "\n")     # a long run may be cut short
-        show(record, options.page)
+    show(record, options.page)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class Network(Module):
     """
 
     def __init__(self, V: int, *, cell: Cell, hidden_size: int, num_layers: int, embed_size: int,
-                 peepholes: bool, dropout: float, dtype: Dtype, compute: Compute | None,
+                 peepholes: bool, dropout: float, dtype: Dtype, compute: Compute | None = None,
                  seed: int | None) -> None:
         rng = np.random.default_rng(seed)
         self.embedding = Embedding(V, embed_size, dtype=dtype, seed=rng) if embed_size else None
