@@ -113,8 +113,8 @@ def save(module: Any, path: Path, **options: Any) -> None:
     """Write a module or a language model to a file; the ending of `path` says which kind.
 
     `load` makes of each kind the module that was written, except that a .weights.h5 says nothing of
-    dropout, of compute and of how a Stack groups its layers, and that a class of your own is filled, not made:
-    `load(path, into=...)`. The file appears whole or not at all.
+    dropout, of compute and of how a Stack groups its layers, and that a class of your own is filled,
+    not made: `load(path, into=...)`. The file appears whole or not at all.
 
     .safetensors: PyTorch's names, so that `torch.nn.LSTM.load_state_dict` takes them, and what
     rebuilds the module. Of what is frozen in int8 the matrices are int8 arrays, each with a float32
