@@ -13,7 +13,8 @@ import numpy as np
 from lstmcore import _dense, _kernels, _products, checks
 from lstmcore._memory import empty
 from lstmcore._types import ArrayLike, Compute, Floats
-from lstmcore.functional import _format, _found, _found_packed, _threads
+from lstmcore.functional import _found, _found_packed, _threads
+from lstmcore.precision import format_of_call
 
 
 class LinearGradients(NamedTuple):
@@ -47,8 +48,8 @@ def linear_forward(x: Floats, W: Floats, b: Floats | None = None, *, n_threads: 
     b = checks.optional(b, "b", "(O,)", (len(W),), dtype)
     y, n_threads = empty((len(x), len(W)), dtype), _threads(n_threads, len(x), *W.shape)
     if y.size:
-        _dense.run_forward(x, W, b, y, n_threads=n_threads, format=_format(compute, dtype, packed),
-                           packed=packed)
+        _dense.run_forward(x, W, b, y, n_threads=n_threads, packed=packed,
+                           format=format_of_call(compute, dtype, packed))
     return y
 
 
@@ -67,7 +68,7 @@ def linear_backward(x: Floats, W: Floats, dy: Floats, *, need_dx: bool = True,
                         np.empty(len(W), dtype))
     n_threads = _threads(n_threads, len(x), *W.shape)
     if dy.size:
-        _dense.run_backward(x, W, dy, g, n_threads=n_threads, format=_format(compute, dtype))
+        _dense.run_backward(x, W, dy, g, n_threads=n_threads, format=format_of_call(compute, dtype))
     else:
         for d in g:
             if d is not None:

@@ -22,6 +22,7 @@ from lstmcore import checks, formats, layers
 from lstmcore._types import Path, Precision
 from lstmcore.formats import description
 from lstmcore.module import Module, blank
+from lstmcore.precision import Quantized
 
 OPTIONS = (*description.OPTIONS, "dtype", "activation", "recurrent_activation")
 
@@ -264,7 +265,7 @@ def _lowered(path, content):
         return None
     with formats.naming(path):
         arrays = description.joined(content.arrays)
-    return arrays if any(isinstance(a, tuple) for a in arrays.values()) else None
+    return arrays if any(isinstance(a, Quantized) for a in arrays.values()) else None
 
 
 def _own_model(path, content, options):

@@ -12,8 +12,8 @@ import numpy as np
 
 from lstmcore import checks, dense, functional
 from lstmcore._types import Array, ArrayLike, Bools, Compute, Dtype, Floats, Lengths, Seed
-from lstmcore.functional import Quantized
 from lstmcore.module import Module, dropout_mask, products
+from lstmcore.precision import Quantized
 from lstmcore.recurrent import LSTM, RNN, LSTMTrace, RNNTrace, Stream
 from lstmcore.stack import Stack
 
@@ -95,7 +95,8 @@ class Linear(Module):
         rng, bound = np.random.default_rng(seed), in_features**-0.5
         shapes = {"weight": (out_features, in_features), "bias": (out_features,)}
         for name in ("weight", "bias")[:1 + self.bias]:
-            self._declare(name, shapes[name], lambda name=name: rng.uniform(-bound, bound, shapes[name]))
+            self._declare(name, shapes[name],
+                          lambda name=name: rng.uniform(-bound, bound, shapes[name]))
 
     def _fix(self, format):
         super()._fix(format)

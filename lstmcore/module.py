@@ -20,7 +20,7 @@ import numpy as np
 
 from lstmcore import checks
 from lstmcore._types import Compute, Floats, Path, Precision
-from lstmcore.functional import PRECISIONS, Quantized, _format, _precision
+from lstmcore.precision import Quantized, check_precision, format_of_call, format_of_weights
 
 M = TypeVar("M", bound="Module")
 
@@ -52,7 +52,7 @@ class Module:
     compute: Compute | None = None      # the format of its products, where it is not the dtype
     _thawed = None      # of a frozen layer: name -> the parameter from before, for `unfreeze`
     _frozen_in: Precision | None = None         # of a frozen layer: the format of its products
-    _quantized: dict[str, Quantized] = {}       # of one in int8: name -> what its matrices are rounded to
+    _quantized: dict[str, Quantized] = {}       # of one in int8: name -> its matrix, rounded
     _without: frozenset[str] = frozenset()      # of those, the names of which there are no floats
     _packed = None      # what a frozen layer with kernels has packed for them
     _tape = None        # what the last call in training mode left for backward
@@ -110,11 +110,10 @@ class Module:
         Traceback (most recent call last):
         ValueError: assignment destination is read-only
         """
+        check_precision(precision)
         modules = [module for _, module in self.modules()]
-        formats = [_precision(precision or module.compute, module.dtype) if module._own else None
-                   for module in modules]
-        if precision is not None and precision not in PRECISIONS:
-            _precision(precision, np.dtype("float32"))          # of a module without parameters
+        formats = [format_of_weights(precision or module.compute, module.dtype) if module._own
+                   else None for module in modules]
         self.eval()
         for module, format in zip(modules, formats):
             module._fix(format)
@@ -257,20 +256,20 @@ class Module:
                 for prefix, module in self.modules() for name in module._own}
 
     def _fill(self, arrays):
-        """Set the matrices of a module made in `blank`: from (q, scale) in int8, or from floats.
+        """Set the matrices of a module made in `blank`: from `Quantized` or from floats.
 
         A layer of whose matrices some are int8 is frozen in it.
         """
         for prefix, module in self.modules():
             wanted = {name: p for name, (p, _) in module._own.items() if _is_matrix(name)}
             found = {name: arrays[prefix + name] for name in wanted}
-            lowered = {name for name, a in found.items() if isinstance(a, tuple)}
+            lowered = {name for name, a in found.items() if isinstance(a, Quantized)}
             if lowered and lowered != wanted.keys():
                 odd = sorted(wanted.keys() - lowered)[0]
                 raise ValueError(f"{prefix}{odd} must be int8, as other weights of its layer are, got "
                                  f"{found[odd].dtype}")
             if lowered:
-                module._quantized = {name: Quantized(*a).checked(prefix + name, wanted[name].shape)
+                module._quantized = {name: a.checked(prefix + name, wanted[name].shape)
                                      for name, a in found.items()}
                 module._without = frozenset(wanted)
                 module.eval()
@@ -368,10 +367,7 @@ def blank() -> Iterator[None]:
 
 def products(compute: Compute | None, dtype: np.dtype[Any]) -> Compute | None:
     """compute, found to be a format of products of this dtype; None where it is the dtype itself."""
-    if compute == "int8":
-        raise ValueError("compute must be 'float32', 'float64' or 'bfloat16', got 'int8': that is for "
-                         "inference, by freeze('int8')")
-    format = _format(compute, dtype)
+    format = format_of_call(compute, dtype, int8="that is for inference, by freeze('int8')")
     return None if format == str(dtype) else format
 
 

@@ -241,6 +241,9 @@ def test_quantized_weights_are_taken_as_they_are():
                                                    packed=doubled)[0])
     with pytest.raises(ValueError, match=r"W_hh must be quantized as int8 \(20, 5\)"):
         pack("lstm", W_ih, W_hh, precision="int8", quantized=(None, given[0], None))
+    few = Quantized(given[1].q, given[1].scale[:-1])
+    with pytest.raises(ValueError, match=r"float32 scales \(20,\), got int8 \(20, 5\) with float32 \(19,\)"):
+        pack("lstm", W_ih, W_hh, precision="int8", quantized=(None, few, None))
 
 
 @pytest.mark.parametrize("call, said", [

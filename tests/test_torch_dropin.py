@@ -8,25 +8,17 @@ import warnings
 
 import numpy as np
 import pytest
-from torch_pairs import B, H, I, P, T, TOLERANCE, assert_close, flat, inputs, pair, states, torch
+from torch_pairs import (CONFIGS, IGNORED, KINDS, TOLERANCE, B, H, I, P, T, assert_close,
+                         flat, inputs, pair, states, torch)
 
 import lstmcore.torch
 from lstmcore import functional
 
-pytestmark = [  # what torch warns of inside itself
-    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")]
-CONFIGS = {
-    "plain": {},
-    "no-bias": dict(bias=False),
-    "stack-batch-first": dict(num_layers=3, batch_first=True),
-    "bidirectional": dict(num_layers=2, bidirectional=True),
-    "projected": dict(num_layers=2, bidirectional=True, proj_size=P, batch_first=True),
-}
+pytestmark = IGNORED
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kind", ["batched", "unbatched", "packed", "packed-unsorted"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_outputs_and_gradients_match_torch(config, kind, dtype):
     theirs, ours = pair(dtype, **CONFIGS[config])

@@ -5,15 +5,14 @@ import subprocess
 import sys
 
 import pytest
-from torch_pairs import B, H, I, P, T, assert_close, flat, inputs, pair, states, torch
+from torch_pairs import (IGNORED, B, H, I, P, T, assert_close, flat, inputs, pair, states,
+                         torch)
 
 import lstmcore.torch
 from lstmcore import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-pytestmark = [  # what torch warns of inside itself
-    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")]
+pytestmark = IGNORED
 
 
 # What autograd can ask ----------------------------------------------------------------------------

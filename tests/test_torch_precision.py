@@ -7,26 +7,17 @@ import warnings
 
 import numpy as np
 import pytest
-from torch_pairs import B, H, I, P, T, assert_close, inputs, pair, torch
+from torch_pairs import (CONFIGS, IGNORED, KINDS, B, H, I, P, T, assert_close, inputs, pair,
+                         torch)
 
 import lstmcore.torch
 from lstmcore import functional
 from torch.nn.utils.rnn import PackedSequence
 
-pytestmark = [  # what torch warns of inside itself
-    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
-    pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning"),
+pytestmark = [
+    *IGNORED, pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN"),
     pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")]
 F32, BF16 = torch.float32, torch.bfloat16
-CONFIGS = {
-    "plain": {},
-    "no-bias": dict(bias=False),
-    "stack-batch-first": dict(num_layers=3, batch_first=True),
-    "bidirectional": dict(num_layers=2, bidirectional=True),
-    "projected": dict(num_layers=2, bidirectional=True, proj_size=P, batch_first=True),
-}
-KINDS = ["batched", "unbatched", "packed", "packed-unsorted"]
 
 
 def autocast(dtype=BF16):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lstmcore.precision import Quantized
+
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 WEIGHTS = ("weight_ih", "weight_hh", "bias", "weight_peephole", "weight_hr")
 OPTIONS = ("batch_first", "dropout", "nonlinearity")
@@ -181,7 +183,7 @@ def signature(layer):
 
 
 def joined(arrays):
-    """The arrays of a file, those in int8 beside their scales as one pair (q, scale)."""
+    """The arrays of a file, those in int8 with their scales as `Quantized`."""
     found = {}
     for name, q in arrays.items():
         rows = name.removesuffix(SCALE)
@@ -198,18 +200,18 @@ def joined(arrays):
         if (q == -128).any() or not ((scale >= 0) & (scale < np.inf) | np.isnan(scale)).all():
             raise ValueError(f"{name} must be within -127..127 times scales that are finite and not "
                              "negative")
-        found[name] = q, scale
+        found[name] = Quantized(q, scale)
     return found
 
 
 def as_floats(arrays):
     """What `joined` found, with the floats that int8 numbers stand for."""
-    return {name: a[0] * a[1][:, None] if isinstance(a, tuple) else a for name, a in arrays.items()}
+    return {name: a.floats() if isinstance(a, Quantized) else a for name, a in arrays.items()}
 
 
 def outlines(arrays):
     """What `joined` found, with float32 of the shape of int8 numbers that takes no memory."""
-    return {name: np.broadcast_to(np.float32(0), a[0].shape) if isinstance(a, tuple) else a
+    return {name: np.broadcast_to(np.float32(0), a.q.shape) if isinstance(a, Quantized) else a
             for name, a in arrays.items()}
 
 

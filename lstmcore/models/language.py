@@ -23,6 +23,7 @@ from lstmcore.layers import LSTM, RNN, Dropout, Embedding, Linear
 from lstmcore.models import generation, text
 from lstmcore.models.training import Budget, Settings, Trainer, total_nats
 from lstmcore.module import Module, blank, products
+from lstmcore.precision import Quantized
 
 Source: TypeAlias = Path | bytes | Iterable[Path | bytes]
 Callback: TypeAlias = "Callable[[LanguageModel, dict[str, Any]], object]"
@@ -361,7 +362,7 @@ class LanguageModel:
 
     def _set(self, weights):
         """Make the network with these weights, floats or int8 numbers with their scales."""
-        if not any(isinstance(a, tuple) for a in weights.values()):
+        if not any(isinstance(a, Quantized) for a in weights.values()):
             self._build()
             self.network.load_state_dict(weights)
             return
@@ -450,7 +451,8 @@ class LanguageModel:
 
     def _write(self, path, arrays, metadata):
         tokens = self.vocabulary.tokens[1:] if self.level != "byte" else []
-        config = {name: value for name, value in self.config.items() if (name, value) != ("compute", None)}
+        config = {name: value for name, value in self.config.items()
+                  if (name, value) != ("compute", None)}      # so that an older lstmcore reads it
         saved = {"version": description.VERSION, "config": config, "level": self.level,
                  "tokens": tokens,
                  "history": self.history, "outcome": self.outcome}

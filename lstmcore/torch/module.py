@@ -8,7 +8,7 @@ from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
 from lstmcore._types import Precision
-from lstmcore.functional import PRECISIONS
+from lstmcore.precision import check_precision
 from lstmcore.torch.operators import Frozen, layer
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -330,11 +330,6 @@ def _check_kind(input, weight):
         raise ValueError(
             f"lstmcore.torch.LSTM computes in float32, float64 and bfloat16, got input and weights "
             f"of {weight.dtype}: convert both with .bfloat16() or .float()")
-
-
-def check_precision(precision):
-    if precision is not None and precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
 def reason_not_to_freeze(module, precision):

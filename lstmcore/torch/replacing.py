@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 
 from lstmcore._types import Precision
-from lstmcore.torch.module import DTYPES, LSTM, check_precision, reason_not_to_freeze
+from lstmcore.precision import check_precision
+from lstmcore.torch.module import DTYPES, LSTM, reason_not_to_freeze
 
 
 class Report(NamedTuple):

@@ -19,7 +19,8 @@ KERNELS_PXD, MEMORY_PXD, PRODUCTS_PXD, RECURRENCE_PXD = (
 REF, CALLS, DENSE_PY, CHECKS, MODULE, LAYERS, THREADS = (
     f"lstmcore/{name}.py" for name in ("reference", "functional", "dense", "checks", "module",
                                        "layers", "threads"))
-FILES = "lstmcore/files.py"
+FILES, PRECISION, RECURRENT = (f"lstmcore/{name}.py"
+                               for name in ("files", "precision", "recurrent"))
 DISK, STATE_DICT, SAFETENSORS, ONNX, DESCRIPTION = (f"lstmcore/formats/{name}.py" for name in (
     "disk", "state_dict", "safetensors", "onnx", "description"))
 
@@ -533,8 +534,7 @@ MUTANTS = [
     ("a table without its bias", CALLS, "rows if b is None else rows + b)", "rows)"),
     ("dh_n is written", CALLS, "if dh_n is None else np.array(dh_n),",
      "if dh_n is None else dh_n,"),
-    ("gates of a tape may be its c", CALLS, "dtype, y, raw_c, getattr(batch.x",
-     "dtype, y, getattr(batch.x"),
+    ("gates of a tape may be its c", CALLS, "dtype, y, raw_c, x,", "dtype, y, x,"),
     ("out may be the state h", CALLS, "_kernels.shares_memory(out, self._h) or ", ""),
     ("out may be the state c", CALLS, " or _kernels.shares_memory(out, self._c)", ""),
     ("out may be read-only", CALLS, " or not out.flags.writeable:", ":"),
@@ -663,6 +663,24 @@ MUTANTS = [
      "sums.first, sums.last, sums.n_products = p.fed, p.fed, 1"),
     ("BLAS sums the first rows of da", PRODUCTS,
      "start, end = sums.first + start, sums.first + end", "pass"),
+    # precisions above the kernels
+    ("float64 is packed as int8", PRECISION, 'if (precision == "float64") != (own == "float64"):',
+     "if 0:"),
+    ("packed weights are of any format", PRECISION,
+     "if packed is not None and packed.format != compute:", "if 0:"),
+    ("scales of any shape", PRECISION, "or scale.shape != shape[:1] or", "or"),
+    ("given numbers are rounded again", PRECISION, "Quantized.of(W) if q is None else q",
+     "Quantized.of(W)"),
+    ("what was rounded before unfreeze stays", MODULE,
+     "        if not format:\n            self._quantized = {}", "        if 0:\n            pass"),
+    ("biases are rounded", MODULE, 'not name.startswith(("bias", "weight_peephole"))',
+     'not name.startswith("weight_peephole")'),
+    ("an embedding in int8 gives its floats", LAYERS, 'if self._frozen_in == "int8":', "if 0:"),
+    ("a stream forgets the precision", RECURRENT, "precision=layer._frozen_in or layer.compute",
+     "precision=layer.compute"),
+    ("a layer trains in float32", RECURRENT, "return None if self._frozen_in else self.compute",
+     "return None"),
+    ("-128 is read", DESCRIPTION, "(q == -128).any() or ", ""),
     # files
     ("a save writes over the old file", DISK, "os.replace(partial, target)",
      "open(target, 'wb').write(open(partial, 'rb').read())"),
