@@ -147,9 +147,8 @@ def convert(source: Path, target: Path, name: str | None = None, *,
 
     Of a language model, which is a .safetensors file, other kinds hold the recurrent layers alone;
     a warning says so, and what was left out: `save` of the loaded model writes all of it to .onnx.
-    precision : "int8" writes a .safetensors file of int8 weights, "float32" one of what such a file
-        stands for; by default a .safetensors file of int8 stays one
-    Returns the module that was written.
+    With `precision` "int8" a .safetensors file gets int8 weights, with "float32" what int8 weights
+    stand for; by default a .safetensors file of int8 stays one. Returns the module that was written.
     """
     options = _checked(options)
     if precision not in (None, "float32", "int8"):
