@@ -327,6 +327,9 @@ def test_hdf5_claims_are_compared_with_the_file(tmp_path):
 def test_unknown_files_are_refused_by_their_first_bytes(tmp_path):
     (tmp_path / "m.bin").write_bytes(b"GGUF and more")
     refused(tmp_path / "m.bin", "begins with b'GGUF and'")
+    for name in ("m.onnx", "m.pt"):
+        (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+        refused(tmp_path / name, "a pointer of Git LFS, not the file")
     (tmp_path / "empty.pt").write_bytes(b"")
     refused(tmp_path / "empty.pt", "begins with b''")
     with pytest.raises(FileNotFoundError):

@@ -503,6 +503,9 @@ def test_what_is_not_read_is_named(tmp_path):
     for op in ("GRU", "Loop"):
         with pytest.raises(ValueError, match=f"lstmcore reads LSTM and RNN, not {op}"):
             shaped([helper.make_node(op, ["x", "W", "R"], ["Y"])], {}, tmp_path=tmp_path)
+    body = helper.make_graph([lstm(y="b")], "body", [], [])
+    with pytest.raises(ValueError, match="lstmcore reads LSTM and RNN, not Loop"):
+        shaped([helper.make_node("Loop", ["W"], ["Y"], body=body)], {}, tmp_path=tmp_path)
     with pytest.raises(ValueError, match="may have written a recurrence out"):
         shaped([helper.make_node("MatMul", ["x", "x"], ["Y"])], {}, tmp_path=tmp_path)
     steps = [helper.make_node("MatMul", [f"y{n}" if n else "x", "V"], [f"y{n + 1}"])
@@ -646,6 +649,12 @@ def test_weights_put_together_in_the_graph(tmp_path):
     x = rng.normal(size=(B, T, I)).astype("f4")
     want = run(str(tmp_path / "m.onnx"), {"x": x})["Y"]
     np.testing.assert_allclose(m(x)[0], want, rtol=0, atol=1e-6)
+
+
+def test_an_operation_without_its_input_is_refused():
+    made = model([helper.make_node("Identity", [""], ["Y"])], {"x": [None]}, ["Y"], {})
+    with pytest.raises(ValueError, match="Identity.* lacks an input"):
+        Graph(made).run({"x": np.zeros(3, "f4")})
 
 
 def test_many_nodes_and_shared_weights_take_little(tmp_path):

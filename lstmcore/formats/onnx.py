@@ -278,7 +278,7 @@ class _Probe:
                 return self._like(node, arguments, unknown, budget)
             unknown = _Unknown(unknown.why, fill)
         else:
-            if not all(name in self.fixed for name in node.inputs if name):
+            if node.op in _NAMED or not all(name in self.fixed for name in node.inputs if name):
                 self.unknown_ops.add(node.op)
             first, *more = self._like(node, arguments, unknown, budget)
             return [first, *more, *[unknown or _Unknown(node.op)] * len(node.outputs)]

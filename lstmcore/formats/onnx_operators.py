@@ -36,6 +36,8 @@ def plumb(node, arguments, budget):
         raise ValueError(f"{node.name} ({node.op}) of the ONNX graph: {error}") from None
     results = result if isinstance(result, list) else [result]
     for result in results:
+        if result is None:
+            raise ValueError(f"{node.name} ({node.op}) of the ONNX graph lacks an input")
         budget.pay(result.shape)
     return results
 
