@@ -468,8 +468,8 @@ def without_atheris(name, minutes, seed=None):
             if finding.startswith("KeyboardInterrupt"):
                 break
         count += 1
-    print(f"{name}: {count} mutants of {len(seeds)} seeds, {accepted} loaded, slowest {slowest:.2f} "
-          f"s, most memory {most >> 20} MB, findings {found or 'none'}", flush=True)
+    print(f"{name}: {count} mutants of {len(seeds)} seeds, {accepted} loaded, slowest "
+          f"{slowest:.2f} s, most memory {most >> 20} MB, findings {found or 'none'}", flush=True)
     return len(found)
 
 

@@ -12,13 +12,13 @@ import re
 import zipfile
 from io import BytesIO
 
-import numpy as np
-
 from lstmcore.formats import hdf5
 
-NUMBERS = (0, 1, 2, 3, 7, 8, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**32 - 1, 2**62, 2**63 - 1)
-ODD = (None, True, False, 0, -1, 1, 3, 2**31, 2**62, 10**30, 0.5, -1e308, float("nan"), "", "x" * 3000,
-       "\ud800", "é\0", "LSTM", "GRU", "RNN", "Stack", "Bidirectional", "concat", [], {}, [[]], [0])
+NUMBERS = (0, 1, 2, 3, 7, 8, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**32 - 1, 2**62,
+           2**63 - 1)
+ODD = (None, True, False, 0, -1, 1, 3, 2**31, 2**62, 10**30, 0.5, -1e308, float("nan"), "",
+       "x" * 3000, "\ud800", "é\0", "LSTM", "GRU", "RNN", "Stack", "Bidirectional", "concat", [],
+       {}, [[]], [0])
 
 
 def pick(rng, items):
@@ -218,8 +218,8 @@ def fields(data, places, rng):
         at, width = pick(rng, places)
         there, _ = pick(rng, places)
         value = int.from_bytes(data[at:at + width], "little")
-        value = pick(rng, [pick(rng, NUMBERS), value + 1, value - 1, value + 8, value * 2, there, at,
-                           len(data), len(data) - 8,
+        value = pick(rng, [pick(rng, NUMBERS), value + 1, value - 1, value + 8, value * 2, there,
+                           at, len(data), len(data) - 8,
                            int.from_bytes(data[there:there + width], "little")])
         data[at:at + width] = (value % 256**width).to_bytes(width, "little")
     return bytes(data)
@@ -302,5 +302,5 @@ def safetensors_header(data, rng):
     else:
         header = json_text(header, rng)
     if rng.integers(6) == 0:
-        rest = rest[:int(rng.integers(len(rest) + 1))] + np.zeros(int(rng.integers(64)), "u1").tobytes()
+        rest = rest[:int(rng.integers(len(rest) + 1))] + b"\0" * int(rng.integers(64))
     return len(header).to_bytes(8, "little") + header + rest

@@ -193,7 +193,7 @@ def keras_2_12_entry(kind, name, source, **config):
 
 @pytest.mark.parametrize("functional", [False, True])
 def test_keras_2_12_finds_layers_by_their_class(tmp_path, functional):
-    """Whatever the layers' names: the second LSTM stands under lstm_1, also if it is called lstm."""
+    """The second LSTM stands under lstm_1, also if it is called lstm."""
     rng = np.random.default_rng(0)
     weights = {n: [rng.normal(size=s).astype("f4") for s in ((I, 16), (4, 16), (16,))]
                for n, I in (("lstm", 3), ("lstm_1", 4))}

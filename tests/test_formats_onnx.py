@@ -640,7 +640,8 @@ def test_weights_put_together_in_the_graph(tmp_path):
               n("Transpose", ["x"], ["xt"], perm=[1, 0, 2]),
               n("LSTM", ["xt", "wih", "whh", "", "", "h0", "h0"], ["yd"], hidden_size=H,
                 direction="bidirectional"),
-              n("Transpose", ["yd"], ["yt"], perm=[0, 2, 1, 3]), n("Reshape", ["yt", "join"], ["yr"]),
+              n("Transpose", ["yd"], ["yt"], perm=[0, 2, 1, 3]),
+              n("Reshape", ["yt", "join"], ["yr"]),
               n("Transpose", ["yr"], ["Y"], perm=[1, 0, 2])]
     m = shaped(nodes, constants, tmp_path=tmp_path, inputs={"x": [None, None, I]})
     assert repr(m) == f"LSTM({I}, {H}, bias=False, batch_first=True, bidirectional=True)"
