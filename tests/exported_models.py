@@ -23,11 +23,12 @@ BEFORE = ("nothing", "linear", "conv", "norm", "embedding", "transpose")
 
 
 def torch_model(torch, rng):
-    """A module whose `front` feeds its `rnn`, what x it takes, and what was drawn."""
+    """A module whose `front` feeds its `rnn`, the x and lengths it takes, and what was drawn."""
     kind = rng.choice(["LSTM", "LSTM", "RNN", "GRU"], p=[.4, .4, .15, .05])
     before, I, H = rng.choice(BEFORE), int(rng.integers(2, 6)), int(rng.integers(1, 7))
     drawn = dict(kind=str(kind), before=str(before), layers=int(rng.integers(1, 4)),
-                 both=bool(rng.integers(2)), batch_first=bool(rng.integers(2)))
+                 both=bool(rng.integers(2)), batch_first=bool(rng.integers(2)),
+                 packed=str(rng.choice(["", "sorted", "unsorted"], p=[.7, .15, .15])))
     more = {"nonlinearity": str(rng.choice(["tanh", "relu"]))} if kind == "RNN" else {}
     nn = torch.nn
 
@@ -46,23 +47,37 @@ def torch_model(torch, rng):
                 return self.before(x.transpose(1, 2)).transpose(1, 2)
             return x.transpose(0, 1) if before == "transpose" else self.before(x)
 
-        def forward(self, x):
-            return self.head(self.rnn(self.front(x))[0])
+        def forward(self, x, lengths=None):
+            return self.head(self.sequences(self.front(x), lengths))
+
+        def sequences(self, x, lengths=None):
+            if lengths is None:
+                return self.rnn(x)[0]
+            pack, pad = nn.utils.rnn.pack_padded_sequence, nn.utils.rnn.pad_packed_sequence
+            first = drawn["batch_first"]
+            y = self.rnn(pack(x, lengths, first, drawn["packed"] == "sorted"))[0]
+            return pad(y, first)[0]
 
     T, B = int(rng.integers(3, 7)), int(rng.integers(2, 5))
     width = 3 if before in ("linear", "conv") else I
     x = torch.tensor(rng.normal(size=(B, T, width)), dtype=torch.float32)
     if before == "embedding":
         x = torch.tensor(rng.integers(0, 9, (B, T)))
-    return Net().eval(), x, drawn
+    net, lengths = Net().eval(), None
+    if drawn["packed"]:
+        count, most = (net.front(x).shape[k] for k in ((0, 1) if drawn["batch_first"] else (1, 0)))
+        lengths = torch.tensor([most, *rng.integers(1, most + 1, count - 1)])
+        lengths = lengths.sort(descending=True)[0] if drawn["packed"] == "sorted" else lengths
+    return net, x, lengths, drawn
 
 
 def check_torch(rng, path):
     """Export a random model by either exporter and load it: "equal", or why not."""
     import torch
-    model, x, drawn = torch_model(torch, rng)
+    model, x, lengths, drawn = torch_model(torch, rng)
     dynamo, dynamic = bool(rng.integers(2)), bool(rng.integers(2))
-    dynamo = dynamo and importlib.util.find_spec("onnxscript") is not None
+    # torch.export has no packed sequences
+    dynamo = dynamo and not drawn["packed"] and importlib.util.find_spec("onnxscript") is not None
     names = {0: "b", 1: "t"}
     options = {"dynamo": dynamo, "verbose": False}
     if not dynamo:
@@ -70,13 +85,14 @@ def check_torch(rng, path):
         options.update({"dynamic_axes": {"x": names}} if dynamic else {})
     elif dynamic:
         options["dynamic_shapes"] = ({0: torch.export.Dim("b"), 1: torch.export.Dim("t")},)
+    given = (x,) if lengths is None else (x, lengths)
     try:
-        torch.onnx.export(model, (x,), path, input_names=["x"], **options)
+        torch.onnx.export(model, given, path, input_names=["x", "lengths"][:len(given)], **options)
     except Exception as error:          # the exporter's own refusals have no common base
         return f"not exported (dynamo={dynamo}): {type(error).__name__}", drawn
     with torch.no_grad():
         fed = model.front(x)
-        want = model.rnn(fed)[0].numpy()
+        want = model.sequences(fed, lengths).numpy()
     try:
         m = lstmcore.load(path)
         m.batch_first = drawn["batch_first"]
@@ -85,7 +101,7 @@ def check_torch(rng, path):
         if drawn["kind"] == "GRU" and "GRU" in str(error):
             return "GRU, refused by name", drawn
         return f"refused (dynamo={dynamo}): {said[:100]}", drawn
-    got = m(fed.numpy())[0]
+    got = m(fed.numpy(), lengths=None if lengths is None else lengths.numpy())[0]
     off = np.abs(got - want).max() if got.shape == want.shape else np.inf
     return ("equal" if off < 1e-5 else f"WRONG by {off:.2g} (dynamo={dynamo})"), drawn
 

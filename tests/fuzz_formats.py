@@ -1,29 +1,39 @@
 """Fuzzing of the file readers: one harness for Hypothesis (test_formats_hostile.py) and atheris.
 
+    python tests/fuzz_formats.py all 60                             an hour, all readers in turn
+    python tests/fuzz_formats.py pytorch 10                         minutes, one reader
     python tests/fuzz_formats.py pytorch -max_total_time=600        with atheris installed
-    python tests/fuzz_formats.py pytorch 10                         minutes, without it
 
 A reader may return or raise ValueError. Anything else is a finding: another exception, a crash, a
-run longer than the limit, memory beyond it. Checksums are repaired before the reader sees a mutant,
-or the zip layer would turn all of them away.
+run of more than 5 s of CPU time, memory beyond ten times the file and 100 MB. Half of the mutants
+have bytes changed, half their structure (mutate_structure.py). Checksums are repaired before the
+reader sees a mutant, or the zip layer would turn all of them away. Where PyTorch or Keras is
+installed, files that they write are seeds too.
 """
 
 import argparse
 import collections
+import importlib.util
 import os
 import pathlib
 import pickle
 import re
-import resource
+import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 import zipfile
 
+import mutate_structure
 import numpy as np
 
 import lstmcore
+
+SECONDS, TIMES, ROOM_MB = 5, 10, 100        # CPU time; memory: TIMES the file and ROOM_MB
 
 
 def pack(path, members):
@@ -94,19 +104,49 @@ class Target:
 
     def saved(self, name, module):
         module.save(self.path(name))
+        return self.bytes(name)
+
+    def bytes(self, name):
         with open(self.path(name), "rb") as file:
             return file.read()
+
+    def made_by(self, framework, name):
+        """The bytes of files that a framework writes, named `name` with a number in it."""
+        if importlib.util.find_spec(framework) is None:
+            return []
+        environment = {**os.environ, "KERAS_BACKEND": "torch"}
+        script = pathlib.Path(self.folder, "write_seeds.py")
+        script.write_text(FRAMEWORKS[framework])
+        made = subprocess.run([sys.executable, script], cwd=self.folder, env=environment,
+                              capture_output=True, text=True)
+        assert made.returncode == 0, made.stderr
+        return [self.bytes(entry) for entry in sorted(os.listdir(self.folder))
+                if re.fullmatch(name, entry)]
+
+    def more_seeds(self):
+        """What is not in `seeds` because it takes a framework."""
+        return []
+
+    def beside(self, seed):
+        """Put what belongs to a seed beside its mutants."""
+
+    def restructured(self, seed, others, rng):
+        """A mutant whose structure is not the seed's."""
+        raise NotImplementedError
 
     def place(self, data):
         with open(self.path(self.name), "wb") as file:
             file.write(data)
         return self.path(self.name)
 
+    def reads(self):
+        return [lstmcore.formats.load, lstmcore.formats.read_arrays]
+
     def attack(self, data):
         """Load the mutant; True if it was accepted."""
         path = self.place(bytes(data))
         accepted = False
-        for read in (lstmcore.formats.load, lstmcore.formats.read_arrays):
+        for read in self.reads():
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
@@ -121,7 +161,34 @@ class Safetensors(Target):
     name = "mutant.safetensors"
 
     def seeds(self):
-        return [self.saved("seed.safetensors", layer())]
+        stack = lstmcore.formats.Stack([plain_layer(), lstmcore.LSTM(8, 3, proj_size=2, seed=1)])
+        model = lstmcore.LanguageModel(hidden_size=4, num_layers=1, embed_size=2)
+        model.fit("abc" * 50, steps=1, progress=False, batch_size=2, seq_length=5,
+                  checkpoint=self.path("model.safetensors"))
+        return [self.saved("stack.safetensors", stack), self.bytes("model.safetensors"),
+                self.saved("seed.safetensors", layer())]
+
+    def restructured(self, seed, others, rng):
+        return mutate_structure.safetensors_header(seed, rng)
+
+
+class Index(Target):
+    """The mutant is the index, beside two shards."""
+
+    name = "mutant.safetensors.index.json"
+
+    def seeds(self):
+        arrays = layer().state_dict()
+        names = sorted(arrays)
+        places = {name: f"part-{n % 2}.safetensors" for n, name in enumerate(names)}
+        for shard in set(places.values()):
+            lstmcore.formats.safetensors.write(self.path(shard), {
+                name: arrays[name] for name in names if places[name] == shard})
+        return [b'{"metadata": {"total_size": 1}, "weight_map": {'
+                + ", ".join(f'"{a}": "{b}"' for a, b in places.items()).encode() + b"}}"]
+
+    def restructured(self, seed, others, rng):
+        return mutate_structure.json_text(seed, rng)
 
 
 class PyTorch(Target):
@@ -129,9 +196,30 @@ class PyTorch(Target):
 
     name = "mutant.pt"
 
+    others = {}                             # what stands beside other seeds than the first
+
     def seeds(self):
         program, self.members = pt_program(layer().parameters())
         return [program, beside_objects(program)]
+
+    def more_seeds(self):
+        self.made_by("torch", "")
+        self.others = dict.fromkeys(self.seeds(), self.members)
+        for entry in sorted(os.listdir(self.folder)):
+            if re.fullmatch(r"seed\d\.pt", entry):
+                with zipfile.ZipFile(self.path(entry)) as archive:
+                    kept = {"archive" + name[name.index("/"):]: archive.read(name)
+                            for name in archive.namelist()}
+                program = kept.pop("archive/data.pkl")
+                self.others[program] = {name: data for name, data in kept.items()
+                                        if name.startswith("archive/data/")}
+        return list(self.others)[2:]
+
+    def restructured(self, seed, others, rng):
+        return mutate_structure.pickle_program(seed, others, rng)
+
+    def beside(self, seed):
+        self.members = self.others.get(seed, self.members)
 
     def place(self, data):
         pack(self.path(self.name), {"archive/data.pkl": data, "archive/byteorder": b"little",
@@ -146,8 +234,16 @@ class Archive(Target):
 
     def seeds(self):
         write_pt(self.path("seed.pt"), layer().parameters())
-        with open(self.path("seed.pt"), "rb") as file:
-            return [file.read()]
+        return [self.bytes("seed.pt")]
+
+    def more_seeds(self):
+        return [*self.made_by("torch", r"seed\d\.pt2?"),
+                *self.made_by("keras", r"seed\d\.keras")]
+
+    def restructured(self, seed, others, rng):
+        if rng.integers(2):
+            return mutate_structure.zip_members(seed, rng)
+        return mutate_structure.fields(seed, mutate_structure.zip_places(seed), rng)
 
 
 class HDF5(Target):
@@ -155,6 +251,16 @@ class HDF5(Target):
 
     def seeds(self):
         return [self.saved("seed.weights.h5", plain_layer())]
+
+    def more_seeds(self):
+        return self.made_by("keras", r"seed\d\.h5")
+
+    def restructured(self, seed, others, rng):
+        if seed not in self.places:
+            self.places[seed] = mutate_structure.hdf5_places(seed)
+        return mutate_structure.fields(seed, self.places[seed], rng)
+
+    places = {}
 
 
 class Keras(Target):
@@ -170,6 +276,23 @@ class Keras(Target):
                 b'"class_name": "LSTM", "config": {"return_sequences": true, "activation": "tanh",'
                 b'"recurrent_activation": "sigmoid"}}}, "inbound_nodes": [[["x", 0, 0, {}]]]}]}}']
 
+    def more_seeds(self):
+        self.made_by("keras", "")
+        self.others = dict.fromkeys(self.seeds(), self.weights)
+        for entry in sorted(os.listdir(self.folder)):
+            if re.fullmatch(r"seed\d\.keras", entry):
+                with zipfile.ZipFile(self.path(entry)) as archive:
+                    self.others[archive.read("config.json")] = archive.read("model.weights.h5")
+        return list(self.others)[1:]
+
+    others = {}
+
+    def restructured(self, seed, others, rng):
+        return mutate_structure.json_text(seed, rng)
+
+    def beside(self, seed):
+        self.weights = self.others.get(seed, self.weights)
+
     def place(self, data):
         pack(self.path(self.name), {"config.json": data, "model.weights.h5": self.weights})
         return self.path(self.name)
@@ -182,9 +305,80 @@ class ONNX(Target):
         both = lstmcore.formats.Stack([plain_layer(), lstmcore.LSTM(8, 3, proj_size=2, seed=1)])
         return [self.saved("seed.onnx", layer()), self.saved("scan.onnx", both)]
 
+    def more_seeds(self):
+        return self.made_by("torch", r"seed\d\.onnx")
 
-TARGETS = {"safetensors": Safetensors, "pytorch": PyTorch, "archive": Archive, "hdf5": HDF5,
-           "keras": Keras, "onnx": ONNX}
+    def reads(self):
+        return [*super().reads(), self.run]
+
+    def run(self, path):
+        """The graph computed, on zeros."""
+        graph = lstmcore.formats.onnx.Graph(path)
+        kinds = {1: "f4", 6: "i4", 7: "i8", 9: "?", 11: "f8"}
+        return graph.run({name: np.zeros(
+            [min(max(d.dim_value, 2), 9) for d in value.type.tensor_type.shape.dim][:4],
+            kinds.get(value.type.tensor_type.elem_type, "f4"))
+            for name, value in graph.inputs.items()})
+
+    def restructured(self, seed, others, rng):
+        from lstmcore.formats import onnx_graph
+        message = onnx_graph.onnx.ModelProto.FromString(seed)
+        mutate_structure.protobuf(message, rng)
+        return message.SerializeToString()
+
+
+TARGETS = {"safetensors": Safetensors, "index": Index, "pytorch": PyTorch, "archive": Archive,
+           "hdf5": HDF5, "keras": Keras, "onnx": ONNX}
+
+# What writes seeds into the folder where it runs.
+FRAMEWORKS = {"torch": """
+import warnings, torch
+from torch import nn
+warnings.simplefilter("ignore")
+class Net(nn.Module):
+    def __init__(self, both, layers):
+        super().__init__()
+        self.embed = nn.Embedding(9, 3)
+        self.rnn = nn.LSTM(3, 4, layers, bidirectional=both, batch_first=True)
+        self.head = nn.Linear(8 if both else 4, 2)
+    def forward(self, x):
+        if x.shape[0] > 100:
+            return self.head(self.rnn(self.embed(x))[0]) + 1
+        return self.head(self.rnn(self.embed(x))[0])
+x = torch.zeros(2, 5, dtype=torch.int64)
+first, second = Net(False, 1), Net(True, 2)
+torch.save({"model": first.state_dict(), "epoch": 3}, "seed0.pt")
+torch.save(nn.Sequential(nn.Linear(2, 3), nn.LSTM(3, 4)), "seed1.pt")
+torch.jit.save(torch.jit.script(second), "seed2.pt")
+torch.save(nn.utils.parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0").state_dict(),
+           "seed3.pt")
+torch.export.save(torch.export.export(first, (x,)), "seed0.pt2")
+names = {0: "b", 1: "t"}
+for n, model in enumerate((first, second)):
+    torch.onnx.export(model, (x,), f"seed{n}.onnx", input_names=["x"], dynamic_axes={"x": names},
+                      opset_version=(11, 17)[n], dynamo=False)
+torch.onnx.export(torch.jit.script(first), (x,), "seed2.onnx", input_names=["x"], opset_version=14,
+                  dynamic_axes={"x": names}, dynamo=False)
+try:
+    import onnxscript
+    torch.onnx.export(second, (x,), "seed3.onnx", dynamo=True, verbose=False, external_data=False)
+except ImportError:
+    pass
+""", "keras": """
+import keras
+L = keras.layers
+def build(n, *layers):
+    x = y = keras.Input((None, 3))
+    for layer in layers:
+        y = layer(y)
+    model = keras.Model(x, y) if n % 2 else keras.Sequential([x, *layers])
+    model.save(f"seed{n}.keras")
+    model.save(f"seed{n}.h5")
+build(0, L.Dense(3), L.Bidirectional(L.LSTM(4, return_sequences=True)), L.Dropout(.1), L.LSTM(3))
+build(1, L.SimpleRNN(4, return_sequences=True, activation="relu"), L.LSTM(2), L.Dense(1))
+build(2, keras.Sequential([keras.Input((None, 3)), L.RNN(L.LSTMCell(4))]), L.Dense(2))
+build(3, L.Bidirectional(L.SimpleRNN(2, use_bias=False), merge_mode="sum"))
+"""}
 
 
 def mutant(seed, rng, others):
@@ -213,27 +407,82 @@ def mutant(seed, rng, others):
     return bytes(data)
 
 
-def without_atheris(name, minutes):
-    """Random mutants until the time is over: another exception ends it, a slow one is told."""
-    target, rng = TARGETS[name](tempfile.mkdtemp()), np.random.default_rng()
-    seeds, begin, count, accepted, slowest = target.seeds(), time.monotonic(), 0, 0, 0.0
-    while time.monotonic() - begin < 60 * minutes:
-        data = mutant(seeds[int(rng.integers(len(seeds)))], rng, seeds)
-        started = time.monotonic()
+def mutants(target, seeds, rng):
+    """Mutants without end."""
+    while True:
+        seed = seeds[int(rng.integers(len(seeds)))]
+        target.beside(seed)
+        yield (mutant(seed, rng, seeds) if rng.integers(2)
+               else target.restructured(seed, seeds, rng))
+
+
+class _Hang(BaseException):
+    """A reader that took too long."""
+
+
+def _raise_hang(*_):
+    raise _Hang
+
+
+def _memory(name):
+    """VmRSS or VmHWM of this process, bytes."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith(name))
+
+
+def without_atheris(name, minutes, seed=None):
+    """Random mutants until the time is over; returns the number of findings."""
+    os.environ["LSTMCORE_NUM_THREADS"] = "1"
+    warnings.simplefilter("ignore")
+    target, rng = TARGETS[name](tempfile.mkdtemp()), np.random.default_rng(seed)
+    seeds = target.seeds()
+    seeds += target.more_seeds()
+    signal.signal(signal.SIGPROF, _raise_hang)
+    begin, count, accepted, slowest, most, found = time.monotonic(), 0, 0, 0.0, 0, {}
+    for data in mutants(target, seeds, rng):
+        if time.monotonic() - begin > 60 * minutes:
+            break
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")                                     # VmHWM begins anew
+        before, started, finding = _memory("VmRSS"), time.process_time(), None
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             accepted += target.attack(data)
-        except BaseException:
-            with open(f"found-{name}", "wb") as file:
-                file.write(data)
-            raise
-        count, slowest = count + 1, max(slowest, time.monotonic() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    print(f"{name}: {count} mutants, {accepted} loaded, slowest {slowest:.2f} s, peak {peak} MB")
+        except BaseException as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            finding = f"{type(error).__name__} {os.path.basename(last.filename)}:{last.lineno}"
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        slowest = max(slowest, spent := time.process_time() - started)
+        most = max(most, grown := _memory("VmHWM") - before)
+        if finding is None and spent > SECONDS:
+            finding = "slow"
+        if finding is None and grown > TIMES * len(data) + (ROOM_MB << 20):
+            finding = "memory"
+        if finding is not None:
+            if finding not in found:
+                kept = f"found-{len(found)}-{target.name}"
+                shutil.copy(target.path(target.name), kept)
+                print(f"{name}: {finding}, see {kept}", flush=True)
+            found[finding] = found.get(finding, 0) + 1
+            if finding.startswith("KeyboardInterrupt"):
+                break
+        count += 1
+    print(f"{name}: {count} mutants of {len(seeds)} seeds, {accepted} loaded, slowest "
+          f"{slowest:.2f} s, most memory {most >> 20} MB, findings {found or 'none'}", flush=True)
+    return len(found)
 
 
 def main():
     if sys.argv[2:] and sys.argv[2].replace(".", "").isdecimal():
-        return without_atheris(sys.argv[1], float(sys.argv[2]))
+        minutes = float(sys.argv[2])
+        if sys.argv[1] != "all":
+            sys.exit(without_atheris(sys.argv[1], minutes) > 0)
+        # A process for each: a crash ends that one, and is a finding.
+        codes = {name: subprocess.run([sys.executable, __file__, name, str(minutes / len(TARGETS))]
+                                      ).returncode for name in TARGETS}
+        print("ended with", codes)
+        sys.exit(any(codes.values()))
     import atheris
     with atheris.instrument_imports(include=["lstmcore.formats"]):
         from lstmcore.formats import keras, onnx, pytorch       # noqa: F401

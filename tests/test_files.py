@@ -303,8 +303,8 @@ def test_half_floats_become_what_is_asked_for(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("which, package, seeds", [("torch", "onnx", range(12)),
-                                                   ("keras", "keras", range(12))])
+@pytest.mark.parametrize("which, package, seeds", [("torch", "onnx", range(24)),
+                                                   ("keras", "keras", range(24))])
 def test_random_models_load_and_are_equal_or_named(tmp_path, monkeypatch, which, package, seeds):
     """Seeds of `exported_models`, whose own run draws more of them."""
     pytest.importorskip("torch")

@@ -109,6 +109,14 @@ def test_names_may_take_all_255_bytes(tmp_path):
             check(tmp_path / ("n" * 256))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="names there are texts")
+def test_names_may_be_bytes_that_are_no_text(tmp_path, ending):
+    path = os.fsencode(tmp_path) + b"/\xff" + ending.encode()
+    lstmcore.LSTM(3, 4, seed=0).save(path)
+    assert lstmcore.load(path).hidden_size == 4
+    disk.check_writable(path)
+
+
 def test_links_are_followed_and_modes_kept(tmp_path):
     real, link, dangling = (tmp_path / name for name in ("real", "link", "dangling"))
     real.touch(0o600)

@@ -185,6 +185,53 @@ def test_keras_2_files(tmp_path, config):
     np.testing.assert_array_equal(m.parameters()["weight_hh_l0"], arrays[1].T)
 
 
+def keras_2_12_entry(kind, name, source, **config):
+    return {"module": "keras.layers", "class_name": kind, "registered_name": None,
+            "name": name, "inbound_nodes": [[[source, 0, 0, {}]]] if source else [],
+            "config": {"name": name, "time_major": False, "go_backwards": False, **config}}
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_keras_2_12_finds_layers_by_their_class(tmp_path, functional):
+    """The second LSTM stands under lstm_1, also if it is called lstm."""
+    rng = np.random.default_rng(0)
+    weights = {n: [rng.normal(size=s).astype("f4") for s in ((I, 16), (4, 16), (16,))]
+               for n, I in (("lstm", 3), ("lstm_1", 4))}
+    said = dict(activation="tanh", recurrent_activation="sigmoid", return_sequences=True)
+    layers = [keras_2_12_entry("InputLayer", "x", None),
+              keras_2_12_entry("LSTM", "lstm_1", "x", **said),
+              keras_2_12_entry("LSTM", "lstm", "lstm_1", **said)]
+    config = {"module": "keras", "class_name": "Functional" if functional else "Sequential",
+              "config": {"name": "m", "layers": layers}}
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        for n, each in weights.items():
+            file.create_group(f"_layer_checkpoint_dependencies/{n}/vars")
+            for k, a in enumerate(each):
+                file[f"_layer_checkpoint_dependencies/{n}/cell/vars/{k}"] = a
+    fuzz_formats.pack(tmp_path / "m.keras", {
+        "metadata.json": b'{"keras_version": "2.12.0"}', "config.json": json.dumps(config),
+        "model.weights.h5": (tmp_path / "w.h5").read_bytes()})
+    m = lstmcore.load(tmp_path / "m.keras")
+    assert repr(m) == "LSTM(3, 4, num_layers=2, batch_first=True)"
+    for n, each in enumerate(weights.values()):
+        np.testing.assert_array_equal(m.parameters()[f"weight_ih_l{n}"], each[0].T)
+
+
+def test_classes_of_others_are_not_believed(tmp_path):
+    """A class named LSTM in a module whose name only begins like Keras's."""
+    L(3, 4, seed=1).save(tmp_path / "w.weights.h5")
+    for module, fits in (("keras.layers", True), ("keras_contrib.layers", False), ("mine", False)):
+        entry = {**keras_2_12_entry("LSTM", "lstm", None), "module": module}
+        fuzz_formats.pack(tmp_path / "m.keras", {
+            "config.json": json.dumps({"class_name": "Sequential", "config": {"layers": [entry]}}),
+            "model.weights.h5": (tmp_path / "w.weights.h5").read_bytes()})
+        if fits:
+            lstmcore.load(tmp_path / "m.keras")
+        else:
+            with pytest.raises(ValueError, match="not Keras's own"):
+                lstmcore.load(tmp_path / "m.keras")
+
+
 def test_cudnn_layout(tmp_path):
     """Written as Keras documents the conversion: per gate, in Fortran order and transposed."""
     rng = np.random.default_rng(0)

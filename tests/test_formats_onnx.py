@@ -503,8 +503,159 @@ def test_what_is_not_read_is_named(tmp_path):
     for op in ("GRU", "Loop"):
         with pytest.raises(ValueError, match=f"lstmcore reads LSTM and RNN, not {op}"):
             shaped([helper.make_node(op, ["x", "W", "R"], ["Y"])], {}, tmp_path=tmp_path)
+    body = helper.make_graph([lstm(y="b")], "body", [], [])
+    with pytest.raises(ValueError, match="lstmcore reads LSTM and RNN, not Loop"):
+        shaped([helper.make_node("Loop", ["W"], ["Y"], body=body)], {}, tmp_path=tmp_path)
     with pytest.raises(ValueError, match="may have written a recurrence out"):
         shaped([helper.make_node("MatMul", ["x", "x"], ["Y"])], {}, tmp_path=tmp_path)
+    steps = [helper.make_node("MatMul", [f"y{n}" if n else "x", "V"], [f"y{n + 1}"])
+             for n in range(4)]
+    with pytest.raises(ValueError, match="it multiplies by 'V' 4 times: .*recurrence out"):
+        shaped([*steps, helper.make_node("Identity", ["y4"], ["Y"])], {"V": np.eye(I, dtype="f4")},
+               tmp_path=tmp_path)
+
+
+def quantized(a, per_channel, kind, offset):
+    """W or R in 8 bits, (D, I, 4H), with scales and zero points; and what they stand for."""
+    rng, shape = np.random.default_rng(7), (len(a), a.shape[1]) if per_channel else (len(a),)
+    # Integers up to 64: onnxruntime adds two products in 16 bits where a CPU has no VNNI
+    scale = rng.uniform(0.011, 0.015, shape).astype("f4")
+    zero = np.full(shape, offset, kind)
+    wide_scale, wide_zero = (v[:, None] if per_channel else v[:, None, None] for v in (scale, zero))
+    most = np.iinfo(kind)
+    q = np.clip(np.rint(a.transpose(0, 2, 1) / wide_scale) + wide_zero, most.min, most.max)
+    q = q.astype(kind)
+    meant = (q.astype("f4") - wide_zero) * wide_scale
+    return (q, scale, zero), meant.astype("f4").transpose(0, 2, 1)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("kind, offset", [("i1", 0), ("u1", 128)])
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+def test_quantized_nodes_become_float32(tmp_path, per_channel, kind, offset, direction):
+    found = recurrent("LSTM", direction)
+    (W, *w), found_W = quantized(found["W"], per_channel, kind, offset)
+    (R, *r), found_R = quantized(found["R"], per_channel, kind, offset)
+    names = ["x", "W", "R", "B", "", "", "", "", "ws", "wz", "rs", "rz"]
+    constants = dict(W=W, R=R, B=found["B"], ws=w[0], wz=w[1], rs=r[0], rz=r[1])
+    node = helper.make_node("DynamicQuantizeLSTM", names, ["Y"], domain="com.microsoft",
+                            hidden_size=H, direction=direction)
+    made = model([node], {"x": [None, None, I]}, ["Y"], constants)
+    made.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    onnx.save(made, tmp_path / "q.onnx")
+    with pytest.warns(UserWarning, match="weights of 8 bits"):
+        m = lstmcore.load(tmp_path / "q.onnx")
+    plain = helper.make_node("LSTM", ["x", "W", "R", "B"], ["Y"], hidden_size=H,
+                             direction=direction)
+    onnx.save(model([plain], {"x": [None, None, I]}, ["Y"],
+                    {"W": found_W, "R": found_R, "B": found["B"]}), tmp_path / "m.onnx")
+    for name, p in lstmcore.load(tmp_path / "m.onnx").parameters().items():
+        np.testing.assert_array_equal(m.parameters()[name], p)
+    x = np.random.default_rng(0).normal(size=(T, B, I)).astype("f4")
+    got, want = m(x)[0], run(str(tmp_path / "q.onnx"), {"x": x})["Y"]
+    # x and h of 8 bits: a step of 1/127 of the largest of each, over 7 steps
+    np.testing.assert_allclose(got, want.transpose(0, 2, 1, 3).reshape(got.shape), atol=0.05)
+    with pytest.raises(ValueError, match="DynamicQuantizeLSTM, which rounds x"):
+        Graph(tmp_path / "q.onnx").run({"x": x})
+    del node.input[-1]
+    made.graph.node[0].CopyFrom(node)
+    onnx.save(made, tmp_path / "q.onnx")
+    with pytest.raises(ValueError, match="constant scales and zero points"):
+        lstmcore.load(tmp_path / "q.onnx")
+
+
+def test_weights_that_a_graph_dequantizes(tmp_path):
+    """As quantizers with Q and DQ nodes write them, with one scale or one per row."""
+    n, found = helper.make_node, recurrent("LSTM", "forward")
+    q = np.random.default_rng(1).integers(-99, 99, found["W"].shape).astype("i1")
+    for scale, zero in ((np.float32(0.01), np.int8(3)),
+                        (np.linspace(0.01, 0.02, 4 * H, dtype="f4"), np.arange(4 * H, dtype="i1"))):
+        nodes = [n("DequantizeLinear", ["q", "s", "z"], ["V"], axis=1),
+                 n("LSTM", ["x", "V", "R", "B"], ["Y"], hidden_size=H)]
+        m = shaped(nodes, {"q": q, "s": scale, "z": zero}, tmp_path=tmp_path)
+        want = (q[0].astype("f4") - zero.astype("f4").reshape(-1, 1)) * scale.reshape(-1, 1)
+        order = np.concatenate([np.arange(H) + k * H for k in (0, 2, 3, 1)])    # ONNX's i, o, f, c
+        np.testing.assert_array_equal(m.parameters()["weight_ih_l0"], want[order])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [
+    {}, {"enforce_sorted": False}, {"batch_first": True, "enforce_sorted": False},
+    {"embedding": True, "batch_first": True}])
+def test_packed_sequences_from_torch(tmp_path, capfd, options):
+    """Packed before the layer and padded behind it: an LSTM with sequence_lens."""
+    torch = pytest.importorskip("torch")
+    pack, pad = torch.nn.utils.rnn.pack_padded_sequence, torch.nn.utils.rnn.pad_packed_sequence
+    first = options.get("batch_first", False)
+    how = {"batch_first": first, "enforce_sorted": options.get("enforce_sorted", True)}
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(9, I) if "embedding" in options else torch.nn.Identity()
+            self.rnn = torch.nn.LSTM(I, H, 2, bidirectional=True, batch_first=first)
+
+        def forward(self, x, lengths):
+            y, _ = self.rnn(pack(self.embed(x), lengths, **how))
+            return pad(y, batch_first=first)[0]
+
+    net, rng = Net().eval(), np.random.default_rng(0)
+    shape = (B, T) if first else (T, B)
+    x = torch.tensor(rng.integers(0, 9, shape) if "embedding" in options
+                     else rng.normal(size=(*shape, I)).astype("f4"))
+    lengths = torch.tensor([T, 5, 2] if how["enforce_sorted"] else [5, T, 2])
+    torch.onnx.export(net, (x, lengths), tmp_path / "m.onnx", input_names=["x", "lengths"],
+                      dynamic_axes={"x": {0: "a", 1: "b"}, "lengths": {0: "n"}}, dynamo=False,
+                      opset_version=14)
+    m = lstmcore.load(tmp_path / "m.onnx")
+    assert m.batch_first == first
+    with torch.no_grad():
+        got = m(net.embed(x).numpy(), lengths=lengths.numpy())[0]
+        np.testing.assert_allclose(got, net(x, lengths).numpy(), rtol=0, atol=1e-6)
+
+
+def test_weights_put_together_in_the_graph(tmp_path):
+    """As Paddle's and TensorFlow's converters write a layer: gates cut and reordered by nodes,
+    directions stacked by them, x transposed, states by shapes."""
+    n, rng = helper.make_node, np.random.default_rng(2)
+    nodes, constants, wanted = [], {"one": np.array([1]), "zero": np.array([0]),
+                                    "end": np.array([9]), "two": np.array([2]),
+                                    "H": np.array([H]), "join": np.array([0, 0, 2 * H])}, {}
+    constants.update({str(k * H): np.array([k * H]) for k in range(5) if str(k * H) != "0"})
+    constants["0"] = np.array([0])
+    for d, suffix in enumerate(("", "_reverse")):
+        for kind, shape in (("ih", (4 * H, I)), ("hh", (4 * H, H))):
+            name = f"weight_{kind}_l0{suffix}"
+            wanted[name] = constants[name] = rng.uniform(-1, 1, shape).astype("f4")
+            for k in range(4):
+                nodes.append(n("Slice", [name, str(k * H), str((k + 1) * H), "zero"],
+                               [f"{name}{k}"]))
+            nodes += [n("Concat", [f"{name}{k}" for k in (0, 3, 1, 2)], [name + "o"], axis=0),
+                      n("Unsqueeze", [name + "o", "zero"], [name + "u"])]
+    for kind in ("ih", "hh"):
+        nodes.append(n("Concat", [f"weight_{kind}_l0u", f"weight_{kind}_l0_reverseu"], ["w" + kind],
+                       axis=0))
+    nodes += [n("Shape", ["x"], ["s"]), n("Slice", ["s", "zero", "one", "zero"], ["n"]),
+              n("Concat", ["two", "n", "H"], ["hs"], axis=0), n("ConstantOfShape", ["hs"], ["h0"]),
+              n("Transpose", ["x"], ["xt"], perm=[1, 0, 2]),
+              n("LSTM", ["xt", "wih", "whh", "", "", "h0", "h0"], ["yd"], hidden_size=H,
+                direction="bidirectional"),
+              n("Transpose", ["yd"], ["yt"], perm=[0, 2, 1, 3]),
+              n("Reshape", ["yt", "join"], ["yr"]),
+              n("Transpose", ["yr"], ["Y"], perm=[1, 0, 2])]
+    m = shaped(nodes, constants, tmp_path=tmp_path, inputs={"x": [None, None, I]})
+    assert repr(m) == f"LSTM({I}, {H}, bias=False, batch_first=True, bidirectional=True)"
+    for name, a in wanted.items():
+        np.testing.assert_array_equal(m.parameters()[name], a)
+    x = rng.normal(size=(B, T, I)).astype("f4")
+    want = run(str(tmp_path / "m.onnx"), {"x": x})["Y"]
+    np.testing.assert_allclose(m(x)[0], want, rtol=0, atol=1e-6)
+
+
+def test_an_operation_without_its_input_is_refused():
+    made = model([helper.make_node("Identity", [""], ["Y"])], {"x": [None]}, ["Y"], {})
+    with pytest.raises(ValueError, match="Identity.* lacks an input"):
+        Graph(made).run({"x": np.zeros(3, "f4")})
 
 
 def test_many_nodes_and_shared_weights_take_little(tmp_path):

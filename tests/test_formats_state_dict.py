@@ -362,3 +362,17 @@ def test_torch_views_and_types(tmp_path):
     for name, tensor in saved.items():
         tensor = tensor.detach().float() if tensor.dtype == torch.bfloat16 else tensor.detach()
         np.testing.assert_array_equal(found[name], tensor.numpy())
+
+
+def test_a_shard_that_cannot_be_read_is_named_with_its_index(tmp_path):
+    state = random_state_dict(3, 4, 1, 1)
+    names, index = sorted(state), tmp_path / "m.safetensors.index.json"
+    safetensors.write(tmp_path / "a.safetensors", {n: state[n] for n in names[:2]})
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "empty.safetensors").touch()
+    for shard, said in {"none": "cannot be read: No such file", "folder": "Is a directory",
+                        "empty": "at least 8 bytes", "n" * 300: "cannot be read"}.items():
+        index.write_text(json.dumps({"weight_map": {
+            name: f"{'a' if name in names[:2] else shard}.safetensors" for name in names}}))
+        with pytest.raises(ValueError, match=f"index.json.* the shard '{shard[:90]}.*{said}"):
+            lstmcore.load(index)

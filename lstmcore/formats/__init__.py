@@ -107,6 +107,8 @@ def _reader(path):
     name = os.fsdecode(path)
     with disk.opened(path) as file:
         head = file.read(16)
+    if head == b"version https://":
+        raise ValueError(f"{name} is a pointer of Git LFS, not the file: git lfs pull fetches it")
     members = ()
     if head[:4] == b"PK\x03\x04":
         with Archive(path) as archive:

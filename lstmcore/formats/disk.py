@@ -56,7 +56,7 @@ def written(path):
                 while left:
                     left = left[file.write(left):]
             return
-        target = os.path.realpath(path)
+        target = os.path.realpath(os.fsdecode(path))
         partial, descriptor = _new_partial(target)
         try:
             with open(descriptor, "wb") as file:
@@ -78,7 +78,7 @@ def check_writable(path):
     with _naming(path):
         if _is_special(path):
             return
-        partial, descriptor = _new_partial(os.path.realpath(path))
+        partial, descriptor = _new_partial(os.path.realpath(os.fsdecode(path)))
         os.close(descriptor)
         os.remove(partial)
 

@@ -27,6 +27,7 @@ from lstmcore.formats.description import Content
 KINDS = {"LSTM": "LSTM", "CuDNNLSTM": "LSTM", "SimpleRNN": "RNN"}
 CELLS = {"LSTMCell": "LSTM", "SimpleRNNCell": "SimpleRNN"}      # of the layer class RNN
 MODELS = "Sequential", "Functional", "Model"
+KERAS = "keras", "tf_keras", "tensorflow"
 NODES = "layers", "_layer_checkpoint_dependencies"              # of Keras 3, and of TensorFlow 2.12
 # What these do to a sequence, they do in training only.
 PASSING = ("InputLayer", "Dropout", "SpatialDropout1D", "GaussianNoise", "GaussianDropout",
@@ -209,7 +210,7 @@ def _weights_by_layer(path, root, layers):
         return {**inner, **{name: list(places.values()) for name, places in found.items()}}
     if not any(name in (root.members or {}) for name in NODES):
         raise ValueError(f"{path} is HDF5, but neither Keras 3's layout nor the older one")
-    found, waiting = {}, [("", root)]
+    found, waiting, unnamed = {}, [("", root)], _by_class(layers)
     while waiting:
         prefix, parent = waiting.pop()
         nodes = next((parent.members[name] for name in NODES if name in parent.members), None)
@@ -217,12 +218,30 @@ def _weights_by_layer(path, root, layers):
             if node.members is None:
                 continue
             variables = node.members.get("vars")
-            name = variables.attributes.get("name", key) if variables else key
+            name = unnamed.get(prefix + key, prefix + key)[len(prefix):]
+            name = variables.attributes.get("name", name) if variables else name
             halves = [_at(node, half) for half in ("forward_layer", "backward_layer")]
             cells = [_at(half, "cell", "vars") for half in (halves if all(halves) else [node])]
             found[prefix + str(name)] = [[c.members[k].array for k in "012" if k in c.members]
                                          for c in cells if c is not None and c.members is not None]
             waiting.append((f"{prefix}{name}/", node))
+    return found
+
+
+def _by_class(layers):
+    """{where a file without names keeps a layer: its name}: by its class, the n-th of it as _n.
+
+    So TensorFlow's Keras 2.12 wrote them, whatever the layers' own names.
+    """
+    found, counts = {}, {}
+    for name, layer in layers.items():
+        inner = layer.inner["class_name"]
+        prefix = name[:name.rfind("/") + 1]
+        key = re.sub(r"(.)([A-Z][a-z]+)|(?<=[a-z])([A-Z])",
+                     lambda m: f"{m[1]}_{m[2]}" if m[1] else f"_{m[3]}",
+                     inner if inner in MODELS else layer.kind).lower()
+        n = counts[prefix + key] = counts.get(prefix + key, -1) + 1
+        found[prefix + key + (f"_{n}" if n else "")] = name
     return found
 
 
@@ -375,7 +394,7 @@ def _from_config(path, name, layer, weights):
             if back["class_name"] != inner["class_name"]:
                 raise ValueError(f"{name} has a {back['class_name']!r:.40} as its backward_layer")
             _expect(name, back["config"], {**wanted, "go_backwards": [True]})
-    if not str(inner.get("module") or "keras").startswith("keras"):
+    if str(inner.get("module") or "keras").partition(".")[0] not in KERAS:
         raise ValueError(f"{name} is of a class of {inner['module']!r:.100}, not Keras's own")
     if name not in weights:
         raise ValueError(f"{path} has no weights of the layer {name!r:.100}")

@@ -5,24 +5,28 @@ against patterns: it is run, on cells that are numbered, and two nodes are stack
 gets the numbers of the first one's Y where an `lstmcore.LSTM` of two layers would put them.
 """
 
+import collections
 import functools
 import json
 import math
 import os
+import warnings
 
 import numpy as np
 
 from lstmcore.formats import description, onnx_export
 from lstmcore.formats.description import Content
 from lstmcore.formats.onnx_export import write_module           # noqa: F401
-from lstmcore.formats.onnx_graph import GATES, Budget, Graph, chosen_nodes, layer_of, parsed
+from lstmcore.formats.onnx_graph import (GATES, Budget, Graph, chosen_nodes, dequantized, layer_of,
+                                         parsed)
 from lstmcore.formats.onnx_operators import (ARITHMETIC, KEEPING_FILL, MOVING, SHAPES, plumb,
                                              reduced_shape)
 
 import onnx.backend.base  # onnx_export has said what to do if it is not there
 
 _PROBE_T, _PROBE_B = 5, 3           # sizes of the numbered cells where the graph leaves them open
-_NAMED = ("GRU", "DynamicQuantizeLSTM", "Loop", "If")
+INTEGERS = onnx.TensorProto.INT32, onnx.TensorProto.INT64
+_NAMED = ("GRU", "Loop", "If")
 
 
 def read_arrays(path):
@@ -51,8 +55,9 @@ def content(path):
     elif odd := [op for op in others if op.rpartition(".")[2] in _NAMED]:
         hint = f"lstmcore reads LSTM and RNN, not {', '.join(odd)}"
     elif "MatMul" in others or "Gemm" in others:
-        hint = ("an exporter may have written a recurrence out, step by step: torch.onnx.export "
-                "with dynamo=False keeps it, or load the state_dict")
+        hint = probe.repeated() + (
+            "an exporter may have written a recurrence out, step by step: torch.onnx.export with "
+            "dynamo=False keeps it, or load the state_dict or the .keras file")
     options = {"batch_first": probe.is_batch_first(probe.recurrent[0])} if chains else {}
     own = _own(model, graph)
     return Content(own[1] if own else graph.constants, chains, others, options,
@@ -121,8 +126,11 @@ class _Probe:
 
     def __init__(self, graph):
         self.graph, self.unknown_ops, self.recurrent = graph, set(), []
-        self.next, self.sources, self.given = 1, {}, {}
+        self.next, self.sources, self.given, self.fronts = 1, {}, {}, []
         self.values, self.feeds, self.fixed = dict(graph.constants), {}, set(graph.constants)
+        self.counts = {name for name, value in graph.inputs.items()     # one integer a sequence
+                       if value.type.tensor_type.elem_type in INTEGERS
+                       and len(value.type.tensor_type.shape.dim) == 1}
         self.moving = set(graph.inputs)     # what holds numbers that a call is given or computes
         for name, value in graph.inputs.items():
             self.values[name] = self.feeds[name] = self._feed(value)
@@ -137,6 +145,8 @@ class _Probe:
             self.values.update(zip(node.outputs, results))
             if all(name in self.fixed for name in node.inputs if name):
                 self.fixed.update(node.outputs)
+            if node.op in ("Identity", "Cast") and not self.counts.isdisjoint(node.inputs):
+                self.counts.update(node.outputs)
             if node.op not in ("Shape", "Size") and not self.moving.isdisjoint(node.inputs):
                 self.moving.update(node.outputs)
 
@@ -152,10 +162,18 @@ class _Probe:
         arrays = {}
         for name in ("W", "R", "B", "P"):
             if source := given.get(name):
-                arrays[name] = self.values.get(source)
-                if source not in self.fixed or not isinstance(arrays[name], np.ndarray):
+                arrays[name] = self._constant(source)
+                if arrays[name] is None:
                     raise ValueError(f"{name} of {node.name} is no constant of the graph: only "
                                      "a graph that holds its weights can be loaded")
+        if node.quantized:
+            scales = [self._constant(source) for source in (*node.quantized, *[""] * 4)[:4]]
+            for name, pair in (("W", scales[:2]), ("R", scales[2:])):
+                if name in arrays:
+                    arrays[name] = dequantized(node, arrays[name], *pair)
+            warnings.warn(f"{node.name} has weights of 8 bits, by which onnxruntime multiplies x "
+                          "and h rounded to 8 bits: the layer made of it computes in float32",
+                          stacklevel=4)
         layer = layer_of(node, arrays.get("W"), arrays.get("R"), arrays.get("B"), arrays.get("P"))
         if source := given.get("sequence_lens"):
             lengths, x = self.values.get(source), self.given[node.name]
@@ -176,15 +194,28 @@ class _Probe:
             layer = layer._replace(initial=tuple(states) if node.op == "LSTM" else states[0])
         return [layer]
 
+    def _constant(self, name):
+        """The array of that name, if the graph fixes it; None elsewhere."""
+        value = self.values.get(name)
+        return value if name in self.fixed and isinstance(value, np.ndarray) else None
+
+    def repeated(self):
+        """A message of the matrix that a recurrence without a node of its own multiplies by."""
+        ((name, n),) = collections.Counter(
+            source for node in self.graph.nodes if node.op in ("MatMul", "Gemm")
+            for source in node.inputs[1:2] if source in self.fixed).most_common(1) or [("", 0)]
+        return f"it multiplies by {name!r:.80} {n} times: " if n > 1 else ""
+
     def before(self, node):
         """The name of the node whose Y, in the usual order, is this node's X, or None."""
         x = self.given[node.name]
         return None if x is None else self.sources.get(_key(x))
 
     def is_batch_first(self, node):
-        """Whether the graph's input reaches this node with its first two axes swapped."""
+        """Whether the graph's input, or what a layer before this node makes of it, reaches the
+        node with its first two axes swapped."""
         x = self.given[node.name]
-        for feed in self.feeds.values():
+        for feed in (*self.feeds.values(), *self.fronts):
             if x is not None and isinstance(feed, np.ndarray) and feed.ndim == 3:
                 if np.array_equal(x, feed):
                     return False
@@ -228,6 +259,9 @@ class _Probe:
         computed = node.op in ARITHMETIC and unknown is None and all(
             a.dtype.kind in "iub" or name in self.fixed
             for a, name in zip(arguments, node.inputs) if a is not None)
+        if node.op == "TopK" and node.inputs[0] in self.counts:
+            # Sorted by length, sequences are the same sequences: as if they came in this order.
+            return [arguments[0], np.arange(len(arguments[0]))]
         if node.op == "Cast" and isinstance(arguments[0], np.ndarray) \
                 and node.inputs[0] not in self.fixed and arguments[0].dtype == np.float64:
             return [arguments[0]]               # the numbers of cells stay what they are
@@ -241,33 +275,38 @@ class _Probe:
                         raise
                     unknown = _Unknown(str(error))
             if node.op == "Gather" and isinstance(unknown, _Unknown) and fill is None:
-                return [self._like(node, arguments, unknown, budget)]
+                return self._like(node, arguments, unknown, budget)
             unknown = _Unknown(unknown.why, fill)
         else:
-            if not all(name in self.fixed for name in node.inputs if name):
+            if node.op in _NAMED or not all(name in self.fixed for name in node.inputs if name):
                 self.unknown_ops.add(node.op)
-            return [self._like(node, arguments, unknown, budget)] * max(1, len(node.outputs))
+            first, *more = self._like(node, arguments, unknown, budget)
+            return [first, *more, *[unknown or _Unknown(node.op)] * len(node.outputs)]
         return [unknown] * max(1, len(node.outputs))
 
     def _like(self, node, arguments, unknown, budget):
-        """New cells of the shape that the operation gives, where that is known."""
+        """New cells of the shapes that the operation gives, where these are known."""
         shapes = [() if a is None else getattr(a, "shape", None) for a in arguments]
         try:
             if None in shapes or not shapes:
-                return unknown or _Unknown(node.op)
+                return [unknown or _Unknown(node.op)]
             if node.op == "Gather":
                 axis = node.attributes.get("axis", 0) % len(shapes[0])
                 shape = (*shapes[0][:axis], *shapes[1], *shapes[0][axis + 1:])
-            elif node.op in ARITHMETIC and not node.op.startswith("Reduce"):
-                shape = np.broadcast_shapes(*shapes)
             elif node.op in SHAPES or node.op.startswith("Reduce"):
                 shape = SHAPES.get(node.op, reduced_shape)(node.attributes, *shapes)
+            elif node.op in ARITHMETIC:
+                shape = np.broadcast_shapes(*shapes)
             else:
-                return unknown or _Unknown(node.op)
+                return [unknown or _Unknown(node.op)]
         except (ValueError, IndexError, TypeError, ZeroDivisionError, AttributeError):
-            return _Unknown(node.op)
-        budget.pay(shape)
-        return self._numbered(shape)
+            return [_Unknown(node.op)]
+        found = []
+        for shape in shape if isinstance(shape, list) else [shape]:
+            budget.pay(shape)
+            found.append(self._numbered(shape))
+        self.fronts.insert(0, found[0])
+        return found
 
     def _recurrent(self, node, arguments, budget):
         """Numbered Y, Y_h and Y_c; T and B are those of X."""
@@ -275,7 +314,7 @@ class _Probe:
         x, W, R = (arguments + [None] * 3)[:3]
         D = 1 + (node.attributes.get("direction") == b"bidirectional")
         layout = node.attributes.get("layout", 0)
-        H = R.shape[2] if isinstance(R, np.ndarray) and R.ndim == 3 else 1
+        H = R.shape[1 if node.quantized else 2] if isinstance(R, np.ndarray) and R.ndim == 3 else 1
         known = isinstance(x, np.ndarray) and x.ndim == 3
         x = x.swapaxes(0, 1) if known and layout == 1 else x
         T, B = x.shape[:2] if known else (_PROBE_T, _PROBE_B)

@@ -28,6 +28,7 @@ from lstmcore.formats.onnx_operators import DTYPES, PLUMBING, SHAPES, plumb, str
 
 GATES = {"LSTM": [0, 2, 3, 1], "RNN": [0]}              # ours, as places in ONNX's order
 DEFAULTS = {"LSTM": ["sigmoid", "tanh", "tanh"], "RNN": ["tanh"]}
+QUANTIZED = "com.microsoft.DynamicQuantizeLSTM"
 _FIELDS = {TensorProto.FLOAT: "float_data", TensorProto.DOUBLE: "double_data",
            TensorProto.INT64: "int64_data", TensorProto.UINT32: "uint64_data",
            TensorProto.UINT64: "uint64_data"}
@@ -65,6 +66,9 @@ class Graph:
         budget = Budget(self.budget or (1 << 20) + 2000 * sum(a.size for a in values.values()))
         for node in chosen_nodes(self.nodes, lambda name: _given(values, name)):
             arguments = [_given(values, name) for name in node.inputs]
+            if node.quantized:
+                raise ValueError(f"{node.name} is the operation {QUANTIZED}, which rounds x to "
+                                 "int8: load gives its layer in float32")
             if node.op in GATES:
                 try:
                     results = _run_recurrent(node, budget, *arguments)
@@ -88,7 +92,13 @@ def parsed(path):
 
 
 class _Node:
-    """One node: its name, op, inputs, outputs and attributes as Python values."""
+    """One node: its name, op, inputs, outputs and attributes as Python values.
+
+    quantized : of a DynamicQuantizeLSTM of onnxruntime's, whose other inputs are an LSTM's, the
+        names of the scale and the zero point of W, and of R
+    """
+
+    quantized = ()
 
     def __init__(self, name, op, inputs, outputs, attributes):
         self.name, self.op, self.inputs, self.outputs = name, op, inputs, outputs
@@ -134,6 +144,9 @@ class _Flat:
                 continue
             op = key[1] if key[0] in ("", "ai.onnx") else ".".join(key)
             node = _Node(_text(proto.name) or f"{key[1]}_{n}", op, inputs, outputs, {})
+            if op == QUANTIZED:
+                node.op = op = "LSTM"
+                node.inputs, node.quantized = inputs[:8], inputs[8:12]
             if op in GATES or op in PLUMBING or op in SHAPES:
                 node.attributes = {name: _attribute(a, self.external)
                                    for name, a in attributes.items()}
@@ -332,6 +345,19 @@ def layer_of(node, W, R, B=None, P=None):
             cell["weight_peephole"] = P[d].reshape(3, H)[[0, 2, 1]]
         directions.append(cell)
     return description.Layer(node.name, node.op, directions, nonlinearity, reverse)
+
+
+def dequantized(node, q, scale, zero):
+    """W or R of a DynamicQuantizeLSTM, (D, I, 4H) integers -> (D, 4H, I) float32.
+
+    scale, zero : (D,), or one for each column, (D, 4H)
+    """
+    if any(a is None or a.dtype.kind not in kinds or a.shape not in (q.shape[:1], q.shape[::2])
+           for a, kinds in ((scale, "f"), (zero, "iu"))) or q.dtype.kind not in "iu" or q.ndim != 3:
+        raise ValueError(f"W and R of {node.name} must be integers (D, I, 4H) with constant scales "
+                         "and zero points (D,) or (D, 4H)")
+    scale, zero = (a.reshape(len(q), -1, 1) for a in (scale, zero))
+    return (q.transpose(0, 2, 1).astype("f4") - zero.astype("f4")) * scale.astype("f4")
 
 
 def _run_recurrent(node, budget, X=None, W=None, R=None, B=None, sequence_lens=None,

@@ -36,6 +36,8 @@ def plumb(node, arguments, budget):
         raise ValueError(f"{node.name} ({node.op}) of the ONNX graph: {error}") from None
     results = result if isinstance(result, list) else [result]
     for result in results:
+        if result is None:
+            raise ValueError(f"{node.name} ({node.op}) of the ONNX graph lacks an input")
         budget.pay(result.shape)
     return results
 
@@ -154,6 +156,17 @@ def _where(attributes, budget, mask, x, y):
     return np.where(mask, x, y)
 
 
+def _dequantize(attributes, budget, x, scale, zero=None):
+    if attributes.get("block_size", 0):
+        raise ValueError("blocks")
+    budget.pay(x.shape)
+    # one number for all, or one for each place on an axis
+    shape = [-1 if k == attributes.get("axis", 1) % x.ndim else 1 for k in range(x.ndim)]
+    scale, zero = (a.reshape(shape if a.size > 1 else ()) for a in
+                   (scale, np.zeros((), "i4") if zero is None else zero))
+    return (x.astype("i4") - zero.astype("i4")).astype(scale.dtype) * scale
+
+
 # What is computed: of integers, which stand for shapes; of floats, in `Graph.run` alone.
 ARITHMETIC = {
     **{name: _elementwise(function) for name, function in {
@@ -165,6 +178,7 @@ ARITHMETIC = {
     **{name: _reduced(function) for name, function in {
         "ReduceProd": np.prod, "ReduceSum": np.sum, "ReduceMax": np.max,
         "ReduceMin": np.min}.items()},
+    "DequantizeLinear": _dequantize,
     "Where": _where,
     "Range": _range,
 }
@@ -237,9 +251,14 @@ def _same(a, x, *_):
     return x
 
 
+# Where a row is of several results, a list of their shapes.
 SHAPES = {
-    "MatMul": _matmul_shape, "Gemm": _gemm_shape, "Conv": _conv_shape,
+    "DynamicQuantizeLinear": lambda a, x, *_: [x, (), ()],
+    **dict.fromkeys(("MatMul", "MatMulInteger", "com.microsoft.MatMulIntegerToFloat"),
+                    _matmul_shape),
+    "Gemm": _gemm_shape, "Conv": _conv_shape,
     "ReduceMean": reduced_shape, "Pow": lambda a, *shapes: np.broadcast_shapes(*shapes),
+    **dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), _same),
     **dict.fromkeys(("Relu", "Tanh", "Sigmoid", "Gelu", "Erf", "Exp", "Log", "Sqrt", "LeakyRelu",
                      "Elu", "Selu", "Celu", "Softmax", "LogSoftmax", "LayerNormalization", "Clip",
                      "BatchNormalization", "InstanceNormalization", "GroupNormalization",

@@ -78,7 +78,13 @@ def _all(path):
                 or not shard.endswith(".safetensors"):
             raise ValueError(f"{name} names the shard {shard!r:.100}: only a .safetensors file in "
                              "its own folder is opened")
-        there, said = read(os.path.join(os.path.dirname(name), shard))
+        try:
+            there, said = read(os.path.join(os.path.dirname(name), shard))
+        except OSError as error:
+            raise ValueError(f"{name} names the shard {shard!r:.100}, which cannot be read: "
+                             f"{error.strerror}") from None
+        except ValueError as error:
+            raise ValueError(f"{name}: the shard {shard!r:.100}: {error}") from None
         if repeated := there.keys() & found.keys():
             raise ValueError(f"{name}: {description.some(sorted(repeated))} of {shard} stands in "
                              "another shard too")

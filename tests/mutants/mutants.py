@@ -21,8 +21,10 @@ REF, CALLS, DENSE_PY, CHECKS, MODULE, LAYERS, THREADS = (
                                        "layers", "threads"))
 FILES, PRECISION, RECURRENT = (f"lstmcore/{name}.py"
                                for name in ("files", "precision", "recurrent"))
-DISK, STATE_DICT, SAFETENSORS, ONNX, DESCRIPTION = (f"lstmcore/formats/{name}.py" for name in (
-    "disk", "state_dict", "safetensors", "onnx", "description"))
+DISK, STATE_DICT, SAFETENSORS, ONNX, GRAPH, OPERATORS, KERAS, DESCRIPTION = (
+    f"lstmcore/formats/{name}.py" for name in ("disk", "state_dict", "safetensors", "onnx",
+                                               "onnx_graph", "onnx_operators", "keras",
+                                               "description"))
 
 MUTANTS = [
     # the cell, forward
@@ -688,7 +690,15 @@ MUTANTS = [
     ("the unfinished file of another is removed", DISK,
      "(0 if wait else fcntl.LOCK_NB))", "(0 if wait else fcntl.LOCK_NB)) if wait else None"),
     ("the mode is not kept", DISK, "os.fchmod(descriptor, stat.S_IMODE(old.st_mode))", "pass"),
-    ("a link is replaced", DISK, "target = os.path.realpath(path)", "target = os.path.abspath(path)"),
+    ("a link is replaced", DISK, "target = os.path.realpath(os.fsdecode(path))",
+     "target = os.path.abspath(os.fsdecode(path))"),
+    ("8-bit weights without their zero point", GRAPH, '- zero.astype("f4")) * scale', ") * scale"),
+    ("DequantizeLinear without its zero point", OPERATORS, '- zero.astype("i4")', ""),
+    ("sorted lengths are no lengths", ONNX, 'if node.op == "TopK" and node.inputs[0] in self.counts:',
+     "if 0:"),
+    ("an embedding hides that the batch is first", ONNX, "self.fronts.insert(0, found[0])", "pass"),
+    ("Keras 2.12's layers by their own names", KERAS, "unnamed.get(prefix + key, prefix + key)",
+     "(prefix + key)"),
     ("weight_norm along the wrong axis", STATE_DICT, "g.shape[k] == 1)", "g.shape[k] != 1)"),
     ("pruning forgets its mask", STATE_DICT, "return (a * mask).astype(a.dtype)", "return a"),
     ("a shard is a model", SAFETENSORS, "if int(match[3]) > 1:", "if 0:"),

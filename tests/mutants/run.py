@@ -34,7 +34,7 @@ PLANS = ("test_kernels", "test_gru", "test_determinism", "test_recurrent", "test
 CALLS = ("test_api", "test_checks", "test_recurrent", "test_layers", "test_losses",
          "test_arguments", "test_optim", "test_precision")
 FILES = ("test_files", "test_formats_disk", "test_formats_state_dict", "test_formats_onnx",
-         "test_formats_hostile", "test_precision_models")
+         "test_formats_keras", "test_formats_hostile", "test_precision_models")
 NOTICE = {
     "csrc/team.c": (("barrier", "region"), ("test_threads",)),
     "csrc/": (("check",), KERNELS),
