@@ -5,8 +5,8 @@
     pytest bench --benchmark-disable    verify alone, on cases cut to four steps
 
 Each result carries, in its extra_info: gflops, the matrix products per second; percent_of_peak of
-the peak of the format that bench.roofline measures for that number of threads; percent_of_gemm of the rate
-at which NumPy's BLAS multiplies (T·B, I+H) by (I+H, 4H) in one piece, as if time had no order; and
+the format's peak that bench.roofline measures for that number of threads; percent_of_gemm of the
+rate at which NumPy's BLAS multiplies (T·B, I+H) by (I+H, 4H) in one piece, as if time had no order; and
 bytes_saved, what training keeps for the backward pass beside x and y.
 """
 

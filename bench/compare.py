@@ -10,9 +10,10 @@ Below float32 the weights are like trained ones, a library's error against float
 time, and only one that is off by more than rounding can explain counts as wrong (`cases.BELOW`).
 
 Writes compare.json, the record of all that was measured, and from it compare.md and compare.png
-into --output; --record FILE makes the two again without measuring. A library that lives in another environment is
-found with --python, e.g. --python openvino,jax=OTHER/bin/python; one that is not installed is
-a line that says so. The whole comparison takes some eight minutes, --quick about two.
+into --output; --record FILE makes the two again without measuring. A library that lives in another
+environment is found with --python, e.g. --python openvino,jax=OTHER/bin/python; one that is not
+installed is a line that says so. The sections in float32 and float64 take some eight minutes; those
+below it ten more where the CPU has no bfloat16, most of them PyTorch's. --quick takes small cases.
 """
 
 import argparse

@@ -784,4 +784,5 @@ def _steps(step, xs, states, array):
 PEERS = {peer.name: peer for peer in (
     Lstmcore, LstmcoreBfloat16, LstmcoreInt8, Torch, TorchCompile, TorchBfloat16, TorchAutocast,
     TorchOneDnnBfloat16, TorchInt8, OnnxRuntime, OnnxRuntimeInt8, OnnxRuntimeInt8PerChannel,
-    OnnxRuntimeInt7, OpenVINO, OpenVINODefault, Jax, Ncnn, NcnnInt8, Tract, Mnn, MnnInt8, LiteRT, LiteRTInt8)}
+    OnnxRuntimeInt7, OpenVINO, OpenVINODefault, Jax, Ncnn, NcnnInt8, Tract, Mnn, MnnInt8, LiteRT,
+    LiteRTInt8)}
