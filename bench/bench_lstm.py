@@ -6,8 +6,8 @@
 
 Each result carries, in its extra_info: gflops, the matrix products per second; percent_of_peak of
 the format's peak that bench.roofline measures for that number of threads; percent_of_gemm of the
-rate at which NumPy's BLAS multiplies (T·B, I+H) by (I+H, 4H) in one piece, as if time had no order; and
-bytes_saved, what training keeps for the backward pass beside x and y.
+rate at which NumPy's BLAS multiplies (T·B, I+H) by (I+H, 4H) in one piece, as if time had no order;
+and bytes_saved, what training keeps for the backward pass beside x and y.
 """
 
 import functools

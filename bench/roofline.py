@@ -4,7 +4,8 @@ Prints, for one thread and for all: the peak of fused multiply-adds (GFLOP/s) pe
 and dtype, of dot products in int8, int16 and bfloat16 (1e9 operations/s, two a product, "absent"
 where the CPU lacks the instruction), the read bandwidth (GB/s, all threads together, each reading
 its own data) from L2, L3 and memory, and what a spin barrier and an empty OpenMP region cost
-(nanoseconds). With these a case's lower bound is max(FLOPs / peak, weight bytes / bandwidth) + steps x barrier.
+(nanoseconds). With these a case's lower bound is max(FLOPs / peak, weight bytes / bandwidth) +
+steps x barrier.
 
 `measure(threads)` gives the same as a dict, None for what is absent. The probe is
 roofline.c, compiled on demand with the system's compiler (CC, else gcc) and OpenMP; it shares no
