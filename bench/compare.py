@@ -9,15 +9,15 @@ with all gradients, dx included; one stream step is the next step with the state
 Below float32 the weights are like trained ones, a library's error against float64 stands beside its
 time, and only one that is off by more than rounding can explain counts as wrong (`cases.BELOW`).
 
-Writes compare.json, the record of all that was measured, and from it compare.md and compare.png
-into --output; --record FILE makes the two again without measuring. A library that lives in another
+Writes compare.json, the record of all that was measured, and from it compare.png into --output, and
+prints the tables; --record FILE does it again without measuring; `bench.pages` puts them into README
+and docs. A library that lives in another
 environment is found with --python, e.g. --python openvino,jax=OTHER/bin/python; one that is not
 installed is a line that says so. The sections in float32 and float64 take some eight minutes; those
 below it ten more where the CPU has no bfloat16, most of them PyTorch's. --quick takes small cases.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -235,7 +235,7 @@ def parse(argv):
     parser.add_argument("--threads", type=int, default=2, help="threads and cores for each library")
     parser.add_argument("--quick", action="store_true", help="small cases, 3 rounds instead of 5")
     parser.add_argument("--output", type=Path, default=Path("bench/results"), metavar="FOLDER",
-                        help="where the three files go (default: bench/results)")
+                        help="where the two files go (default: bench/results)")
     parser.add_argument("--record", type=Path, metavar="FILE",
                         help="the tables of this compare.json: nothing is measured")
     options = parser.parse_args(argv)
@@ -291,16 +291,19 @@ def measure(options, command):
                 processes[library] = arena.process(library)
                 progress(library, str(processes[library]))
     return Record(record.machine(options.threads, load), command, record.today(), libraries,
-                  peaks(options.threads), results, versus, processes)
+                  *limits(options.threads), results, versus, processes)
 
 
-def peaks(threads):
-    """The measured peak of each number format, in 1e9 operations a second; {} without a probe."""
+def limits(threads):
+    """The measured peaks and reads of a Record; two empty dicts without a probe."""
     try:
-        return {name: roofline.peak_gflops(threads, name) for name in (*TOLERANCE, *BELOW)}
+        probe = roofline.measure(threads)
+        return ({name: roofline.peak_gflops(threads, name) for name in (*TOLERANCE, *BELOW)},
+                {name.removeprefix("read_"): value for name, value in probe.items()
+                 if name.startswith("read_")})
     except (OSError, subprocess.CalledProcessError) as error:
         progress("no roofline", error)
-        return {}
+        return {}, {}
 
 
 def main(argv=None):
@@ -311,15 +314,13 @@ def main(argv=None):
     source = options.record or options.output / "compare.json"
     if not options.record:
         found = measure(options, " ".join(["python -m bench.compare", *argv]).strip())
-        source.write_text(json.dumps(record.to_json(found), indent=1) + "\n")
-    found = record.from_json(json.loads(source.read_text()))
-    text = report.markdown(found)
-    (options.output / "compare.md").write_text(text)
+        record.write(found, source)
+    found = record.read(source)
     try:
         report.chart(found, options.output / "compare.png")
     except ImportError as error:
         progress("no chart", error)
-    print(text)
+    print(report.markdown(found))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """The record of a comparison: what was measured, where and how, as JSON.
 
-`bench.compare` writes it and `bench.report` makes its tables from nothing else. A figure that is
+`bench.compare` writes it and `bench.report` makes its tables from nothing else, `bench.pages` puts
+them into the manual. A figure that is
 missing stands there with its reason.
 """
 
+import json
 import os
 import platform
 import re
@@ -18,7 +20,9 @@ Timing = namedtuple("Timing", "median p99 largest rms")  # s, s, and the Errors 
 Contest = namedtuple("Contest", "section case job libraries")
 Versus = namedtuple("Versus", "title case job threads other other_job other_threads")
 Library = namedtuple("Library", "version precision packages")
-Record = namedtuple("Record", "machine command date libraries peaks results versus processes")
+# peaks: 1e9 operations/s of each number format; reads: GB/s of each cache, all threads together
+Record = namedtuple(
+    "Record", "machine command date libraries peaks reads results versus processes")
 
 FLAGS = (  # what decides the speed of products, as /proc/cpuinfo names it
     "sse2", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16",
@@ -42,6 +46,16 @@ def machine(threads, load):
 def today():
     """The date of a record."""
     return time.strftime("%Y-%m-%d")
+
+
+def read(path):
+    """The record of a file."""
+    return from_json(json.loads(Path(path).read_text()))
+
+
+def write(record, path):
+    """The record into a file."""
+    Path(path).write_text(json.dumps(to_json(record), indent=1) + "\n")
 
 
 def to_json(record):

@@ -9,8 +9,11 @@ in the same format; those in float32 stand beside them.
 import itertools
 import math
 
+import numpy as np
+
 FORMATS = {"train-bf16": "bfloat16", "infer-bf16": "bfloat16", "infer-int8": "int8"}  # of sections
 OURS = {"float32": "lstmcore", "bfloat16": "lstmcore bf16", "int8": "lstmcore int8"}
+SHORT = ("ptb-medium", "char-512", "small", "big", "seq-b1", "tiny", "ragged")  # the README's
 HEADINGS = {
     "train": "Training, float32: forward + backward, all gradients, milliseconds",
     "infer": "Inference, float32, milliseconds",
@@ -209,6 +212,84 @@ def losses(record):
             *(found or ["In none of the cases of this run."]), ""]
 
 
+def limit(case, job, record):
+    """The seconds below which this machine cannot do a case: all products at the measured peak; of
+    one sequence, whose weights are read again in every step, the reads from the last cache and the
+    other products at the peak. None where the record lacks the figures."""
+    peak, reads = record.peaks.get(case.dtype), record.reads.get("l3")
+    if not peak or case.B == 1 and not reads:
+        return None
+    flops, seconds = case.flops(job), 0
+    if case.B == 1:
+        passes = case.T * (2 if job == "train" else 1)
+        weights = sum(4 * case.H * case.D * (case.H + (case.inputs(at) if case.T == 1 else 0))
+                      for at in range(case.L))
+        seconds = passes * weights * np.dtype(case.dtype).itemsize / reads / 1e9
+        flops -= 2 * passes * weights
+    return seconds + flops / peak / 1e9
+
+
+def limits(record):
+    """How far lstmcore and the others are from what the machine can do, in float32."""
+    rows = []
+    for contest, result in record.results:
+        bound, ratio = limit(contest.case, contest.job, record), advantage(
+            contest, result, record.libraries)
+        if bound and ratio and contest.section in ("train", "infer"):
+            own = result["lstmcore"].median
+            rows.append([f"{contest.case.name}, {contest.job}", digits(bound * 1e3),
+                         milliseconds(result["lstmcore"]), f"{digits(ratio * own / bound)}×",
+                         f"{digits(ratio)}×"])
+    if not rows:
+        return []
+    head = ["case", "the machine's limit, ms", "lstmcore, ms",
+            "fastest other against the limit", "against lstmcore"]
+    return ["### Where the limit is, float32", "", table(head, rows), "",
+            "The limit is all products at the measured peak; with one sequence it is the weights, "
+            "read from the last cache in every step"
+            + (f" at {record.reads['l3']:.0f} GB/s" if record.reads else "")
+            + ", and the other products at the peak.", ""]
+
+
+def setting(record):
+    """One line: where, with what and when the record was made."""
+    machine = record.machine
+    busy = f" **The machine was busy: load average {machine['load']:.1f}.**" \
+        if (machine["load"] or 0) > 0.5 else ""
+    return (f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads for every "
+            f"library, {record.date}, `{record.command}`.{busy}")
+
+
+def short(record):
+    """The README's table: lstmcore beside the fastest other, and a line for each section."""
+    found = {}
+    for contest, result in record.results:
+        if contest.case.name in SHORT and contest.section in ("train", "infer", "ragged"):
+            others = peers_times(contest, result, record.libraries)
+            ratio = advantage(contest, result, record.libraries)
+            found.setdefault(contest.case, {})[contest.job] = [
+                milliseconds(result.get("lstmcore", "")),
+                digits(min(others.values()) * 1e3) if others else "–",
+                f"{digits(ratio)}×" if ratio else "–"]
+    rows = [[f"{case.name} ({case.sizes})", *cells.get("train", ["–"] * 3),
+             *cells.get("infer", ["–"] * 3)] for case, cells in found.items()]
+    head = ["case (T, B, I, H, L)", "training", "fastest other", "", "inference", "fastest other", ""]
+    text = ["Milliseconds in float32 beside the fastest other library: " + setting(record), "",
+            table(head, rows), ""]
+    rows = []
+    for name in HEADINGS:
+        pairs = [(contest.case.name, ratio) for contest, result in record.results
+                 if contest.section == name
+                 and (ratio := advantage(contest, result, record.libraries))]
+        if pairs:
+            behind = [f"{case} {digits(ratio)}×" for case, ratio in pairs if ratio < 1]
+            rows.append([HEADINGS[name].split(":")[0].removesuffix(", milliseconds"), len(pairs),
+                         f"{digits(geometric_mean([ratio for _, ratio in pairs]))}×",
+                         ", ".join(behind) or "–"])
+    return "\n".join([*text, "Against the fastest other library, in all cases that were measured:",
+                      "", table(["", "cases", "geometric mean", "slower in"], rows)])
+
+
 def installed(libraries):
     """Names and versions; a way of using a library only where its version says more."""
     first, shown = {}, []
@@ -221,20 +302,17 @@ def installed(libraries):
 
 def markdown(record):
     """The whole page."""
-    machine = record.machine
     peak = ", ".join(f"{value:.0f} in {name}" for name, value in record.peaks.items())
-    busy = f" **The machine was busy: load average {machine['load']:.1f}.**" \
-        if machine["load"] > 0.5 else ""
-    head = [f"{machine['cpu']} ({' '.join(machine['flags'])}), {machine['cores']} cores, "
-            f"{machine['threads']} threads for every library"
-            + (f", measured peak of products, 1e9 operations/s: {peak}" if peak else "") + ".",
-            f"Python {machine['python']}, {installed(record.libraries)}.",
-            f"{record.date}, `{record.command}`. One process per library, taking turns, medians; "
-            "all results verified first. The fastest is bold." + busy, ""]
+    flags = " ".join(record.machine["flags"])
+    head = [setting(record) + (f" The processor's flags that matter: {flags}." if flags else "")
+            + (f" Measured peak of products, 1e9 operations/s: {peak}." if peak else ""),
+            f"Python {record.machine['python']}, {installed(record.libraries)}.",
+            "One process per library, taking turns, medians; all results verified first. The "
+            "fastest is bold.", ""]
     tables = [line for name in HEADINGS for line in section(name, record)]
     return "\n".join([*head, *tables, *below_float32(record), *latency(record.results),
                       *versus_table(record.versus), *process_table(record.processes),
-                      *losses(record)])
+                      *limits(record), *losses(record)])
 
 
 def chart(record, path):

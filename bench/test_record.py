@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench import cases, compare, record, report
+from bench import cases, compare, pages, record, report
 from bench.record import Contest, Library, Record, Timing, Versus
 
 TINY, SMALL = (replace(cases.CASES[name], weights="trained") for name in ("tiny", "small"))
@@ -25,7 +25,7 @@ def made(*results, section="infer-int8"):
     plain = cases.RAGGED[0]
     return Record({"cpu": "a processor", "flags": ["avx2"], "cores": 2, "threads": 2, "load": 0.1,
                    "python": "3"}, "python -m bench.compare", "2026-01-02", LIBRARIES,
-                  {"float32": 100.0, "int8": 200.0}, lines,
+                  {"float32": 100.0, "int8": 200.0}, {"l3": 50.0}, lines,
                   [(Versus("half", plain, "train", 1, plain, "train", 2), 1.5)], {})
 
 
@@ -107,3 +107,38 @@ def test_every_contest_has_its_libraries_and_heading():
                                 for name in contest.libraries[1:])
         assert contest.case.B == 1 or not set(compare.ONE) & {
             name.split()[0] for name in contest.libraries}
+
+
+def test_limit_counts_products_and_reads():
+    small, stream = cases.CASES["small"], cases.STREAM
+    assert report.limit(small, "infer", TWO) == small.flops("infer") / 100e9
+    read = 4 * 4 * stream.H * (stream.I + stream.H) / 50e9      # bytes of both weights, once
+    assert report.limit(stream, "stream", TWO) == pytest.approx(read)
+    one = cases.CASES["seq-b1"]
+    hidden = 4 * one.H * one.H
+    for job, passes in (("infer", 1), ("train", 2)):
+        want = passes * one.T * 4 * hidden / 50e9
+        want += (one.flops(job) - 2 * passes * one.T * hidden) / 100e9
+        assert report.limit(one, job, TWO) == pytest.approx(want)
+    assert report.limit(one, "infer", TWO._replace(reads={})) is None
+
+
+def test_short_table_names_what_is_slower():
+    slow = made((TINY, {"lstmcore": timing(0.004), "a": timing(0.003)}),
+                (SMALL, {"lstmcore": timing(0.003), "a": timing(0.006)}), section="infer")
+    page = report.short(slow)
+    assert "| tiny (20, 8, 16, 32, 1) | – | – | – | 4.00 | 3.00 | 0.750× |" in page
+    assert "| Inference, float32 | 2 | 1.22× | tiny 0.750× |" in page   # sqrt(0.75 * 2)
+
+
+@pytest.mark.skipif(not pages.pages(), reason="needs README and docs beside bench")
+def test_pages_say_what_the_records_say(monkeypatch, tmp_path, capsys):
+    assert {path.name for path in pages.pages()} >= {"README.md", "benchmarks.md"}
+    assert pages.main(["--check"]) == 0
+    edited = tmp_path / "README.md"
+    edited.write_text((pages.ROOT / "README.md").read_text().replace("1.08×", "9.08×"))
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    assert pages.main(["--check"]) == 1 and "9.08×" in edited.read_text()
+    assert pages.main([]) == 0 and pages.main(["--check"]) == 0
+    with pytest.raises(KeyError, match="nothing"):
+        pages.filled("<!-- bench: nothing -->\n<!-- end -->")
