@@ -199,7 +199,7 @@ def _stack_forward(case, data, x):
 
 def _stack_backward(case, tapes, dy, answer):
     dx = 0
-    for (layer, suffix, reverse), tape in reversed(list(zip(case.parts(), tapes))):
+    for (_, suffix, reverse), tape in reversed(list(zip(case.parts(), tapes))):
         half = slice(case.H, None) if reverse else slice(case.H)
         g = reference.lstm_backward(tape, dy[:, :, half])
         answer |= {"dweight_ih" + suffix: g.dW_ih, "dweight_hh" + suffix: g.dW_hh,

@@ -44,7 +44,7 @@ def judge(workers, name, job, rounds, folder):
         try:
             found = worker.prepare(case, job, folder)
         except Failure as failure:
-            raise Failure(f"{name} {job}, {label}: {failure}")
+            raise Failure(f"{name} {job}, {label}: {failure}") from None
         if wrong := refusal(found, "float32", case.dtype):
             raise Failure(f"{name} {job}, {label}: {wrong}")
     turns = []

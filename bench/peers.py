@@ -48,7 +48,7 @@ class Lstmcore:
         import lstmcore
 
         self.lib, self.threads = lstmcore, threads
-        lstmcore.lstm_forward
+        lstmcore.lstm_forward  # noqa: B018  names are lazy
         self.version = lstmcore.__version__
 
     def prepare(self, case, job, data):

@@ -382,7 +382,8 @@ def tape_from(*, x: Array, W_ih: Floats, W_hh: Floats, peepholes: Floats | None 
     tokens = T * B if order is None else int(lengths.sum())
     y = checks.array(y, "y", "(T, B, H)" if W_hr is None else "(T, B, P)", (T, B, K), dtype)
     raw_c = checks.array(raw_c, "raw_c", "(tokens, H)", (tokens, H), dtype)
-    checks.out("raw_gates", raw_gates, (tokens, cell.gates * H), dtype, y, raw_c, getattr(batch.x, "array", batch.x),
+    checks.out("raw_gates", raw_gates, (tokens, cell.gates * H), dtype, y, raw_c,
+               getattr(batch.x, "array", batch.x),
                *weights[1:5], h0, c0)
     tape = Tape(cell, sizes, weights, batch, tokens, y, raw_gates, raw_c)
     tape.check()
