@@ -6,17 +6,19 @@ differs from its records. The picture is made by bench.compare.
 """
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
 
-from bench import record, report
+from bench import record, report, serving
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLES = {  # name in a page -> the text
     "compare": lambda: report.markdown(record.read(RESULTS / "compare.json")),
+    "serving": lambda: serving.table(json.loads((RESULTS / "serving.json").read_text())),
     "compare-short": lambda: report.short(record.read(RESULTS / "compare.json")),
 }
 
