@@ -1,14 +1,15 @@
 """The server of docs/serving.md against itself on torch: `python -m bench.serving`.
 
 Each model is a process with the app of the page under uvicorn, and they take turns. The clients are
-one more process, on the same CPUs: each sends ragged sequences one after the other over a connection of its own,
-as many as --requests in all and no longer than --seconds. Before anything counts, every server's answers
-are held against the reference in float64. Writes serving.json into --output; `bench.pages` puts its table
-into the page. The int8 model is the same app over weights packed in int8.
+one more process, on the same CPUs: each sends ragged sequences one after the other over a connection
+of its own, as many as --requests in all and no longer than --seconds. Before anything counts, every
+server's answers are held against the reference in float64. Writes serving.json into --output;
+`bench.pages` puts its table into the page. The int8 model is the same app over weights packed in int8.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -88,7 +89,9 @@ def serve(name):
 
     names = page()
     answer, version = model(name, names)
-    free = socket.create_server(("127.0.0.1", 0))
+    free = socket.socket(proto=socket.IPPROTO_TCP)     # named: else asyncio leaves TCP's 40 ms delay on
+    free.bind(("127.0.0.1", 0))
+    free.listen(128)
     print(json.dumps([version, free.getsockname()[1]]), flush=True)
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
     server = uvicorn.Server(uvicorn.Config(names["application"](answer), access_log=False, ws="none",
@@ -154,10 +157,11 @@ def measure(options):
                  for n in rng.integers(STEPS[0], STEPS[1] + 1, 64)]
     right = reference(sequences[:16], *weights(names["INPUTS"]))
     servers, rows, reasons = {}, {}, {}
-    try:
+    with contextlib.ExitStack() as stack:       # a server ends with its input
         for name in NAMES:
-            process = subprocess.Popen([sys.executable, "-m", "bench.serving", "--serve", name],
-                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+            process = stack.enter_context(subprocess.Popen(
+                [sys.executable, "-m", "bench.serving", "--serve", name],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT))
             said = process.stdout.readline()
             if not said:
                 reasons[name] = "does not start: see above"
@@ -165,14 +169,13 @@ def measure(options):
             version, port = json.loads(said)
             off = asyncio.run(errors(port, sequences[:16], right))
             if off <= NAMES[name]:
-                servers[name] = process, version, port
+                servers[name] = version, port
             else:
                 reasons[name] = f"wrong: off by {off:.2g}"
-                process.terminate()
         for clients in options.clients:
             taken = {name: ([], []) for name in servers}
             for _ in range(options.rounds):
-                for name, (_, _, port) in servers.items():
+                for name, (_, port) in servers.items():
                     latencies, seconds = asyncio.run(turn(
                         port, sequences, clients, options.requests, options.seconds))
                     taken[name][0].extend(latencies)
@@ -183,13 +186,10 @@ def measure(options):
                     {"clients": clients, "requests": len(latencies), "per_second": float(np.median(rates)),
                      "p50": float(p50), "p99": float(p99)})
                 print(f"{name}, {clients} clients: {np.median(rates):.0f}/s", file=sys.stderr, flush=True)
-    finally:
-        for process, _, _ in servers.values():
-            process.terminate()
     return {"machine": record.machine(len(os.sched_getaffinity(0)), load), "date": record.today(),
             "command": " ".join(["python -m bench.serving", *options.argv]),
             "model": {"inputs": names["INPUTS"], "units": UNITS, "steps": STEPS},
-            "versions": {name: version for name, (_, version, _) in servers.items()},
+            "versions": {name: version for name, (version, _) in servers.items()},
             "rows": rows, "reasons": reasons}
 
 

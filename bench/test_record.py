@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench import cases, compare, pages, record, report
+from bench import cases, compare, pages, record, report, serving
 from bench.record import Contest, Library, Record, Timing, Versus
 
 TINY, SMALL = (replace(cases.CASES[name], weights="trained") for name in ("tiny", "small"))
@@ -142,3 +142,19 @@ def test_pages_say_what_the_records_say(monkeypatch, tmp_path, capsys):
     assert pages.main([]) == 0 and pages.main(["--check"]) == 0
     with pytest.raises(KeyError, match="nothing"):
         pages.filled("<!-- bench: nothing -->\n<!-- end -->")
+
+
+def test_serving_record_has_every_server_right(tmp_path):
+    pytest.importorskip("starlette")
+    pytest.importorskip("uvicorn")
+    if not serving.PAGE.exists():
+        pytest.skip("needs docs beside bench")
+    serving.main(["--requests", "20", "--seconds", "1", "--rounds", "1", "--clients", "1", "3",
+                  "--output", str(tmp_path)])
+    found = json.loads((tmp_path / "serving.json").read_text())
+    assert {"lstmcore", "lstmcore int8"} <= set(found["rows"])
+    assert set(found["rows"]) | set(found["reasons"]) == set(serving.NAMES)
+    for rows in found["rows"].values():
+        assert [(row["clients"], row["requests"]) for row in rows] == [(1, 20), (3, 20)]
+        assert all(0 < row["p50"] <= row["p99"] < 1 for row in rows)
+    assert "| 3 | lstmcore int8 |" in serving.table(found)
