@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,9 @@ def measure(options):
     servers, rows, reasons = {}, {}, {}
     with contextlib.ExitStack() as stack:       # a server ends with its input
         for name in NAMES:
+            if name == "torch" and find_spec(name) is None:
+                reasons[name] = "not installed"
+                continue
             process = stack.enter_context(subprocess.Popen(
                 [sys.executable, "-m", "bench.serving", "--serve", name],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT))
@@ -226,6 +230,8 @@ def main(argv=None):
     if options.serve:
         serve(options.serve)
         return
+    if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
+        parser.error(f"the server needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     options.argv = argv
     options.output.mkdir(parents=True, exist_ok=True)
     found = measure(options)
