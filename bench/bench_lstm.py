@@ -5,9 +5,9 @@
     pytest bench --benchmark-disable    verify alone, on cases cut to four steps
 
 Each result carries, in its extra_info: gflops, the matrix products per second; percent_of_peak of
-the FMA peak that bench.roofline measures for that number of threads; percent_of_gemm of the rate
-at which NumPy's BLAS multiplies (T·B, I+H) by (I+H, 4H) in one piece, as if time had no order; and
-bytes_saved, what training keeps for the backward pass beside x and y.
+the format's peak that bench.roofline measures for that number of threads; percent_of_gemm of the
+rate at which NumPy's BLAS multiplies (T·B, I+H) by (I+H, 4H) in one piece, as if time had no order;
+and bytes_saved, what training keeps for the backward pass beside x and y.
 """
 
 import functools
@@ -20,31 +20,42 @@ import pytest
 
 import lstmcore
 from bench import roofline
-from bench.cases import (DENSE, PEEPHOLES, RAGGED, STREAM, TOLERANCE, WORDLM, expected,
-                         make_data, worst_error)
-from bench.peers import Lstmcore
+from bench.cases import (DENSE, PEEPHOLES, RAGGED, STREAM, TOLERANCE, WORDLM, errors,
+                         expected, make_data, refusal)
+from bench.peers import PEERS, Unsupported
 
 THREADS = int(os.environ.get("LSTMCORE_NUM_THREADS", min(2, os.cpu_count())))
-JOBS = [(case, job) for case in (*DENSE, *RAGGED, PEEPHOLES) for job in ("train", "infer")]
-JOBS += [(replace(case, dtype="float64"), "train") for case in DENSE]
-JOBS += [(STREAM, "stream"), (WORDLM, "train")]
+JOBS = [(case, job, "lstmcore")
+        for case in (*DENSE, *RAGGED, PEEPHOLES) for job in ("train", "infer")]
+JOBS += [(replace(case, dtype="float64"), "train", "lstmcore") for case in DENSE]
+JOBS += [(STREAM, "stream", "lstmcore"), (WORDLM, "train", "lstmcore")]
+JOBS += [(replace(case, weights="trained"), job, library)
+         for library in ("lstmcore bf16", "lstmcore int8")
+         for case in (*DENSE, STREAM) for job in PEERS[library].jobs
+         if (case is STREAM) == (job == "stream")]
 
 
-@pytest.mark.parametrize("case, job", JOBS, ids=lambda value: getattr(
+@pytest.mark.parametrize("case, job, library", JOBS, ids=lambda value: getattr(
     value, "dtype", None) and f"{value.name}-{value.dtype}" or value)
-def bench_lstm(benchmark, case, job):
+def bench_lstm(benchmark, case, job, library):
     """One case, as bench.compare runs it."""
     if benchmark.disabled:
         case = case.short()
     data = make_data(case, job)
-    run, collect = Lstmcore(THREADS).prepare(case, job, data)
-    error = worst_error(collect(run()), expected(case, job, data))
-    assert error < TOLERANCE[case.dtype]
-    benchmark.extra_info |= {"threads": THREADS, "error": error, "bytes_saved": bytes_saved(case)}
+    peer = PEERS[library](THREADS)
+    try:
+        run, collect = peer.prepare(case, job, data)
+    except Unsupported as reason:
+        pytest.skip(str(reason))
+    found = errors(collect(run()), expected(case, job, data))
+    assert refusal(found, peer.precision, case.dtype) is None
+    benchmark.extra_info |= {"threads": THREADS, "error": found.largest, "rms": found.rms,
+                             "bytes_saved": bytes_saved(case)}
     benchmark(run)
     if not benchmark.disabled:
         rate = case.flops(job) / benchmark.stats.stats.median / 1e9
-        peak = roofline.peak_gflops(THREADS, case.dtype)
+        precision = case.dtype if peer.precision == "float32" else peer.precision
+        peak = roofline.peak_gflops(THREADS, precision)
         benchmark.extra_info |= {"gflops": rate, "percent_of_peak": 100 * rate / peak,
                                  "percent_of_gemm": 100 * rate / gemm_gflops(case)}
 

@@ -20,7 +20,7 @@ def build(revision, folder):
     except subprocess.CalledProcessError as error:
         output = (error.stderr or error.stdout or b"")
         output = output.decode(errors="replace") if isinstance(output, bytes) else output
-        raise Failure(f"{revision or 'the working tree'} does not build:\n{output.strip()}")
+        raise Failure(f"{revision or 'the working tree'} does not build:\n{output.strip()}") from None
     return installed
 
 

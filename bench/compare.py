@@ -1,4 +1,4 @@
-"""lstmcore against the other LSTMs on CPU: `python -m bench.compare`.
+"""lstmcore against the other LSTMs on CPU, in every number format: `python -m bench.compare`.
 
 Each library runs in its own process, on the same cores, with the same number of threads. For every
 case all of them first prove their results against the reference in float64; a library that is
@@ -6,9 +6,15 @@ wrong, cannot do it or fails is shown as such. Then they take turns, each turn a
 second or one run, and the median of the turns' medians counts. Training is forward and backward
 with all gradients, dx included; one stream step is the next step with the state carried over.
 
-Writes compare.md and compare.png into --output. A library that lives in another environment is
-found with --python, e.g. --python openvino,jax=OTHER/bin/python; one that is not installed is
-a line that says so. The whole comparison takes some eight minutes, --quick about two.
+Below float32 the weights are like trained ones, a library's error against float64 stands beside its
+time, and only one that is off by more than rounding can explain counts as wrong (`cases.BELOW`).
+
+Writes compare.json, the record of all that was measured, and from it compare.png into --output, and
+prints the tables; --record FILE does it again without measuring; `bench.pages` puts them into README
+and docs. A library that lives in another
+environment is found with --python, e.g. --python openvino,jax=OTHER/bin/python; one that is not
+installed is a line that says so. The sections in float32 and float64 take some eight minutes; those
+below it ten more where the CPU has no bfloat16, most of them PyTorch's. --quick takes small cases.
 """
 
 import argparse
@@ -18,38 +24,48 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import namedtuple
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
-from bench import report, roofline
-from bench.cases import (CASES, DENSE, EVEN, PEEPHOLES, RAGGED, STREAM, TOLERANCE, WORDLM, expected,
-                         make_data)
+from bench import record, report, roofline
+from bench.cases import (BELOW, CASES, DENSE, EVEN, PEEPHOLES, RAGGED, STREAM, TOLERANCE, WORDLM,
+                         expected, make_data, refusal)
 from bench.peers import PEERS
+from bench.record import Contest, Library, Record, Timing, Versus
 from bench.worker import ROOT, Failure, Worker
 
-Timing = namedtuple("Timing", "median p99 error")  # seconds, seconds, largest relative error
-Contest = namedtuple("Contest", "section case job libraries")
-Versus = namedtuple("Versus", "title case job threads other other_job other_threads limit")
-
-INEXACT = ("onnxruntime int8",)  # shown with its error, never as the fastest
 QUICK = ("char-rnn", "small", "seq-b1", "tiny", "stream", "ragged")
 TURN = 0.25  # s
 SLOW, SLOW_ROUNDS = 12.0, 3  # after 12 s three rounds must do, and after 36 s what there is
-SECTIONS = ("train", "infer", "float64", "ragged", "self", "process")
+SECTIONS = (*report.HEADINGS, "self", "process")
+ONE = ("ncnn", "tract", "mnn", "litert")  # made for one sequence at a time
 
 
 def contests():
     """Every line of the tables."""
     dense = [(case, "infer") for case in DENSE] + [(STREAM, "stream")]
-    exact = [name for name in PEERS if name not in ("torch", "torch.compile")]
+    hard = [(replace(case, weights="trained"), job) for case, job in dense]
+    torch_bf16 = ("torch bf16", "torch autocast", "torch mkldnn bf16")
+    int8 = tuple(name for name, peer in PEERS.items() if peer.precision == "int8")
     lines = [Contest("train", case, "train", ("lstmcore", "torch", "torch.compile", "jax"))
              for case in (*DENSE, WORDLM)]
-    lines += [Contest("infer", case, job, ("lstmcore", "torch", "torch.compile", *exact[1:]))
+    lines += [Contest("infer", case, job, ("lstmcore", "torch", "torch.compile", "onnxruntime",
+                                           "openvino", "jax"))
               for case, job in dense]
+    lines += [Contest("train-bf16", case, "train", ("lstmcore bf16", "lstmcore", *torch_bf16,
+                                                    "torch"))
+              for case, job in hard if job == "infer"]
+    lines += [Contest("infer-bf16", case, job, ("lstmcore bf16", "lstmcore", *torch_bf16,
+                                                "openvino default", "openvino", "torch"))
+              for case, job in hard]
+    lines += [Contest("infer-int8", case, job, ("lstmcore int8", "lstmcore", *(
+                  name for name in int8[1:] if case.B == 1 or name.split()[0] not in ONE)))
+              for case, job in hard]
+    lines += [Contest("one", case, job, ("lstmcore", "onnxruntime", "openvino", *ONE))
+              for case, job in hard if case.B == 1]
     lines += [Contest("float64", replace(case, dtype="float64"), "train", ("lstmcore", "torch"))
               for case in DENSE]
     lines += [Contest("ragged", case, job, ("lstmcore", "torch", "onnxruntime"))
@@ -60,12 +76,12 @@ def contests():
 def self_contests(threads):
     """lstmcore against itself: what a second thread, peepholes and ragged batches give or cost."""
     named = {case.name: case for case in DENSE}
-    lines = [Versus(f"1 thread / {threads} threads", case, "train", 1, case, "train", threads, None)
+    lines = [Versus(f"1 thread / {threads} threads", case, "train", 1, case, "train", threads)
              for case in (named["ptb-medium"], named["char-512"], named["big"]) if threads > 1]
     lines.append(Versus("peepholes / plain", PEEPHOLES, "train", threads,
-                        named["char-512"], "train", threads, None))
+                        named["char-512"], "train", threads))
     lines.append(Versus("ragged / dense of as many tokens", RAGGED[0], "train", threads,
-                        EVEN, "train", threads, None))
+                        EVEN, "train", threads))
     return lines
 
 
@@ -116,18 +132,18 @@ class Arena:
                 result[library] = f"does not {contest.job}"
                 continue
             try:
-                error = self.worker(library).prepare(contest.case, contest.job, self.folder)
+                found = self.worker(library).prepare(contest.case, contest.job, self.folder)
             except Failure as failure:
                 result[library] = str(failure)
                 continue
-            if error > TOLERANCE[contest.case.dtype] and library not in INEXACT:
-                result[library] = f"wrong: largest relative error {error:.1e}"
+            if wrong := refusal(found, PEERS[library].precision, contest.case.dtype):
+                result[library] = wrong
             else:
-                runners[library] = self.worker(library), error
+                runners[library] = self.worker(library), found
         return result | self.race(runners)
 
     def race(self, runners):
-        """label -> (prepared worker, error) take turns: label -> Timing or the reason."""
+        """label -> (prepared worker, Errors) take turns: label -> Timing or the reason."""
         turns, failed = {label: [] for label in runners}, {}
         start = time.monotonic()
         for turn in range(self.rounds):
@@ -145,7 +161,7 @@ class Arena:
                 break
         return failed | {
             label: Timing(statistics.median(map(statistics.median, times)),
-                          float(np.quantile(np.concatenate(times), 0.99)), runners[label][1])
+                          float(np.quantile(np.concatenate(times), 0.99)), *runners[label][1])
             for label, times in turns.items() if label not in failed}
 
     def hold_self(self, versus):
@@ -156,10 +172,10 @@ class Arena:
         try:
             for case, job, threads, role in sides:
                 worker = self.worker("lstmcore", threads, role)
-                error = worker.prepare(case, job, self.write(case, job))
-                if error > TOLERANCE[case.dtype]:
-                    return f"wrong: largest relative error {error:.1e}"
-                runners[role] = worker, error
+                found = worker.prepare(case, job, self.write(case, job))
+                if wrong := refusal(found, "float32", case.dtype):
+                    return wrong
+                runners[role] = worker, found
         except Failure as failure:
             return str(failure)
         times = self.race(runners)
@@ -219,12 +235,14 @@ def parse(argv):
     parser.add_argument("--threads", type=int, default=2, help="threads and cores for each library")
     parser.add_argument("--quick", action="store_true", help="small cases, 3 rounds instead of 5")
     parser.add_argument("--output", type=Path, default=Path("bench/results"), metavar="FOLDER",
-                        help="where compare.md and compare.png go (default: bench/results)")
+                        help="where the two files go (default: bench/results)")
+    parser.add_argument("--record", type=Path, metavar="FILE",
+                        help="the tables of this compare.json: nothing is measured")
     options = parser.parse_args(argv)
     options.cases = options.case or (QUICK if options.quick else tuple(CASES))
     options.section = options.section or SECTIONS
     options.libraries = [name for name in PEERS
-                         if name == "lstmcore" or name in (options.library or PEERS)]
+                         if name.startswith("lstmcore") or name in (options.library or PEERS)]
     options.pythons = {}
     for pair in options.python:
         names, _, path = pair.partition("=")
@@ -250,47 +268,59 @@ def progress(title, result):
     print(f"{time.strftime('%H:%M:%S')}  {title:28} {result}", file=sys.stderr, flush=True)
 
 
-def measure(options):
-    """Hold every contest: results, versus, processes and versions, as bench.report wants them."""
-    results, versus, processes, versions = [], [], {}, {}
+def measure(options, command):
+    """Hold every contest: the Record."""
+    load, results, versus, processes, libraries = os.getloadavg()[0], [], [], {}, {}
     with Arena(options.threads, options.pythons, 3 if options.quick else 5) as arena:
         for contest in chosen(options, contests()):
             results.append((contest, arena.hold(contest)))
-            progress(f"{contest.case.name} {contest.job} {contest.case.dtype}", results[-1][1])
+            progress(f"{contest.section} {contest.case.name} {contest.job}", results[-1][1])
         for line in self_contests(options.threads) if "self" in options.section else ():
             if line.case.name in options.cases:
                 versus.append((line, arena.hold_self(line)))
                 progress(f"{line.case.name}: {line.title}", versus[-1][1])
         for library in options.libraries:
+            peer = PEERS[library]
             try:
-                versions[library] = arena.worker(library).ask("about")["version"]
+                version = arena.worker(library).ask("about")["version"]
             except Failure as failure:
-                versions[library] = str(failure)
-            if "process" in options.section and library not in ("torch.compile", *INEXACT):
+                version = str(failure)
+            first = all(peer.packages != other.packages for other in libraries.values())
+            libraries[library] = Library(version, peer.precision, peer.packages)
+            if "process" in options.section and first:
                 processes[library] = arena.process(library)
                 progress(library, str(processes[library]))
-    return results, versus, processes, versions
+    return Record(record.machine(options.threads, load), command, record.today(), libraries,
+                  *limits(options.threads), results, versus, processes)
+
+
+def limits(threads):
+    """The measured peaks and reads of a Record; two empty dicts without a probe."""
+    try:
+        probe = roofline.measure(threads)
+        return ({name: roofline.peak_gflops(threads, name) for name in (*TOLERANCE, *BELOW)},
+                {name.removeprefix("read_"): value for name, value in probe.items()
+                 if name.startswith("read_")})
+    except (OSError, subprocess.CalledProcessError) as error:
+        progress("no roofline", error)
+        return {}, {}
 
 
 def main(argv=None):
-    """Measure, write the report, print it."""
+    """Measure, write the record and the report, print it."""
     argv = sys.argv[1:] if argv is None else argv
-    options, load = parse(argv), os.getloadavg()[0]
-    results, versus, processes, versions = measure(options)
-    try:
-        peaks = {dtype: roofline.peak_gflops(options.threads, dtype) for dtype in TOLERANCE}
-    except (OSError, subprocess.CalledProcessError) as error:
-        peaks = {}
-        progress("no roofline", error)
-    text = report.markdown(results, versus, processes, versions, peaks, options.threads,
-                           " ".join(["python -m bench.compare", *argv]), load)
+    options = parse(argv)
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "compare.md").write_text(text)
+    source = options.record or options.output / "compare.json"
+    if not options.record:
+        found = measure(options, " ".join(["python -m bench.compare", *argv]).strip())
+        record.write(found, source)
+    found = record.read(source)
     try:
-        report.chart(results, options.threads, options.output / "compare.png")
+        report.chart(found, options.output / "compare.png")
     except ImportError as error:
         progress("no chart", error)
-    print(text)
+    print(report.markdown(found))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.builds import build
-from bench.cases import CASES, TOLERANCE, expected, make_data
+from bench.cases import CASES, expected, make_data, refusal
 from bench.report import table
 from bench.worker import Failure, Worker
 
@@ -42,11 +42,11 @@ def judge(workers, name, job, rounds, folder):
     np.savez(folder / "expected.npz", **expected(case, job, data))
     for label, worker in workers.items():
         try:
-            error = worker.prepare(case, job, folder)
+            found = worker.prepare(case, job, folder)
         except Failure as failure:
-            raise Failure(f"{name} {job}, {label}: {failure}")
-        if error > TOLERANCE[case.dtype]:
-            raise Failure(f"{name} {job}, {label}: wrong, largest relative error {error:.1e}")
+            raise Failure(f"{name} {job}, {label}: {failure}") from None
+        if wrong := refusal(found, "float32", case.dtype):
+            raise Failure(f"{name} {job}, {label}: {wrong}")
     turns = []
     for turn in range(rounds):
         order = list(workers)[turn % 3:] + list(workers)[:turn % 3]

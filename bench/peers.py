@@ -6,13 +6,25 @@ A class has `name`, `jobs` (what it can do), `packages` (whose installed size co
 users would at best (arguments converted and bound beforehand), and collect(run()) gives the
 results as `cases.expected` names them. Jobs: "train" is forward and backward with all gradients,
 dx included; "infer" is forward alone; "stream" is the next step with the state carried over.
+`precision` is that of the products a user asks for: "float32" (then the case's dtype counts),
+"bfloat16" or "int8". What a CPU makes of it is the library's affair, and its error shows it.
+
+Not here: ONNX Runtime has no bfloat16 LSTM on CPU, OpenVINO's int8 LSTM needs NNCF and a set of
+examples to calibrate with, and ncnn keeps an LSTM in float32 when asked for bfloat16 on x86.
 """
 
+import contextlib
+import inspect
 import itertools
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 
 from bench.cases import STREAM_STEPS
+from bench.graphs import litert_model, ncnn_model, onnx_model
 
 
 class Unsupported(Exception):
@@ -29,13 +41,14 @@ class Lstmcore:
     """lstmcore: the functions for one layer, the LSTM class for stacks and both directions."""
 
     name, jobs, packages = "lstmcore", ("train", "infer", "stream"), ("lstmcore",)
+    precision = "float32"
     load = "import lstmcore; lstmcore.lstm_forward"  # names are lazy: ask for the kernels
 
     def __init__(self, threads):
         import lstmcore
 
         self.lib, self.threads = lstmcore, threads
-        lstmcore.lstm_forward
+        lstmcore.lstm_forward  # noqa: B018  names are lazy
         self.version = lstmcore.__version__
 
     def prepare(self, case, job, data):
@@ -43,7 +56,7 @@ class Lstmcore:
             return self._language_model(case, job, data)
         if job == "stream":
             return self._stream(case, data)
-        if case.L == case.D == 1:
+        if case.L == case.D == 1 and self.precision == "float32":
             return self._functions(job, data)
         m = self._layer(case, job, data)
         x, dy, lengths = data["x"], data["dy"], data.get("lengths")
@@ -60,10 +73,21 @@ class Lstmcore:
         return run, collect
 
     def _layer(self, case, job, data):
-        m = self.lib.LSTM(case.I, case.H, case.L, bidirectional=case.D == 2, dtype=case.dtype)
+        lstm = self.lib.LSTM
+        m = lstm(case.I, case.H, case.L, bidirectional=case.D == 2, dtype=case.dtype,
+                 **(self._format(lstm, "compute") if job == "train" else {}))
         m.load_state_dict({name: data[name] for name in m.parameters()})
         m.n_threads = self.threads
-        return m.train() if job == "train" else m.freeze()
+        return m.train() if job == "train" else m.freeze(**self._format(lstm.freeze, "precision"))
+
+    def _format(self, function, parameter):
+        """The keyword that asks for the format; Unsupported if this lstmcore does not know it."""
+        if self.precision == "float32":
+            return {}
+        if parameter not in inspect.signature(function).parameters:
+            raise Unsupported(f'{function.__name__} of this lstmcore has no '
+                              f'{parameter}="{self.precision}"')
+        return {parameter: self.precision}
 
     def _functions(self, job, data):
         forward, backward = self.lib.lstm_forward, self.lib.lstm_backward
@@ -122,10 +146,23 @@ class Lstmcore:
         return run, collect
 
 
+class LstmcoreBfloat16(Lstmcore):
+    """lstmcore with bfloat16 products."""
+
+    name, precision = "lstmcore bf16", "bfloat16"
+
+
+class LstmcoreInt8(Lstmcore):
+    """lstmcore with int8 weights and int8 products."""
+
+    name, precision, jobs = "lstmcore int8", "int8", ("infer", "stream")
+
+
 class Torch:
     """torch.nn.LSTM: torch.autograd.grad in training, torch.inference_mode() in inference."""
 
     name, jobs, packages = "torch", ("train", "infer", "stream"), ("torch",)
+    precision = "float32"
     load = "import torch"
 
     def __init__(self, threads):
@@ -144,17 +181,18 @@ class Torch:
             return self._stream(m, data)
         names = [name for name, _ in m.named_parameters()]
         parameters, call = list(m.parameters()), self._call(m)
-        x, dy = self.lib.from_numpy(data["x"]), self.lib.from_numpy(data["dy"])
+        x, dy = self._tensor(data["x"]), self._upstream(data["dy"])
         pack, unpack = self._packing(data.get("lengths"), case.T)
 
         def train():
             leaf = x.detach().requires_grad_()
-            y, state = call(pack(leaf))
+            with self._context():
+                y, state = call(pack(leaf))
             y = unpack(y)
             return y, state, self.lib.autograd.grad(y, [leaf, *parameters], dy)
 
         def infer():
-            with self.lib.inference_mode():
+            with self.lib.inference_mode(), self._context():
                 y, state = call(pack(x))
                 return unpack(y), state, ()
 
@@ -164,12 +202,24 @@ class Torch:
             found |= dict(zip(["dx", *("d" + name for name in names)], gradients))
             found |= {name.replace("_ih", ""): g for name, g in found.items()
                       if name.startswith("dbias_ih")}
-            return {name: a.detach().numpy() for name, a in found.items()}
+            return {name: self._array(a) for name, a in found.items()}
 
         return train if job == "train" else infer, collect
 
     def _call(self, m):
         return m
+
+    def _context(self):
+        return contextlib.nullcontext()
+
+    def _tensor(self, a):
+        return self.lib.from_numpy(a)
+
+    _upstream = _tensor  # dy, in the dtype of y
+
+    def _array(self, tensor):
+        a = tensor.detach()
+        return (a.float() if a.dtype == self.lib.bfloat16 else a).numpy()
 
     def _layer(self, case, data):
         m = self.lib.nn.LSTM(case.I, case.H, case.L, bidirectional=case.D == 2,
@@ -189,18 +239,18 @@ class Torch:
                 lambda y: rnn.pad_packed_sequence(y, total_length=T)[0])
 
     def _stream(self, m, data):
-        xs = itertools.cycle(list(self.lib.from_numpy(data["x"]).unsqueeze(1)))
+        xs = itertools.cycle(list(self._tensor(data["x"]).unsqueeze(1)))
         call, state = self._call(m), None
 
         def run():
             nonlocal state
-            with self.lib.inference_mode():
+            with self.lib.inference_mode(), self._context():
                 y, state = call(next(xs), state)
             return y
 
         def collect(first):
-            y = self.lib.cat([first, *(run() for _ in range(STREAM_STEPS - 1))]).numpy()
-            return {"y": y, "h_n": state[0].numpy(), "c_n": state[1].numpy()}
+            y = self.lib.cat([first, *(run() for _ in range(STREAM_STEPS - 1))])
+            return {name: self._array(a) for name, a in zip(("y", "h_n", "c_n"), (y, *state))}
 
         return run, collect
 
@@ -242,10 +292,58 @@ class TorchCompile(Torch):
         return self.lib.compile(m)
 
 
+class TorchBfloat16(Torch):
+    """The module, its input and its gradients in bfloat16."""
+
+    name, precision = "torch bf16", "bfloat16"
+
+    def _tensor(self, a):
+        return super()._tensor(a).bfloat16()
+
+    _upstream = _tensor
+
+    def _layer(self, case, data):
+        return super()._layer(case, data).bfloat16()
+
+
+class TorchAutocast(Torch):
+    """A float32 module under autocast to bfloat16."""
+
+    name, precision = "torch autocast", "bfloat16"
+
+    def _context(self):
+        return self.lib.autocast("cpu", dtype=self.lib.bfloat16)
+
+    def _upstream(self, a):
+        return super()._tensor(a).bfloat16()
+
+
+class TorchOneDnnBfloat16(Torch):
+    """A float32 module whose products oneDNN may compute in bfloat16."""
+
+    name, precision = "torch mkldnn bf16", "bfloat16"
+
+    def __init__(self, threads):
+        super().__init__(threads)
+        self.lib.backends.mkldnn.rnn.fp32_precision = "bf16"
+
+
+class TorchInt8(Torch):
+    """torch.ao.quantization.quantize_dynamic with its defaults."""
+
+    name, precision, jobs = "torch int8", "int8", ("infer", "stream")
+
+    def _layer(self, case, data):
+        whole = self.lib.nn.Sequential(super()._layer(case, data).eval())  # it replaces parts only
+        lstm = {self.lib.nn.LSTM}
+        return self.lib.ao.quantization.quantize_dynamic(whole, lstm, self.lib.qint8)[0]
+
+
 class OnnxRuntime:
     """ONNX Runtime: the graph built with the onnx package, all arrays bound before the run."""
 
     name, jobs, packages = "onnxruntime", ("infer", "stream"), ("onnxruntime",)
+    precision = "float32"
     load = "import onnxruntime"
 
     def __init__(self, threads):
@@ -322,14 +420,12 @@ class OnnxRuntime:
 
 
 class OnnxRuntimeInt8(OnnxRuntime):
-    """ONNX Runtime with weights quantized to int8: other numbers, for information."""
+    """onnxruntime.quantization.quantize_dynamic with its defaults: a scale for each weight."""
 
-    name = "onnxruntime int8"
+    name, precision, per_channel = "onnxruntime int8", "int8", False
+    reduce_range = False
 
     def _model(self, case, data, state):
-        import tempfile
-        from pathlib import Path
-
         import onnx
         from onnxruntime.quantization import quantize_dynamic
 
@@ -338,14 +434,28 @@ class OnnxRuntimeInt8(OnnxRuntime):
         with tempfile.TemporaryDirectory() as folder:
             source, target = str(Path(folder, "f32.onnx")), str(Path(folder, "int8.onnx"))
             onnx.save(super()._model(case, data, state), source)
-            quantize_dynamic(source, target)
+            quantize_dynamic(source, target, per_channel=self.per_channel,
+                             reduce_range=self.reduce_range)
             return onnx.load(target)
 
 
+class OnnxRuntimeInt8PerChannel(OnnxRuntimeInt8):
+    """The same with a scale for each row of a weight."""
+
+    name, per_channel = "onnxruntime int8 per channel", True
+
+
+class OnnxRuntimeInt7(OnnxRuntimeInt8PerChannel):
+    """The same with weights of 7 bits: its 8 bits saturate the sums of pairs on AVX2."""
+
+    name, reduce_range = "onnxruntime int7 per channel", True
+
+
 class OpenVINO:
-    """OpenVINO on the same ONNX graph, float32, latency mode."""
+    """OpenVINO on the same ONNX graph, in latency mode, kept to float32 by a hint."""
 
     name, jobs, packages = "openvino", ("infer", "stream"), ("openvino",)
+    precision, hint = "float32", {"INFERENCE_PRECISION_HINT": "f32"}
     load = "import openvino"
 
     def __init__(self, threads):
@@ -353,7 +463,7 @@ class OpenVINO:
 
         self.lib, self.version = openvino, openvino.__version__.split("-")[0]
         self.options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1,
-                        "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+                        "PERFORMANCE_HINT": "LATENCY", **self.hint}
 
     def prepare(self, case, job, data):
         _refuse(case, V="the layer alone is compared", lengths="the dense cases are compared",
@@ -391,10 +501,22 @@ class OpenVINO:
         return run, collect
 
 
+class OpenVINODefault(OpenVINO):
+    """OpenVINO as it is without a hint: bfloat16 where the CPU has it."""
+
+    name, precision, hint = "openvino default", "bfloat16", {}
+
+    def __init__(self, threads):
+        super().__init__(threads)
+        found = self.lib.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").to_string()
+        self.version += f" (computes in {found} here)"
+
+
 class Jax:
     """JAX: the input products in one, lax.scan over time, jit around all, vjp in training."""
 
     name, jobs, packages = "jax", ("train", "infer", "stream"), ("jax", "jaxlib")
+    precision = "float32"
     load = "import jax.numpy"
 
     def __init__(self, threads):
@@ -469,60 +591,198 @@ class Jax:
         return run, collect
 
 
-PEERS = {peer.name: peer for peer in
-         (Lstmcore, Torch, TorchCompile, OnnxRuntime, OnnxRuntimeInt8, OpenVINO, Jax)}
+def _one_sequence(case):
+    """Refuse all but one float32 sequence through one plain layer."""
+    plain = case.B == case.L == case.D == 1 and not (case.V or case.lengths or case.peepholes)
+    if not plain or case.dtype != "float32":
+        raise Unsupported("one sequence through one plain layer is compared")
 
 
-def onnx_model(case, data, state):
-    """The case as an ONNX graph: x, lengths, h0, c0 (with `state`) -> y, h_n, c_n."""
-    import onnx
-    from onnx import helper, numpy_helper
+class Ncnn:
+    """ncnn: one layer written as its .param and .bin, the states as inputs and outputs."""
 
-    floats, nodes, constants = onnx.TensorProto.FLOAT, [], []
-    H, D, T, B = case.H, case.D, 1 if state else case.T, case.B
+    name, jobs, packages, precision = "ncnn", ("infer", "stream"), ("ncnn",), "float32"
+    load = "import ncnn"
 
-    def constant(name, a):
-        constants.append(numpy_helper.from_array(np.ascontiguousarray(a), name))
-        return name
+    def __init__(self, threads):
+        import ncnn
 
-    def iofg(a):  # ONNX orders the gates i, o, f, g
-        i, f, g, o = np.split(a, 4)
-        return np.concatenate([i, o, f, g])
+        self.lib, self.threads, self.version = ncnn, threads, ncnn.__version__
 
-    def directions(letter, layer):
-        suffixes = [suffix for at, suffix, _ in case.parts() if at == layer]
-        return np.stack([iofg(data[letter + suffix]) for suffix in suffixes])
+    def prepare(self, case, job, data):
+        _one_sequence(case)
+        text, weights = ncnn_model(case, data, self.precision == "int8")
+        self.net = net = self.lib.Net()
+        net.opt.num_threads, net.opt.use_vulkan_compute = self.threads, False
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in ("param", text.encode()), ("bin", weights):
+                Path(folder, name).write_bytes(content)
+            if net.load_param(str(Path(folder, "param"))) or \
+                    net.load_model(str(Path(folder, "bin"))):
+                raise Unsupported("ncnn does not load the layer")
+        x, zero = data["x"][:, 0], np.zeros((1, case.H), np.float32)
 
-    constant("merged", np.array([T, B, D * H], np.int64))
-    previous, lengths = "x", "lengths" if case.lengths else ""
-    for layer in range(case.L):
-        b = directions("bias", layer)
-        inputs = [previous, constant(f"W{layer}", directions("weight_ih", layer)),
-                  constant(f"R{layer}", directions("weight_hh", layer)),
-                  constant(f"b{layer}", np.concatenate([b, 0 * b], axis=1)), lengths]
-        inputs += ["h0", "c0"] if state else ["", ""]
-        if case.peepholes:
-            i, f, o = data[f"weight_peephole_l{layer}"]
-            inputs.append(constant(f"P{layer}", np.concatenate([i, o, f])[None]))
-        previous = "y" if layer == case.L - 1 else f"y{layer}"
-        nodes.append(helper.make_node(
-            "LSTM", inputs, [f"Y{layer}", f"h_n{layer}", f"c_n{layer}"], hidden_size=H,
-            direction="bidirectional" if D == 2 else "forward"))
-        nodes.append(helper.make_node("Transpose", [f"Y{layer}"], [f"t{layer}"],
-                                      perm=[0, 2, 1, 3]))
-        nodes.append(helper.make_node("Reshape", [f"t{layer}", "merged"], [previous]))
-    for letter in "hc":
-        nodes.append(helper.make_node(
-            "Concat", [f"{letter}_n{layer}" for layer in range(case.L)], [letter + "_n"], axis=0))
-    inputs = {"x": [T, B, case.I]}
-    if state:
-        inputs |= {"h0": [D, B, H], "c0": [D, B, H]}
-    outputs = {"y": [T, B, D * H], "h_n": [case.L * D, B, H], "c_n": [case.L * D, B, H]}
-    declare = helper.make_tensor_value_info
-    declared = [declare(name, floats, shape) for name, shape in inputs.items()]
-    if lengths:
-        declared.append(declare("lengths", onnx.TensorProto.INT32, [B]))
-    graph = helper.make_graph(
-        nodes, case.name, declared,
-        [declare(name, floats, shape) for name, shape in outputs.items()], constants)
-    return helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 14)])
+        def step(x, h, c):
+            extractor = net.create_extractor()
+            for name, value in ("x", x), ("h0", h), ("c0", c):
+                extractor.input(name, value)
+            return [extractor.extract(name)[1] for name in ("y", "h_n", "c_n")]
+
+        xs = [self.lib.Mat(np.ascontiguousarray(part)).clone()
+              for part in (x[:, None] if job == "stream" else [x])]
+        zero = self.lib.Mat(zero).clone()
+        return _steps(step, xs, (zero, zero), lambda a: np.array(a)[:, None])
+
+
+class NcnnInt8(Ncnn):
+    """ncnn with int8 weights, a scale for each row, and activations quantized as they come."""
+
+    name, precision = "ncnn int8", "int8"
+
+
+class Tract:
+    """tract on the ONNX graph; one thread, for its Python package has no setting of them."""
+
+    name, jobs, packages, precision = "tract", ("infer", "stream"), ("tract",), "float32"
+    load = "import tract"
+
+    def __init__(self, threads):
+        import tract
+
+        self.lib, self.version = tract, tract.version()
+
+    def prepare(self, case, job, data):
+        _one_sequence(case)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.onnx")
+            path.write_bytes(onnx_model(case, data, job == "stream").SerializeToString())
+            run = self.lib.onnx().load(str(path)).into_model().into_runnable().run
+        tensor = self.lib.Tensor.from_numpy
+        if job == "stream":
+            zero = tensor(np.zeros((1, 1, case.H), np.float32))
+            return _steps(lambda *given: run(list(given)), [tensor(x[None]) for x in data["x"]],
+                          (zero, zero), lambda a: a.to_numpy())
+        return _steps(lambda x: run([x]), [tensor(data["x"])], None, lambda a: a.to_numpy())
+
+
+class Mnn:
+    """MNN on the ONNX graph, converted by mnnconvert with the faster of its two ways."""
+
+    name, jobs, packages, precision = "mnn", ("infer", "stream"), ("mnn",), "float32"
+    load = "import MNN"
+    options = ("--useOriginRNNImpl",)  # seq-b1: 13 ms, as a loop 18 ms
+
+    def __init__(self, threads):
+        import MNN
+        import MNN.nn
+
+        self.lib, self.threads, self.version = MNN, threads, MNN.version()
+
+    def prepare(self, case, job, data):
+        _one_sequence(case)
+        state = ["h0", "c0"] if job == "stream" else []
+        with tempfile.TemporaryDirectory() as folder:
+            source, target = Path(folder, "model.onnx"), Path(folder, "model.mnn")
+            source.write_bytes(onnx_model(case, data, bool(state)).SerializeToString())
+            subprocess.run([sys.executable, "-m", "MNN.tools.mnnconvert", "-f", "ONNX",
+                            "--modelFile", source, "--MNNModel", target, "--bizCode", "bench",
+                            *self.options], check=True, cwd=folder,
+                           capture_output=True)
+            manager = self.lib.nn.create_runtime_manager(
+                ({"backend": 0, "numThread": self.threads, "precision": "high"},))
+            net = self.lib.nn.load_module_from_file(
+                str(target), ["x", *state], ["y", "h_n", "c_n"], runtime_manager=manager)
+        self.manager = manager  # the network does not keep it alive
+
+        def constant(a):
+            expr = self.lib.expr
+            return expr.const(a.ravel().tolist(), list(a.shape), expr.NCHW)
+
+        def array(a):
+            return np.array(a.read()).reshape(-1, 1, case.H)
+
+        def step(*given):
+            found = net.forward(list(given))
+            found[0].read()  # nothing is computed before somebody reads
+            return found
+
+        if not state:
+            return _steps(step, [constant(data["x"])], None, array)
+        zero = constant(np.zeros((1, 1, case.H), np.float32))
+        return _steps(step, [constant(x[None]) for x in data["x"]], (zero, zero), array)
+
+
+class MnnInt8(Mnn):
+    """MNN with weights stored in int8, as a loop: its other way leaves the weights in float32."""
+
+    name, precision, options = "mnn int8", "int8", ("--weightQuantBits", "8")
+
+
+class LiteRT:
+    """LiteRT (TensorFlow Lite): one UNIDIRECTIONAL_SEQUENCE_LSTM that keeps its own states."""
+
+    name, jobs, packages, precision = "litert", ("infer", "stream"), ("ai-edge-litert",), "float32"
+    load = "from ai_edge_litert.interpreter import Interpreter"
+
+    def __init__(self, threads):
+        from importlib import metadata
+
+        from ai_edge_litert.interpreter import Interpreter
+
+        self.lib, self.threads = Interpreter, threads
+        self.version = metadata.version("ai-edge-litert")
+
+    def prepare(self, case, job, data):
+        _one_sequence(case)
+        content, at = litert_model(case, data, 1 if job == "stream" else case.T,
+                                   self.precision == "int8")
+        interpreter = self.lib(model_content=content, num_threads=self.threads)
+        interpreter.allocate_tensors()
+        xs = itertools.cycle(data["x"][:, None] if job == "stream" else [data["x"]])
+
+        def run():
+            if job == "infer":
+                interpreter.reset_all_variables()
+            interpreter.set_tensor(at["x"], next(xs))
+            interpreter.invoke()
+            return interpreter.get_tensor(at["y"])
+
+        def collect(y):
+            if job == "stream":
+                y = np.concatenate([y, *(run() for _ in range(STREAM_STEPS - 1))])
+            return {"y": y} | {name: interpreter.get_tensor(at[name])[None]
+                               for name in ("h_n", "c_n")}
+
+        return run, collect
+
+
+class LiteRTInt8(LiteRT):
+    """LiteRT with int8 weights, a scale for each gate, and its hybrid kernel."""
+
+    name, precision = "litert int8", "int8"
+
+
+def _steps(step, xs, states, array):
+    """run and collect of a function x, h, c -> y, h_n, c_n whose states, if any, are carried."""
+    turns, given, last = itertools.cycle(xs), states or (), None
+
+    def run():
+        nonlocal given, last
+        last = step(next(turns), *given)
+        if states:
+            given = last[1:]
+        return last[0]
+
+    def collect(first):
+        y = [array(first).copy(), *(array(run()).copy() for _ in range(len(xs) - 1))]
+        return {"y": np.concatenate(y)} | {
+            name: array(a) for name, a in zip(("h_n", "c_n"), last[1:])}
+
+    return run, collect
+
+
+PEERS = {peer.name: peer for peer in (
+    Lstmcore, LstmcoreBfloat16, LstmcoreInt8, Torch, TorchCompile, TorchBfloat16, TorchAutocast,
+    TorchOneDnnBfloat16, TorchInt8, OnnxRuntime, OnnxRuntimeInt8, OnnxRuntimeInt8PerChannel,
+    OnnxRuntimeInt7, OpenVINO, OpenVINODefault, Jax, Ncnn, NcnnInt8, Tract, Mnn, MnnInt8, LiteRT,
+    LiteRTInt8)}

@@ -1,6 +1,8 @@
-/* What this machine can do: FMA peak per instruction set, read bandwidths, barrier and region cost.
+/* What this machine can do: FMA and dot peaks per instruction set, read bandwidths, barrier and
+ * region cost.
  *
- * usage: roofline THREADS L2_BYTES L3_BYTES      prints lines "name value"; units: see roofline.py.
+ * usage: roofline THREADS L2_BYTES L3_BYTES      prints lines "name value", or "name absent" of an
+ *        instruction that this CPU lacks; units: see roofline.py.
  * Every figure is the best of many short runs, so that a busy neighbor disturbs it little.
  * The probe measures the hardware alone: it shares no code with the kernels it is compared to. */
 #include <omp.h>
@@ -86,7 +88,84 @@ KERNELS(base_f64, , double, 2)
 #define FOR_KERNELS(X) X(base_f32, 4, 1) X(base_f64, 2, 1)
 #endif
 
-typedef void (*fma_kernel)(long);
+/* Twelve independent chains a = DOT(a, x, w) of products of pairs or quadruples of small numbers.
+ * x turns opaque before each, or a product that does not depend on a would be computed once. */
+#define DOT_DECLARE(n) v a##n = zero;
+#define DOT_STEP(n)                                                                              \
+    __asm__ volatile("" : REGISTER(x));                                                          \
+    a##n = DOT(a##n, x, w);
+#define DOT_KEEP(n) __asm__ volatile("" : REGISTER(a##n));
+#define DOT_BODY(vector, operand)                                                                \
+    {                                                                                            \
+        typedef vector v;                                                                        \
+        v zero = {0};                                                                            \
+        operand x = {0}, w = {0};                                                                \
+        __asm__ volatile("" : REGISTER(w));                                                      \
+        FOR_CHAINS(DOT_DECLARE)                                                                  \
+        for (long r = 0; r < rounds; r++) {                                                      \
+            FOR_CHAINS(DOT_STEP)                                                                 \
+        }                                                                                        \
+        FOR_CHAINS(DOT_KEEP)                                                                     \
+    }
+
+/* name, products per instruction sequence, is it there? */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define DOT(a, x, w) _mm256_add_epi32(a, _mm256_madd_epi16(x, w))
+TARGET("avx2") static void dot_int16_avx2(long rounds) DOT_BODY(__m256i, __m256i)
+#undef DOT
+/* Sums of pairs saturate at 16 bits: exact for operands of 8 and 7 bits. */
+#define DOT(a, x, w) _mm256_add_epi32(a, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), w))
+TARGET("avx2") static void dot_int8_avx2(long rounds) DOT_BODY(__m256i, __m256i)
+#undef DOT
+#define DOT(a, x, w) _mm512_add_epi32(a, _mm512_madd_epi16(x, w))
+TARGET("avx512bw") static void dot_int16_avx512bw(long rounds) DOT_BODY(__m512i, __m512i)
+#undef DOT
+#define DOT(a, x, w) _mm256_dpwssd_avx_epi32(a, x, w)
+TARGET("avxvnni") static void dot_int16_avxvnni(long rounds) DOT_BODY(__m256i, __m256i)
+#undef DOT
+#define DOT(a, x, w) _mm256_dpbusd_avx_epi32(a, x, w)
+TARGET("avxvnni") static void dot_int8_avxvnni(long rounds) DOT_BODY(__m256i, __m256i)
+#undef DOT
+#define DOT(a, x, w) _mm512_dpwssd_epi32(a, x, w)
+TARGET("avx512vnni") static void dot_int16_avx512vnni(long rounds) DOT_BODY(__m512i, __m512i)
+#undef DOT
+#define DOT(a, x, w) _mm512_dpbusd_epi32(a, x, w)
+TARGET("avx512vnni") static void dot_int8_avx512vnni(long rounds) DOT_BODY(__m512i, __m512i)
+#undef DOT
+#define DOT(a, x, w) _mm512_dpbf16_ps(a, x, w)
+TARGET("avx512bf16") static void dot_bf16_avx512bf16(long rounds) DOT_BODY(__m512, __m512bh)
+#undef DOT
+#define HAS(feature) __builtin_cpu_supports(feature)
+#define FOR_DOTS(X)                                                                              \
+    X(int16_avx2, 16, HAS("avx2")) X(int8_avx2, 32, HAS("avx2"))                                 \
+    X(int16_avx512bw, 32, HAS("avx512bw"))                                                       \
+    X(int16_avxvnni, 16, HAS("avxvnni")) X(int8_avxvnni, 32, HAS("avxvnni"))                     \
+    X(int16_avx512vnni, 32, HAS("avx512vnni")) X(int8_avx512vnni, 64, HAS("avx512vnni"))         \
+    X(bf16_avx512bf16, 32, HAS("avx512bf16"))
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#include <sys/auxv.h>
+#define TARGET(x) __attribute__((target(x)))
+#define DOT(a, x, w) vmlal_high_s16(vmlal_s16(a, vget_low_s16(x), vget_low_s16(w)), x, w)
+static void dot_int16_neon(long rounds) DOT_BODY(int32x4_t, int16x8_t)
+#undef DOT
+#define DOT(a, x, w) vdotq_s32(a, x, w)
+TARGET("arch=armv8.2-a+dotprod") static void dot_int8_neon(long rounds)
+    DOT_BODY(int32x4_t, int8x16_t)
+#undef DOT
+#define DOT(a, x, w) vbfdotq_f32(a, (bfloat16x8_t)x, (bfloat16x8_t)w)
+TARGET("arch=armv8.2-a+bf16") static void dot_bf16_neon(long rounds)
+    DOT_BODY(float32x4_t, int16x8_t)
+#undef DOT
+#define FOR_DOTS(X)                                                                              \
+    X(int16_neon, 8, 1) X(int8_neon, 16, (getauxval(AT_HWCAP) >> 20) & 1)                        \
+    X(bf16_neon, 8, (getauxval(AT_HWCAP2) >> 14) & 1)
+#else
+#define FOR_DOTS(X)
+#endif
+
+typedef void (*product_kernel)(long);
 typedef void (*read_kernel)(const char *, size_t);
 
 /* Seconds from the start of the first thread to the end of the last. */
@@ -103,7 +182,7 @@ typedef void (*read_kernel)(const char *, size_t);
         now() - begin;                                                                           \
     })
 
-static double fma_gflops(fma_kernel kernel, int lanes, int threads)
+static double gops(product_kernel kernel, int products, int threads)
 {
     const long rounds = 200000; /* 0.4 ms at 3 GHz: some run escapes the neighbors */
     double best = 1e30;
@@ -111,7 +190,7 @@ static double fma_gflops(fma_kernel kernel, int lanes, int threads)
         double seconds = TIMED(threads, kernel(rounds));
         best = seconds < best ? seconds : best;
     }
-    return 2e-9 * lanes * CHAINS * rounds * threads / best;
+    return 2e-9 * products * CHAINS * rounds * threads / best;
 }
 
 /* Every thread reads its own `bytes`, over and over, about 64 MB in all. */
@@ -177,10 +256,16 @@ int main(int argc, char **argv)
     read_kernel read = 0;
 #define FMA(name, lanes, available)                                                              \
     if (available) {                                                                             \
-        printf("fma_" #name " %.1f\n", fma_gflops(fma_##name, lanes, threads));                  \
+        printf("fma_" #name " %.1f\n", gops(fma_##name, lanes, threads));                  \
         read = read_##name;                                                                      \
     }
     FOR_KERNELS(FMA)
+#define DOTS(name, products, available)                                                          \
+    if (available)                                                                               \
+        printf("dot_" #name " %.1f\n", gops(dot_##name, products, threads));               \
+    else                                                                                         \
+        printf("dot_" #name " absent\n");
+    FOR_DOTS(DOTS)
     size_t in_l3 = l3 / 3 / threads > 2 * l2 ? l3 / 3 / threads : 2 * l2;
     size_t in_memory = 4 * l3 / threads < (256 << 20) ? 4 * l3 / threads : (256 << 20);
     char *data[threads];

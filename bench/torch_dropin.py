@@ -10,14 +10,13 @@ The processes, turns, data and proofs are those of bench.compare. Five questions
 """
 
 import argparse
-import sys
 from dataclasses import replace
 
 from bench import report
 from bench.cases import DENSE, RAGGED, STREAM, WORDLM, Case
 from bench.compare import Arena, Contest, progress
 from bench.peers import PEERS, Torch
-from bench.worker import Worker, serve
+from bench.worker import SERVE, Worker, serve  # noqa: F401  the processes call serve
 
 
 class TorchModel(Torch):
@@ -121,7 +120,7 @@ class ArenaWithOurs(Arena):
         key = library, threads or self.threads, role
         if key not in self._workers:
             worker = Worker(library, key[1], self.python(library))
-            worker._command[2] = "bench.torch_dropin"
+            worker._command[2] = SERVE.replace("bench.worker", "bench.torch_dropin")
             self._workers[key] = self._stack.enter_context(worker)
         return self._workers[key]
 
@@ -179,7 +178,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3 and sys.argv[1] in PEERS:
-        serve(sys.argv[1], int(sys.argv[2]))
-    else:
-        main()
+    main()

@@ -69,8 +69,11 @@ class Worker:
 
     def prepare(self, case, job, folder):
         """Build the case's job from data.npz in `folder`, run it once, verify it, and return its
-        error against expected.npz there; without that file, return None."""
-        return self.ask("prepare", case=asdict(case), job=job, folder=str(folder))["error"]
+        Errors against expected.npz there; without that file, return None."""
+        from bench.cases import Errors
+
+        found = self.ask("prepare", case=asdict(case), job=job, folder=str(folder))["errors"]
+        return found and Errors(*found)
 
     def time(self, seconds):
         """Run what was prepared for about `seconds` and return the seconds of each run."""
@@ -124,14 +127,14 @@ class Server:
 
     def prepare(self, case, job, folder):
         """See Worker.prepare."""
-        from bench.cases import worst_error
+        from bench.cases import errors
 
         case = self._case(case)
         self.run = None  # gives back the memory of the last case
         gc.collect()
         self.run, collect = self.peer.prepare(case, job, _load(folder, "data"))
         answer = _load(folder, "expected")
-        return {"error": worst_error(collect(self.run()), answer) if answer else None}
+        return {"errors": errors(collect(self.run()), answer) if answer else None}
 
     def time(self, seconds):
         """See Worker.time."""

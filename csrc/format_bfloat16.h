@@ -28,7 +28,7 @@
 #if defined(ISA_BF16)
 #define TILE_MODE_BEGIN
 #define TILE_MODE_END
-#elif defined(__SSE__)
+#elif defined(__SSE__) || defined(_M_X64)
 #define TILE_MODE_BEGIN unsigned mode = _mm_getcsr(); _mm_setcsr(mode | 0x8040);  /* DAZ, FTZ */
 #define TILE_MODE_END _mm_setcsr(mode);
 #elif defined(__aarch64__)

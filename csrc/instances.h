@@ -23,7 +23,7 @@ PRAGMA(GCC target(TARGET))
 #include <immintrin.h>
 #elif defined(ISA_NEON)
 #include <arm_neon.h>
-#elif defined(__SSE__)
+#elif defined(__SSE__) || defined(_M_X64)
 #include <xmmintrin.h>
 #endif
 

@@ -12,7 +12,7 @@ import os
 
 import numpy as np
 
-from lstmcore.threads import cpus
+from lstmcore.threads import cpus, show_pool
 
 from lstmcore._lstm cimport (lstm_cell, lstm_cell_of, lstm_isa, lstm_kernels, lstm_kernels_for,
                              lstm_l2_bytes)
@@ -32,6 +32,7 @@ cdef extern from *:
     const char *COMPILER
 
 cnp.import_array()
+show_pool()
 
 cdef bytes chosen = b""         # the instruction set in use
 cdef Py_ssize_t L2_BYTES = lstm_l2_bytes()

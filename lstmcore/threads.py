@@ -112,13 +112,16 @@ def get_num_threads() -> int:
     ...     lstmcore.get_num_threads()
     1
     """
-    global _default
     n = getattr(_local, "n", None)
-    if n is None:
-        if _default is None:
-            _default = _from_environment()
-        n = _default
-    return n
+    return _of_process() if n is None else n
+
+
+def _of_process():
+    """The number of threads where no context says another."""
+    global _default
+    if _default is None:
+        _default = _from_environment()
+    return _default
 
 
 def set_num_threads(n: int) -> None:
@@ -202,6 +205,30 @@ def look_for_blas() -> None:
         _pools = None
         if _inside:
             _hold()
+
+
+def show_pool() -> None:
+    """Show our threads to threadpoolctl: `threadpool_info` lists them, `threadpool_limits` limits
+    them as `set_num_threads` does. It finds libraries that are loaded: the kernels call this when
+    they are."""
+    from threadpoolctl import LibController, register
+
+    class Kernels(LibController):
+        user_api = internal_api = "lstmcore"
+        filename_prefixes = ("_kernels",)
+        check_symbols = ("team_run", "lstm_kernels_for")
+
+        def get_num_threads(self):
+            return _of_process()
+
+        def set_num_threads(self, num_threads):
+            set_num_threads(num_threads)
+
+        def get_version(self):
+            import lstmcore
+            return lstmcore.__version__
+
+    register(Kernels)
 
 
 def _after_fork():

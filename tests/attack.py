@@ -1101,7 +1101,6 @@ def a_loss(call):
     mask = None if mask is None else np.asarray(mask)
     z = call.floats(*shape, V, dtype=dtype)
     call.say(kind, dtype, shape, V, reduction, None if mask is None else mask.dtype)
-    weights = np.ones(shape) if mask is None else mask.astype(F64)
     if kind == "softmax":
         ignore = call.pick(None, 0, -1)
         targets = call.rng.integers(0, V, shape)

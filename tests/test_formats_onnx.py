@@ -234,7 +234,9 @@ def test_exports_run_in_onnxruntime(tmp_path, make, dtype, bidirectional):
     for state, ragged in itertools.product((False, True), repeat=2):
         onnx_export.export(m, path, state=state, lengths=ragged)
         for t, b in ((T, B), (1, 2)):                   # T and B are open
-            draw = (lambda *s: rng.normal(size=s).astype(dtype))
+            def draw(*shape):
+                return rng.normal(size=shape).astype(dtype)
+
             feeds = {"x": draw(b, t, I) if m.batch_first else draw(t, b, I)}
             lengths = np.array([t, 0, 4][:b], "int32") if ragged else None
             given = [draw(N, b, P)] + [draw(N, b, H)] * is_lstm

@@ -6,7 +6,7 @@ The equations stand here in NumPy; a case by hand and finite differences prove t
 
 import copy
 import re
-from functools import lru_cache
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -123,7 +123,7 @@ SHAPES = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def solved(case):
     """A problem and the answers of the equations in float64; `case` is a tuple of its options."""
     problem = gru_problem(**dict(case))

@@ -1,6 +1,6 @@
 """The kernels are the reference: forward and backward, every shape of tile, plan and option."""
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ LSTM_OPTIONS = {
 SHAPE_FOR_OPTIONS = (6, 9, 5, 21)
 
 
-@lru_cache(maxsize=None)
+@cache
 def solved(make, case):
     """A problem and the reference's answers to it in float64; `case` is a tuple of its options."""
     problem = make(**dict(case))

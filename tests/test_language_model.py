@@ -63,7 +63,7 @@ def test_decode_takes_any_bytes_and_a_named_encoding():
 def test_load_reads_files_gzip_stdin_and_lists(tmp_path, monkeypatch):
     plain, packed = tmp_path / "a.txt", tmp_path / "b"
     plain.write_bytes(codecs.BOM_UTF16_LE + "eins ".encode("utf-16-le"))
-    packed.write_bytes(gzip.compress("zwei\n".encode()))
+    packed.write_bytes(gzip.compress(b"zwei\n"))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"drei")))
     assert text.load([plain, str(packed), "-"]) == "eins zwei\ndrei"
     assert text.load(packed, "byte") == b"zwei\n"
@@ -377,8 +377,8 @@ def test_sample_follows_seed_length_and_stop(counting):
 def test_beam_search_of_full_width_finds_the_best():
     model = fit(small(hidden_size=5), "abcab" * 60, steps=6)
     vocabulary, network = model.vocabulary, model.network
-    best = max(((-total_nats(network, vocabulary.encode("a" + x + y + z)), x + y + z)
-                for x in "abc" for y in "abc" for z in "abc"))[1]
+    best = max((-total_nats(network, vocabulary.encode("a" + x + y + z)), x + y + z)
+               for x in "abc" for y in "abc" for z in "abc")[1]
     assert model.beam_search("a", 3, width=27) == best
 
 
@@ -434,9 +434,9 @@ def test_mistaken_types_are_named(counting):
 
 
 def test_a_name_of_a_file_that_is_not_there_is_no_text():
-    for given in (dict(source="book.txt"), dict(source=story(50), validation="a/b.txt.gz")):
+    for source in (dict(source="book.txt"), dict(source=story(50), validation="a/b.txt.gz")):
         with pytest.raises(FileNotFoundError, match="book.txt|b.txt.gz"):
-            small().fit(**given, steps=1, progress=False)
+            small().fit(**source, steps=1, progress=False)
     assert text.load("end.") == "end." and text.load("no such.txt") == "no such.txt"
 
 

@@ -154,6 +154,79 @@ def test_restore_keeps_what_torch_cannot_compute():
         lstmcore.torch.restore(3)
 
 
+# ---- skorch --------------------------------------------------------------------------------------
+
+@has("torch", "skorch")
+def test_skorch_trains_clones_and_searches():
+    import pickle
+
+    import torch
+    from sklearn.base import clone
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer
+    from skorch import NeuralNetClassifier
+
+    import lstmcore.torch
+
+    class Last(torch.nn.Module):
+        def __init__(self, lstm, units=5):
+            super().__init__()
+            self.rnn, self.head = lstm(2, units, batch_first=True), torch.nn.Linear(units, 2)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[1][0][-1])
+
+    def net(lstm):
+        torch.manual_seed(0)
+        return NeuralNetClassifier(Last, module__lstm=lstm, criterion=torch.nn.CrossEntropyLoss,
+                                   max_epochs=3, lr=0.5, train_split=None, verbose=0)
+
+    X = np.random.default_rng(0).standard_normal((40, 6, 2), dtype="float32")
+    y = (X[:, -1, 0] > 0).astype("int64")
+    ours = net(lstmcore.torch.LSTM).fit(X, y)
+    assert type(ours.module_.rnn) is lstmcore.torch.LSTM
+    np.testing.assert_allclose(ours.predict_proba(X), net(torch.nn.LSTM).fit(X, y).predict_proba(X),
+                               rtol=0, atol=1e-5)
+    with pytest.raises(AttributeError, match="local object"):
+        pickle.dumps(ours)      # the class is local: what skorch says of any module
+    assert clone(ours).get_params()["module__lstm"] is lstmcore.torch.LSTM
+    weights = pickle.loads(pickle.dumps(ours.module_.rnn))
+    assert torch.equal(weights.weight_hh_l0, ours.module_.rnn.weight_hh_l0)
+    search = GridSearchCV(make_pipeline(FunctionTransformer(np.negative), net(lstmcore.torch.LSTM)),
+                          {"neuralnetclassifier__module__units": [2, 4]}, cv=2).fit(X, y)
+    assert search.best_params_["neuralnetclassifier__module__units"] in (2, 4)
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+
+
+# ---- threadpoolctl -------------------------------------------------------------------------------
+
+def test_threadpoolctl_sees_and_limits_the_pool():
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    import lstmcore
+
+    def pools():
+        return [pool for pool in threadpool_info() if pool["user_api"] == "lstmcore"]
+
+    lstmcore.LSTM(2, 3)(np.zeros((4, 1, 2), "float32"))
+    before = lstmcore.get_num_threads()
+    (pool,) = pools()
+    assert (pool["num_threads"], pool["version"]) == (before, lstmcore.__version__)
+    assert os.path.basename(pool["filepath"]).startswith("_kernels")
+    for limits in (before + 1, {"lstmcore": before + 1}):
+        with threadpool_limits(limits):
+            assert lstmcore.get_num_threads() == before + 1 == pools()[0]["num_threads"]
+            with lstmcore.threads(before + 2):
+                assert lstmcore.get_num_threads() == before + 2
+        assert lstmcore.get_num_threads() == before
+    with threadpool_limits(1, user_api="blas"):
+        assert lstmcore.get_num_threads() == before
+    with lstmcore.threads(before + 2), threadpool_limits(before + 1):
+        pass
+    assert lstmcore.get_num_threads() == before     # what a context says is not the process's
+
+
 # ---- tensors and datasets as X -------------------------------------------------------------------
 
 class Dataset:

@@ -148,7 +148,7 @@ def test_lstm_equals_the_reference_layer_by_layer(close):
     layer = LSTM(3, 5, 2, peepholes=True, proj_size=4, bidirectional=True, dtype="float64", seed=2)
     x, (h0, c0), _, _ = recurrent_case(layer)
     y, (h_n, c_n) = layer(x, (h0, c0), RAGGED)
-    p, wanted = layer.parameters(), x
+    p, wanted, first = layer.parameters(), x, None
     for n in range(4):
         end = f"_l{n // 2}{'_reverse' * (n % 2)}"
         half, (h, c), _ = lstmcore.reference.lstm_forward(

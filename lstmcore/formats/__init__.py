@@ -18,7 +18,8 @@ import contextlib
 import importlib
 import os
 import struct
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 

@@ -101,7 +101,7 @@ def write_module(path, module):
              for layer in layers]
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
-        for (part, layer), each in zip(found, values):
+        for (_, layer), each in zip(found, values):
             name = "lstm" if layer.kind == "LSTM" else "simple_rnn"
             places = [""]
             if len(layer.directions) == 2:

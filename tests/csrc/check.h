@@ -12,6 +12,12 @@
 #include <stdlib.h>
 #include "lstm.h"
 
+#ifdef _WIN32   /* what is aligned has a free of its own there: it stays until the end */
+#include <malloc.h>
+#define free(p) ((void)(p))
+#define posix_memalign(p, alignment, bytes) (!(*(p) = _aligned_malloc((bytes), (alignment))))
+#endif
+
 extern const lstm_kernels *under_test;
 
 typedef struct {
