@@ -625,7 +625,7 @@ def test_weights_put_together_in_the_graph(tmp_path):
                                     "H": np.array([H]), "join": np.array([0, 0, 2 * H])}, {}
     constants.update({str(k * H): np.array([k * H]) for k in range(5) if str(k * H) != "0"})
     constants["0"] = np.array([0])
-    for d, suffix in enumerate(("", "_reverse")):
+    for suffix in ("", "_reverse"):
         for kind, shape in (("ih", (4 * H, I)), ("hh", (4 * H, H))):
             name = f"weight_{kind}_l0{suffix}"
             wanted[name] = constants[name] = rng.uniform(-1, 1, shape).astype("f4")

@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 from test_cli import SMALL, STORY, run, trained         # noqa: F401  (fixtures)
-from test_precision import COPIES, LAYERS, LOW, B, H, I, T, Net, normal
+from test_precision import COPIES, LAYERS, LOW, B, H, I, T, normal
 
 import lstmcore
 from lstmcore import LSTM, RNN, Embedding, LanguageModel, Linear, Sequential, Stack, Tanh, cli

@@ -302,9 +302,9 @@ class _Probe:
         except (ValueError, IndexError, TypeError, ZeroDivisionError, AttributeError):
             return [_Unknown(node.op)]
         found = []
-        for shape in shape if isinstance(shape, list) else [shape]:
-            budget.pay(shape)
-            found.append(self._numbered(shape))
+        for part in shape if isinstance(shape, list) else [shape]:
+            budget.pay(part)
+            found.append(self._numbered(part))
         self.fronts.insert(0, found[0])
         return found
 
