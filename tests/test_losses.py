@@ -5,7 +5,8 @@ import pytest
 from slopes import assert_gradients
 
 import lstmcore
-from lstmcore import bce_with_logits, dense, mse_loss, softmax_cross_entropy
+from lstmcore import (Linear, bce_with_logits, dense, functional, linear_cross_entropy, mse_loss,
+                      softmax_cross_entropy)
 
 
 def normal(*shape, seed=0, dtype="float64", scale=2.0):
@@ -194,6 +195,158 @@ def test_cross_entropy_has_the_same_bits_for_any_rows_and_threads(dtype, isa):
         assert (got == want).all() and (found == gradient).all()
     got, found = softmax_cross_entropy(z[69:70], target[69:70], reduction="none")
     assert got[0] == want[69] and (found[0] == gradient[69]).all()
+
+
+# ---- the head of a softmax ---------------------------------------------------------------------------
+
+def head_problem(n, V, I, dtype, bias=True):
+    """x, W, b, targets, weights, of which some are zero."""
+    x, W, b = (normal(*shape, dtype=dtype, scale=scale)
+               for shape, scale in (((n, I), 1), ((V, I), I**-0.5), ((V,), 1)))
+    w = np.where(np.arange(n) % 3 == 1, 0, weights(n) + 0.1).astype(dtype)
+    return x, W, b if bias else None, classes(n, V=V), w
+
+
+def in_three_calls(x, W, b, targets, w, n_threads=1):
+    z = dense.linear_forward(x, W, b, n_threads=n_threads)
+    losses = dense.cross_entropy(z, targets, w, z, n_threads=n_threads)
+    return losses, *dense.linear_backward(x, W, z, n_threads=n_threads)
+
+
+def same_bits(got, want):
+    return all(a.tobytes() == b.tobytes() for a, b in zip(got, want, strict=True))
+
+
+# rows: within a block of 256 and past it; classes: within a chunk of 512, and of 2 and of 3 chunks
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("n, V, I, bias", [
+    (1, 1, 1, True), (5, 1, 3, False), (3, 700, 5, True), (255, 33, 9, True), (256, 7, 40, False),
+    (257, 512, 19, True), (600, 70, 33, True), (300, 513, 7, False), (530, 1100, 18, True)])
+def test_a_head_in_blocks_has_the_bits_of_three_calls(n, V, I, bias, dtype, isa, share_small_work):
+    problem = head_problem(n, V, I, dtype, bias)
+    x, W, b, targets, w = problem
+    want = in_three_calls(*problem)
+    assert all(np.isfinite(a).all() for a in want)
+    packed = functional.pack("linear", W)
+    for n_threads in 1, 2, 3, 5, 9:
+        losses, g = dense.linear_cross_entropy(*problem, n_threads=n_threads)
+        assert same_bits((losses, *g), want)
+        assert same_bits(in_three_calls(*problem, n_threads=n_threads), want)
+        losses, g = dense.linear_cross_entropy(*problem, packed=packed, n_threads=n_threads)
+        assert same_bits((losses, *g), want)
+        losses, g = dense.linear_cross_entropy(*problem, gradients=False, n_threads=n_threads)
+        assert g is None and same_bits((losses,), want[:1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_head_over_blas_has_the_bits_of_three_calls(dtype, plan, share_small_work):
+    problem = head_problem(530, 1100, 18, dtype)
+    want = in_three_calls(*problem)
+    for n_threads in 1, 2, 3:
+        losses, g = dense.linear_cross_entropy(*problem, n_threads=n_threads)
+        assert same_bits((losses, *g), want)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_is_not_finite_stays_in_its_row_of_a_head(dtype):
+    x, *others = head_problem(300, 600, 9, dtype)
+    want, g = dense.linear_cross_entropy(x, *others)
+    x[1], x[4], x[271] = np.nan, np.inf, np.nan     # of weight 0
+    losses, spoilt = dense.linear_cross_entropy(x, *others)
+    rows = np.isfinite(losses)
+    assert np.flatnonzero(~rows).tolist() == [1, 4, 271]
+    assert (losses[rows] == want[rows]).all() and (spoilt.dx == g.dx).all()
+    assert (spoilt.db == g.db).all() and np.isnan(spoilt.dW).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("n, V, I", [(3, 512, 7), (5, 513, 20), (260, 1100, 9)])
+def test_a_layer_of_many_outputs_is_its_definition(n, V, I, dtype, plan, close):
+    x, W, b, targets, w = head_problem(n, V, I, dtype)
+    dy = normal(n, V, dtype=dtype)
+    x_, W_, b_, dy_ = (a.astype("float64") for a in (x, W, b, dy))
+    close(dense.linear_forward(x, W, b), (x_ @ W_.T + b_).astype(dtype), "kernel")
+    for got, want in zip(dense.linear_backward(x, W, dy), (dy_ @ W_, dy_.T @ x_, dy_.sum(axis=0))):
+        close(got, want.astype(dtype), "kernel")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("n", [0, 3, 300])
+def test_gradients_are_added_into_those_of_the_caller(n, dtype, plan, close):
+    x, W, b, targets, w = head_problem(n, 70, 9, dtype)
+    dy = normal(n, 70, dtype=dtype)
+    for call in (lambda into: dense.linear_cross_entropy(x, W, b, targets, w, into=into)[1],
+                 lambda into: dense.linear_backward(x, W, dy, into=into)):
+        start = normal(70, 9, dtype=dtype, seed=3), normal(70, dtype=dtype, seed=4)
+        alone, (dW, db) = call(None), (a.copy() for a in start)
+        g = call((dW, db))
+        assert g.dW is dW and g.db is db and (g.dx == alone.dx).all()
+        close(dW, start[0] + alone.dW, "kernel")
+        close(db, start[1] + alone.db, "kernel")
+        zeros = np.zeros_like(dW)
+        assert call((zeros, None)).db is None and (zeros == alone.dW).all()
+
+
+@pytest.mark.parametrize("into, words", [
+    (lambda x, W: (W, np.zeros(7)), "dW must not share memory"),
+    (lambda x, W: (np.zeros((7, 3)), W[0]), r"db must be \(7,\), got \(3,\)"),
+    (lambda x, W: (np.zeros((7, 3)), x.reshape(-1)[:7]), "db must not share memory"),
+    (lambda x, W: (np.zeros((3, 7)).T, None), "dW must be C-contiguous"),
+    (lambda x, W: (np.zeros((7, 3), "f4"), None), "dW must be float64, got float32")])
+def test_gradients_that_must_not_be_added_into_are_refused(into, words):
+    x, W = normal(5, 3), normal(7, 3)
+    for call in (lambda into: dense.linear_cross_entropy(x, W, None, classes(5), np.ones(5), into=into),
+                 lambda into: dense.linear_backward(x, W, normal(5, 7), into=into)):
+        with pytest.raises((ValueError, TypeError), match=words):
+            call(into(x, W))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", [{}, dict(mask=weights(5, 3)), dict(ignore_index=2)])
+def test_a_linear_head_is_the_layer_and_the_loss(options, reduction, close):
+    head, twin = (Linear(4, 7, dtype="float64", seed=1) for _ in range(2))
+    x, targets = normal(5, 3, 4), classes(5, 3)
+    options = dict(options, reduction=reduction)
+    loss, dlogits = softmax_cross_entropy(twin(x), targets, **options)
+    dx = twin.backward(dlogits)
+    got, found = linear_cross_entropy(head, x, targets, **options)
+    assert np.array_equal(got, loss) and (found == dx).all()
+    assert all((g == twin.gradients()[name]).all() for name, g in head.gradients().items())
+    assert_gradients(close, lambda: np.sum(linear_cross_entropy(twin, x, targets, **options)[0]),
+                     {"x": x, **twin.parameters()}, {"x": found, **head.gradients()})
+    kept = {name: g.copy() for name, g in head.gradients().items()}
+    for frozen in head.eval(), head.freeze():
+        value, nothing = linear_cross_entropy(frozen, x, targets, **options)
+        assert nothing is None and np.array_equal(value, loss)
+    assert all((g == kept[name]).all() for name, g in head.gradients().items())
+
+
+def test_a_head_without_rows_costs_nothing():
+    head = Linear(4, 7, bias=False)
+    loss, dx = linear_cross_entropy(head, np.zeros((0, 3, 4), "float32"), np.zeros((0, 3), int))
+    assert loss == 0 and dx.shape == (0, 3, 4) and not head.gradients()["weight"].any()
+
+
+@pytest.mark.parametrize("call, error, words", [
+    (lambda head: linear_cross_entropy(np.ones((7, 4)), normal(5, 4), classes(5)), TypeError,
+     "linear must be a Linear, got ndarray"),
+    (lambda head: linear_cross_entropy(head, normal(5, 3), classes(5)), ValueError,
+     r"x must be \(..., 4\), got \(5, 3\)"),
+    (lambda head: linear_cross_entropy(head, normal(5, 4), [1]), ValueError,
+     r"targets must be \(5,\), as x \(5, 4\) without their last axis, got \(1,\)"),
+    (lambda head: linear_cross_entropy(head, normal(1, 4), [7]), ValueError,
+     "targets must be in 0..6, got 7..7"),
+    (lambda head: linear_cross_entropy(head, normal(1, 4), [0], reduction="avg"), ValueError,
+     "reduction must be one of mean, sum, none, got 'avg'"),
+    (lambda head: dense.linear_cross_entropy(normal(1, 4), np.ones((0, 4)), None, [], []), ValueError,
+     r"W must be \(O, I\) with O >= 1, got \(0, 4\)"),
+    (lambda head: dense.linear_cross_entropy(normal(1, 4), normal(7, 4), None, [7], np.ones(1)),
+     ValueError, "targets must be in 0..6, got 7..7"),
+    (lambda head: dense.linear_cross_entropy(normal(2, 4), normal(7, 4), None, [1, 2], np.ones(1)),
+     ValueError, r"weights must be \(n,\) = \(2,\), got \(1,\)")])
+def test_a_head_says_what_it_expects(call, error, words):
+    with pytest.raises(error, match=words):
+        call(Linear(4, 7, dtype="float64"))
 
 
 def test_out_may_be_another_view_of_the_logits():
