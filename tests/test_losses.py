@@ -6,7 +6,7 @@ from slopes import assert_gradients
 
 import lstmcore
 from lstmcore import (Linear, bce_with_logits, dense, functional, linear_cross_entropy, mse_loss,
-                      softmax_cross_entropy)
+                      reference, softmax_cross_entropy)
 
 
 def normal(*shape, seed=0, dtype="float64", scale=2.0):
@@ -207,35 +207,94 @@ def head_problem(n, V, I, dtype, bias=True):
     return x, W, b if bias else None, classes(n, V=V), w
 
 
-def in_three_calls(x, W, b, targets, w, n_threads=1):
-    z = dense.linear_forward(x, W, b, n_threads=n_threads)
+def in_three_calls(x, W, b, targets, w, n_threads=1, compute=None):
+    z = dense.linear_forward(x, W, b, n_threads=n_threads, compute=compute)
     losses = dense.cross_entropy(z, targets, w, z, n_threads=n_threads)
-    return losses, *dense.linear_backward(x, W, z, n_threads=n_threads)
+    return losses, *dense.linear_backward(x, W, z, n_threads=n_threads, compute=compute)
+
+
+def dtype_of(compute):
+    return "float64" if compute == "float64" else "float32"
 
 
 def same_bits(got, want):
     return all(a.tobytes() == b.tobytes() for a, b in zip(got, want, strict=True))
 
 
+FORMATS = ["float32", "float64", "bfloat16"]
+
+
 # rows: within a block of 256 and past it; classes: within a chunk of 512, and of 2 and of 3 chunks
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("compute", FORMATS)
 @pytest.mark.parametrize("n, V, I, bias", [
     (1, 1, 1, True), (5, 1, 3, False), (3, 700, 5, True), (255, 33, 9, True), (256, 7, 40, False),
-    (257, 512, 19, True), (600, 70, 33, True), (300, 513, 7, False), (530, 1100, 18, True)])
-def test_a_head_in_blocks_has_the_bits_of_three_calls(n, V, I, bias, dtype, isa, share_small_work):
-    problem = head_problem(n, V, I, dtype, bias)
+    (257, 512, 19, True), (600, 70, 33, True), (300, 513, 7, False), (513, 1030, 5, True)])
+def test_a_head_in_blocks_has_the_bits_of_three_calls(n, V, I, bias, compute, isa, share_small_work):
+    problem = head_problem(n, V, I, dtype_of(compute), bias)
     x, W, b, targets, w = problem
-    want = in_three_calls(*problem)
+    want = in_three_calls(*problem, compute=compute)
     assert all(np.isfinite(a).all() for a in want)
-    packed = functional.pack("linear", W)
+    packed = functional.pack("linear", W, precision=compute)
     for n_threads in 1, 2, 3, 5, 9:
-        losses, g = dense.linear_cross_entropy(*problem, n_threads=n_threads)
+        common = dict(n_threads=n_threads, compute=compute)
+        losses, g = dense.linear_cross_entropy(*problem, **common)
         assert same_bits((losses, *g), want)
-        assert same_bits(in_three_calls(*problem, n_threads=n_threads), want)
+        assert same_bits(in_three_calls(*problem, **common), want)
         losses, g = dense.linear_cross_entropy(*problem, packed=packed, n_threads=n_threads)
         assert same_bits((losses, *g), want)
-        losses, g = dense.linear_cross_entropy(*problem, gradients=False, n_threads=n_threads)
+        losses, g = dense.linear_cross_entropy(*problem, gradients=False, **common)
         assert g is None and same_bits((losses,), want[:1])
+
+
+# Sums of bfloat16 products differ from float64's as those of float32 do, but gradients are rounded in
+# between: one that lies near the middle of two neighbors may fall to the other side.
+@pytest.mark.parametrize("compute", FORMATS)
+@pytest.mark.parametrize("n, V, I", [(1, 1, 3), (37, 11, 5), (300, 600, 9)])
+def test_a_head_is_its_definition(n, V, I, compute, close):
+    x, W, b, targets, w = head_problem(n, V, I, dtype_of(compute))
+    round_ = reference.rounded if compute == "bfloat16" else np.asarray
+    x_, W_, b_, w_ = (a.astype("float64") for a in (round_(x), round_(W), b, w))
+    z = x_ @ W_.T + b_
+    top = z.max(axis=1, keepdims=True)
+    p = np.exp(z - top)
+    total = p.sum(axis=1, keepdims=True)
+    losses = (np.log(total) + top)[:, 0] - z[np.arange(n), targets]
+    dz = p / total
+    dz[np.arange(n), targets] -= 1
+    dz *= w_[:, None]
+    dz_ = round_(dz.astype(x.dtype)).astype("float64")
+    got, g = dense.linear_cross_entropy(x, W, b, targets, w, compute=compute)
+    close(got, losses.astype(x.dtype), "kernel")
+    close(g.db, dz.sum(axis=0).astype(x.dtype), "kernel")
+    why = "bfloat16" if compute == "bfloat16" else "kernel"
+    close(g.dx, (dz_ @ W_).astype(x.dtype), why)
+    close(g.dW, (dz_.T @ x_).astype(x.dtype), why)
+
+
+@pytest.mark.parametrize("n, V, I", [(5, 3, 4), (37, 11, 5), (513, 1030, 5)])
+def test_a_head_in_bfloat16_has_the_bits_of_rounded_operands(n, V, I, isa, share_small_work):
+    x, W, b, targets, w = head_problem(n, V, I, "float32")
+    x_, W_ = reference.rounded(x), reference.rounded(W)
+    z = dense.linear_forward(x_, W_, b)
+    want = dense.cross_entropy(z, targets, w, z)
+    dx, dW, _ = dense.linear_backward(x_, W_, reference.rounded(z))
+    db = dense.linear_backward(x, W, z).db      # no product: not rounded
+    losses, g = dense.linear_cross_entropy(x, W, b, targets, w, compute="bfloat16", n_threads=2)
+    assert same_bits((losses, *g), (want, dx, dW, db))
+
+
+@pytest.mark.parametrize("n, V, I", [(3, 7, 5), (513, 1030, 5)])
+def test_a_head_packed_as_int8_has_losses_alone(n, V, I, isa, share_small_work):
+    x, W, b, targets, w = problem = head_problem(n, V, I, "float32")
+    packed = functional.pack("linear", W, precision="int8")
+    z = dense.linear_forward(x, W, b, packed=packed)
+    want = dense.cross_entropy(z, targets, w, z)
+    for n_threads in 1, 2, 5:
+        losses, g = dense.linear_cross_entropy(*problem, packed=packed, gradients=False,
+                                               n_threads=n_threads)
+        assert g is None and same_bits((losses,), (want,))
+    with pytest.raises(ValueError, match="int8 are for inference: gradients must be False"):
+        dense.linear_cross_entropy(*problem, packed=packed)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -270,13 +329,14 @@ def test_a_layer_of_many_outputs_is_its_definition(n, V, I, dtype, plan, close):
         close(got, want.astype(dtype), "kernel")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("compute", FORMATS)
 @pytest.mark.parametrize("n", [0, 3, 300])
-def test_gradients_are_added_into_those_of_the_caller(n, dtype, plan, close):
+def test_gradients_are_added_into_those_of_the_caller(n, compute, plan, close):
+    dtype, common = dtype_of(compute), dict(compute=compute)
     x, W, b, targets, w = head_problem(n, 70, 9, dtype)
     dy = normal(n, 70, dtype=dtype)
-    for call in (lambda into: dense.linear_cross_entropy(x, W, b, targets, w, into=into)[1],
-                 lambda into: dense.linear_backward(x, W, dy, into=into)):
+    for call in (lambda into: dense.linear_cross_entropy(x, W, b, targets, w, into=into, **common)[1],
+                 lambda into: dense.linear_backward(x, W, dy, into=into, **common)):
         start = normal(70, 9, dtype=dtype, seed=3), normal(70, dtype=dtype, seed=4)
         alone, (dW, db) = call(None), (a.copy() for a in start)
         g = call((dW, db))
@@ -321,6 +381,20 @@ def test_a_linear_head_is_the_layer_and_the_loss(options, reduction, close):
     assert all((g == kept[name]).all() for name, g in head.gradients().items())
 
 
+def test_a_head_takes_any_layout():
+    x, W, b, targets, w = head_problem(6, 7, 4, "float32")
+    want = dense.linear_cross_entropy(x, W, b, targets, w)
+    for lay in np.asfortranarray, lambda a: np.repeat(a, 2, axis=0)[::2]:
+        got = dense.linear_cross_entropy(*map(lay, (x, W, b, targets, w)))
+        assert same_bits((got[0], *got[1]), (want[0], *want[1]))
+    head = Linear(4, 7, seed=1)
+    loss, dx = linear_cross_entropy(head, x.reshape(3, 2, 4), targets.reshape(3, 2))
+    wide = np.swapaxes(np.ascontiguousarray(np.swapaxes(x.reshape(3, 2, 4), 0, 1)), 0, 1)
+    assert not wide.flags.c_contiguous
+    got, found = linear_cross_entropy(head, wide, targets.reshape(3, 2).tolist())
+    assert got == loss and (found == dx).all()
+
+
 def test_a_head_without_rows_costs_nothing():
     head = Linear(4, 7, bias=False)
     loss, dx = linear_cross_entropy(head, np.zeros((0, 3, 4), "float32"), np.zeros((0, 3), int))
@@ -343,7 +417,13 @@ def test_a_head_without_rows_costs_nothing():
     (lambda head: dense.linear_cross_entropy(normal(1, 4), normal(7, 4), None, [7], np.ones(1)),
      ValueError, "targets must be in 0..6, got 7..7"),
     (lambda head: dense.linear_cross_entropy(normal(2, 4), normal(7, 4), None, [1, 2], np.ones(1)),
-     ValueError, r"weights must be \(n,\) = \(2,\), got \(1,\)")])
+     ValueError, r"weights must be \(n,\) = \(2,\), got \(1,\)"),
+    (lambda head: dense.linear_cross_entropy(normal(1, 4), normal(7, 4), None, [1], np.ones(1),
+                                             compute="bfloat16"), TypeError,
+     "compute='bfloat16' needs float32 arrays, got float64"),
+    (lambda head: dense.linear_cross_entropy(normal(0, 4), normal(7, 4), None, [], np.ones(0),
+                                             compute="int8"), ValueError,
+     "compute must be 'float32', 'float64' or 'bfloat16', got 'int8'")])
 def test_a_head_says_what_it_expects(call, error, words):
     with pytest.raises(error, match=words):
         call(Linear(4, 7, dtype="float64"))

@@ -16,9 +16,9 @@ KERNELS, GRID, MEMORY, PRODUCTS, RECURRENCE, FORWARD, BACKWARD, DENSE, BLAS = (
                                          "forward", "backward", "dense", "blas"))
 KERNELS_PXD, MEMORY_PXD, PRODUCTS_PXD, RECURRENCE_PXD = (
     f"lstmcore/_{name}.pxd" for name in ("kernels", "memory", "products", "recurrence"))
-REF, CALLS, DENSE_PY, CHECKS, MODULE, LAYERS, THREADS = (
+REF, CALLS, DENSE_PY, CHECKS, MODULE, LAYERS, LOSSES_PY, THREADS = (
     f"lstmcore/{name}.py" for name in ("reference", "functional", "dense", "checks", "module",
-                                       "layers", "threads"))
+                                       "layers", "losses", "threads"))
 FILES = "lstmcore/files.py"
 DISK, STATE_DICT, SAFETENSORS, ONNX, DESCRIPTION = (f"lstmcore/formats/{name}.py" for name in (
     "disk", "state_dict", "safetensors", "onnx", "description"))
@@ -496,7 +496,8 @@ MUTANTS = [
     ("a chunk of y has the bias of the first", DENSE, "rows.bias = f.b + c * CHUNK * f.item", "pass"),
     ("a chunk of dx replaces those before", DENSE, "        rows.start = START_ADD\n", ""),
     ("the chunks of W and of its transpose in one place", DENSE, "(f.chunks + c) % 2", "c % 2"),
-    ("chunks of W are packed for the first block only", DENSE, "if first or f.chunks > 1:", "if first:"),
+    ("chunks of W are packed for the first block only", DENSE, "if first or f.chunks > 1:",
+     "if first:"),
     ("dW of a block before all of dy is there", DENSE,
      "            wait(f.barrier, team)\n            add_up(f, start", "            add_up(f, start"),
     ("a block replaces the dW of those before", DENSE, "f.add or start > 0, &mine)", "f.add, &mine)"),
@@ -554,7 +555,21 @@ MUTANTS = [
     ("a dense layer's packed is not compared", DENSE_PY,
      '_found_packed(packed, "linear", (W, None, None))', "pass"),
     ("gradients of an empty batch are what was there", DENSE_PY, "d.fill(0)", "pass"),
-    ("dW of the caller may be its W", DENSE_PY, "x.dtype, x, W, db, *inputs)", "x.dtype, x, db, *inputs)"),
+    ("dW of the caller may be its W", DENSE_PY, "x.dtype, x, W, db, *inputs)",
+     "x.dtype, x, db, *inputs)"),
+    ("db of the caller may be its x", DENSE_PY, "x.dtype, x, W, *inputs)", "x.dtype, W, *inputs)"),
+    ("a head of any format trains", DENSE_PY, 'if format == "int8" and gradients:', "if False:"),
+    ("a head computes in its dtype", DENSE_PY, "    format = _format(compute, dtype, packed)\n",
+     "    format = _format(None, dtype, packed)\n"),
+    ("dW of a dense layer in its dtype", DENSE_PY, "format=_format(compute, dtype))",
+     "format=_format(None, dtype))"),
+    ("a head adds to gradients in inference mode", LAYERS,
+     "gradients=self.training, into=self._gradients() if self.training else None,",
+     "into=self._gradients(),"),
+    ("a head is any layer", LOSSES_PY, "if not isinstance(linear, Linear):", "if False:"),
+    ("dx of a head is flat", LOSSES_PY, "dx.reshape(x.shape)", "dx"),
+    ("what is to be ignored counts", LOSSES_PY,
+     "weights = counts if weights is None else weights * counts", "pass"),
     ("dW of the caller is cleared by an empty batch", DENSE_PY, "3 if into is None else 1", "3"),
     ("dlogits may be the weights", DENSE_PY, "dtype, weights, targets, over=logits)",
      "dtype, targets, over=logits)"),
