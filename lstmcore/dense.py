@@ -13,7 +13,8 @@ import numpy as np
 from lstmcore import _dense, _kernels, _products, checks
 from lstmcore._memory import empty
 from lstmcore._types import ArrayLike, Compute, Floats
-from lstmcore.functional import _format, _found_packed, _threads
+from lstmcore.functional import _found, _found_packed, _threads
+from lstmcore.precision import format_of_call
 
 
 class LinearGradients(NamedTuple):
@@ -44,8 +45,8 @@ def linear_forward(x: Floats, W: Floats, b: Floats | None = None, *, n_threads: 
     x, W, b, dtype = _layer(x, W, b, packed)
     y, n_threads = empty((len(x), len(W)), dtype), _threads(n_threads, len(x), *W.shape)
     if y.size:
-        _dense.run_forward(x, W, b, y, n_threads=n_threads, format=_format(compute, dtype, packed),
-                           packed=packed)
+        _dense.run_forward(x, W, b, y, n_threads=n_threads, packed=packed,
+                           format=format_of_call(compute, dtype, packed))
     return y
 
 
@@ -66,7 +67,7 @@ def linear_backward(x: Floats, W: Floats, dy: Floats, *, need_dx: bool = True,
     g, n_threads = _room(x, W, need_dx, into, dy), _threads(n_threads, len(x), *W.shape)
     if dy.size:
         _dense.run_backward(x, W, dy, g, add=into is not None, n_threads=n_threads,
-                            format=_format(compute, dtype))
+                            format=format_of_call(compute, dtype))
     else:
         _clear(g, into)
     return g
@@ -93,11 +94,12 @@ def _layer(x, W, b, packed):
     """x, W, b and the dtype of all, with `packed` found to be of W."""
     if packed is not None:
         _found_packed(packed, "linear", (W, None, None))
-    x, W, dtype = _matrices(x, W)
+    x, W, dtype = _matrices(x, W, packed is not None and packed.format == "int8")
     return x, W, checks.optional(b, "b", "(O,)", (len(W),), dtype), dtype
 
 
-def _matrices(x, W):
+def _matrices(x, W, lowered=False):
+    """x and W, and their dtype. A lowered W is read as it was packed: it stays where it lies."""
     for name, value in (("x", x), ("W", W)):
         if not isinstance(value, np.ndarray) or value.ndim != 2:
             raise TypeError(f"{name} must be a 2-D NumPy array, got "
@@ -107,7 +109,7 @@ def _matrices(x, W):
     if W.shape[1] == 0:
         raise ValueError(f"W must be (O, I) with I >= 1, got {W.shape}")
     return (checks.array(x, "x", "(n, I)", (len(x), W.shape[1]), dtype),
-            checks.array(W, "W", "(O, I)", W.shape, dtype), dtype)
+            (_found if lowered else checks.array)(W, "W", "(O, I)", W.shape, dtype), dtype)
 
 
 # ---- a loss ------------------------------------------------------------------------------------------
@@ -167,7 +169,7 @@ def linear_cross_entropy(x: Floats, W: Floats, b: Floats | None, targets: ArrayL
     weights = checks.array(weights, "weights", "(n,)", (n,), dtype)
     targets = checks.ids(targets, "targets", O, (n,))
     losses = np.empty(n, dtype)
-    format = _format(compute, dtype, packed)
+    format = format_of_call(compute, dtype, packed)
     if format == "int8" and gradients:
         raise ValueError("weights packed as int8 are for inference: gradients must be False")
     g = _room(x, W, True, into, b, weights) if gradients else None

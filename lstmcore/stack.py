@@ -49,7 +49,7 @@ class Stack(Module):
             if layer.batch_first:
                 raise ValueError(f"layers[{n}] must be time-major; give batch_first to the Stack")
             before = self.layers[n - 1]
-            width = before.parameters()["weight_hh_l0"].shape[1] * before.directions
+            width = before._widths[0] * before.directions
             if n and (layer.input_size, layer.dtype) != (width, before.dtype):
                 raise ValueError(f"layers[{n}] must take {width} {before.dtype} inputs from the "
                                  f"layer before it, it takes {layer.input_size} {layer.dtype}")

@@ -146,10 +146,12 @@ def test_streams_are_successive_and_shifted():
     assert streams(np.arange(23), 50, 10)[0].shape == (11, 2)
 
 
+@pytest.mark.parametrize("compute", [None, "bfloat16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_network_loss_has_the_bits_of_logits_and_their_loss(dropout):
+def test_network_loss_has_the_bits_of_logits_and_their_loss(dropout, compute):
     one, other = (Network(600, cell="lstm", hidden_size=9, num_layers=2, embed_size=5, peepholes=False,
-                          dropout=dropout, dtype="float32", seed=1) for _ in range(2))
+                          dropout=dropout, dtype="float32", compute=compute, seed=1)
+                  for _ in range(2))
     tokens, targets = np.random.default_rng(2).integers(0, 600, (2, 40, 8))
     logits, state = one(tokens)
     loss, dlogits = softmax_cross_entropy(logits, targets)
