@@ -150,8 +150,8 @@ def linear_cross_entropy(x: Floats, W: Floats, b: Floats | None, targets: ArrayL
     """The losses (n,) of `cross_entropy` for the logits x Wᵀ + b, and the `LinearGradients`, or None.
 
     What linear_forward, cross_entropy and linear_backward return, bit for bit, from one call. The
-    logits are never stored whole: only a block of 256 rows (with more than 4 threads, of more) at a
-    time.
+    logits are not stored whole: only a block of 256 rows (with more than 4 threads, of more) at a
+    time. Without gradients, up to 32 MB of them are one block.
     into: as in linear_backward. packed, compute: as in linear_forward; packed as int8, it has no
     gradients.
 

@@ -76,11 +76,12 @@ def linear_cross_entropy(linear: Linear, x: Floats, targets: ArrayLike, *,
                          ignore_index: int | None = None, mask: ArrayLike | None = None,
                          reduction: Literal["mean", "sum", "none"] = "mean",
                          ) -> tuple[float | Floats, Floats | None]:
-    """`softmax_cross_entropy` of the logits linear(x), which are never stored whole.
+    """`softmax_cross_entropy` of the logits linear(x), a block of rows at a time.
 
     A block of 256 rows has its logits, its losses and its gradients computed before the next begins:
-    with many classes that saves the memory of (..., V) numbers. In training mode it also adds to the
-    gradients of the layer, as its call and backward would, with the same bits.
+    with many classes that saves the memory of (..., V) numbers. In inference mode up to 32 MB of
+    logits are one block. In training mode it also adds to the gradients of the layer, as its call and
+    backward would, with the same bits.
 
     Parameters
     ----------

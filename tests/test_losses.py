@@ -297,6 +297,16 @@ def test_a_head_packed_as_int8_has_losses_alone(n, V, I, isa, share_small_work):
         dense.linear_cross_entropy(*problem, packed=packed)
 
 
+def test_more_logits_than_one_block_have_their_bits_without_gradients(share_small_work):
+    problem = head_problem(530, 16000, 3, "float32")        # 34 MB
+    x, W, b, targets, w = problem
+    z = dense.linear_forward(x, W, b)
+    want = dense.cross_entropy(z, targets, w, z)
+    for n_threads in 1, 2, 5:
+        losses, g = dense.linear_cross_entropy(*problem, gradients=False, n_threads=n_threads)
+        assert g is None and same_bits((losses,), (want,))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_head_over_blas_has_the_bits_of_three_calls(dtype, plan, share_small_work):
     problem = head_problem(530, 1100, 18, dtype)

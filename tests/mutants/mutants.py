@@ -516,6 +516,8 @@ MUTANTS = [
     ("blocks cut the sums of dW elsewhere", DENSE, "<Py_ssize_t>KW * (", "<Py_ssize_t>200 * ("),
     ("the head's gradients replace what was there", DENSE, "address(g.db), add\n",
      "address(g.db), False\n"),
+    ("a head without gradients reads its first block only", DENSE, "    while start < f.n:\n",
+     "    while start < (f.n if f.dW != NULL else 1):\n"),
     ("Adam's threads share the first g", DENSE, "f.g + start * item", "f.g"),
     # calls
     ("packed: W_ih is not compared", CALLS,
