@@ -134,8 +134,8 @@ class Lstmcore:
 
         def run():
             y, _ = m(embedding(tokens))
-            loss, dlogits = self.lib.softmax_cross_entropy(linear(y), targets)
-            embedding.backward(m.backward(linear.backward(dlogits))[0])
+            loss, dy = self.lib.linear_cross_entropy(linear, y, targets)
+            embedding.backward(m.backward(dy)[0])
             return loss
 
         def collect(loss):

@@ -14,7 +14,7 @@ static void F(cross_entropy)(ptrdiff_t n, ptrdiff_t V, const void *z_, const int
                              const void *weight_, void *loss_, void *dz_) {
     for (ptrdiff_t r = 0; r < n; r++) {
         const R *z = (const R *)z_ + r * V, weight = ((const R *)weight_)[r], z_k = z[target[r]];
-        R *dz = (R *)dz_ + r * V, lanes[VECTOR_BYTES / sizeof(R)], top = z[0], sum = 0;
+        R *dz = dz_ ? (R *)dz_ + r * V : NULL, lanes[VECTOR_BYTES / sizeof(R)], top = z[0], sum = 0;
         vec many = F(v_set1)(top);
         ptrdiff_t j = 0;
         for (; j + VL <= V; j += VL) many = v_max(many, F(v_load)(z + j));
@@ -24,16 +24,17 @@ static void F(cross_entropy)(ptrdiff_t n, ptrdiff_t V, const void *z_, const int
         many = F(v_set1)(0);
         for (j = 0; j < V; j += VL) {
             ptrdiff_t w = MIN(VL, V - j);
-            F(v_store_n)(dz + j, F(v_exp_below_0)(F(v_load_n)(z + j, w) - top), w);
-            many += F(v_load_n)(dz + j, w);
+            R *e = dz ? dz + j : lanes;
+            F(v_store_n)(e, F(v_exp_below_0)(F(v_load_n)(z + j, w) - top), w);
+            many += F(v_load_n)(e, w);
         }
         F(v_store)(lanes, many);
         for (ptrdiff_t l = 0; l < VL; l++) sum += lanes[l];
         ((R *)loss_)[r] = (R)log(sum) - (z_k - top);
-        for (j = 0; j < V; j += VL) {
+        for (j = 0; dz && j < V; j += VL) {
             ptrdiff_t w = MIN(VL, V - j);
             F(v_store_n)(dz + j, weight ? F(v_load_n)(dz + j, w) * (weight / sum) : F(v_set1)(0), w);
         }
-        dz[target[r]] -= weight;
+        if (dz) dz[target[r]] -= weight;
     }
 }

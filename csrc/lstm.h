@@ -117,6 +117,8 @@ typedef struct {
     void **C;              /* a number for each column */
 } lstm_rows;
 
+enum { KW = 256 };  /* k per block of a sum over time and batch: part of the definition of its bits */
+
 /* One gradient dW (M, N) = daᵀ x among several that share da. */
 typedef struct {
     const void *const *x;  /* a row (N) for each k */
@@ -153,18 +155,19 @@ typedef struct {
     void (*gemm)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, const lstm_rows *rows);
 
     /* dW[m, n] = Σ_k da[k][m] x[k][n] of each product and, if db is not NULL, db[m] = Σ_k da[k][m],
-       for m in [m0, m1) and K >= 1.  Sums are cut into blocks of a fixed number of k and added in order.
-       da and x are not lowered.  work: weight_gradient_work(m1 - m0) bytes, 64-byte aligned.  NULL, as
-       back_step, where the format does not train. */
+       for m in [m0, m1) and K >= 1.  Sums are cut into blocks of KW k and added in order; add: to what
+       dW and db hold.  da and x are not lowered.  work: weight_gradient_work(m1 - m0) bytes, 64-byte
+       aligned.  NULL, as back_step, where the format does not train. */
     void (*weight_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t m1, const void *const *da,
-                            int n_products, const lstm_product *products, void *db, void *work);
+                            int n_products, const lstm_product *products, int add, void *db,
+                            void *work);
     ptrdiff_t (*weight_gradient_work)(ptrdiff_t M);
 
     /* out[k] += a[k] on the columns [j0, j1), for k < n in ascending order; rows of out may repeat. */
     void (*add_rows)(ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1, const void *const *a, void *const *out);
 
     /* Softmax cross-entropy of n rows z (V) with their targets, V >= 1:  loss[r] = log Σ e^z - z_k;
-       dz[r] = weight[r] (softmax(z) - [j = k]), of weight 0 whatever z is.  dz may be z.
+       dz[r] = weight[r] (softmax(z) - [j = k]), of weight 0 whatever z is.  dz may be z, or NULL.
        NULL, as adam, in formats below float32. */
     void (*cross_entropy)(ptrdiff_t n, ptrdiff_t V, const void *z, const int64_t *target,
                           const void *weight, void *loss, void *dz);

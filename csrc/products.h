@@ -3,8 +3,6 @@
    Every element of C is one chain over k; a sum over time and batch is cut into blocks of KW, added in
    order, whoever computes it.  It knows nothing of cells. */
 
-#define KW 256          /* k per block of a weight gradient: part of the definition of its bits */
-
 static void F(gemm)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, const lstm_rows *rows) {
     F(row4) acc[GROUP];
     const LEFT *a[GROUP];
@@ -93,12 +91,13 @@ INLINE void F(pack_rows)(const F(panel) *g, ptrdiff_t K, const void *const *x, P
 }
 
 static void F(weight_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t m1, const void *const *da,
-                               int n_products, const lstm_product *products, void *db_, void *work) {
+                               int n_products, const lstm_product *products, int add, void *db_,
+                               void *work) {
     F(row4) acc[MR];
     ptrdiff_t M = m1 - m0, tiles = (M + MR - 1) / MR;
     PACKED *panel = work;
     R *A = (R *)((char *)work + 4 * F(vector_bytes)(KW)), *db = db_;
-    for (ptrdiff_t m = m0; db && m < m1; m++) db[m] = 0;
+    for (ptrdiff_t m = m0; db && !add && m < m1; m++) db[m] = 0;
     for (ptrdiff_t k0 = 0; k0 < K; k0 += KW) {
         ptrdiff_t kn = MIN(KW, K - k0);
         F(pack_gradient)(kn, m0, M, da + k0, A, db);
@@ -113,7 +112,7 @@ static void F(weight_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t m1, const vo
                         for (int v = 0; v < g.nv; v++) {
                             R *out = (R *)q->dW + (m0 + t * MR + r) * q->N + g.col + v * VL;
                             ptrdiff_t w = F(lanes)(&g, v);
-                            if (k0) acc[r][v] += F(v_load_n)(out, w);
+                            if (k0 || add) acc[r][v] += F(v_load_n)(out, w);
                             F(v_store_n)(out, acc[r][v], w);
                         }
                 }

@@ -36,6 +36,7 @@ from lstmcore.layers import Stack as Stack
 from lstmcore.layers import Tanh as Tanh
 from lstmcore.layers import sequence_mask as sequence_mask
 from lstmcore.losses import bce_with_logits as bce_with_logits
+from lstmcore.losses import linear_cross_entropy as linear_cross_entropy
 from lstmcore.losses import mse_loss as mse_loss
 from lstmcore.losses import softmax_cross_entropy as softmax_cross_entropy
 from lstmcore.models.estimators import LSTMClassifier as LSTMClassifier

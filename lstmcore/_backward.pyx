@@ -281,6 +281,7 @@ cdef void add_up_gradients(Backward *f, const Part *share) noexcept nogil:
     cdef lstm_product products[2]
     cdef Sums sums
     sums.tokens, sums.da, sums.db, sums.products = p.steps.tokens, f.da, f.db, products
+    sums.add = False
     products[0].x, products[0].N = f.h_prev, p.K
     products[0].dW = f.dW_hh - apart * p.K * p.item  # rows are counted as those of da
     products[1].x, products[1].N, products[1].dW = f.x_rows, p.I, f.dW_ih

@@ -13,6 +13,7 @@ cdef extern from "lstm.h" nogil:
     enum: START_ZERO
     enum: START_BIAS
     enum: START_ADD
+    enum: KW
     ctypedef struct lstm_weights:
         Py_ssize_t I
         Py_ssize_t K
@@ -97,8 +98,8 @@ cdef extern from "lstm.h" nogil:
         void (*gemm)(const lstm_operand *w, Py_ssize_t j0, Py_ssize_t j1,
                      const lstm_rows *rows) noexcept nogil
         void (*weight_gradient)(Py_ssize_t K, Py_ssize_t m0, Py_ssize_t m1, const void **da,
-                                int n_products, const lstm_product *products, void *db,
-                                void *work) noexcept nogil
+                                int n_products, const lstm_product *products, bint add,
+                                void *db, void *work) noexcept nogil
         Py_ssize_t (*weight_gradient_work)(Py_ssize_t M) noexcept nogil
         void (*add_rows)(Py_ssize_t n, Py_ssize_t j0, Py_ssize_t j1, const void **a,
                          void **out) noexcept nogil

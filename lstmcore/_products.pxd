@@ -21,6 +21,7 @@ cdef struct Sums:                  # dW = daᵀ x of each product and db = Σ da
     const void **da
     int n_products
     const lstm_product *products
+    bint add                       # to what dW and db hold
     char *db
 
 

@@ -13,7 +13,7 @@ cimport numpy as cnp
 from lstmcore.threads import look_for_blas, one_blas_thread
 
 from lstmcore._kernels cimport MAX_TEAM, address, forced_plan, kernels_of, run_team
-from lstmcore._lstm cimport (START_ADD, START_BIAS, lstm_kernels, lstm_operand, lstm_product,
+from lstmcore._lstm cimport (KW, START_ADD, START_BIAS, lstm_kernels, lstm_operand, lstm_product,
                              lstm_rows)
 from lstmcore._memory cimport Arena, Workspace, arena_of, give_back, padded, take, take_workspace
 
@@ -101,7 +101,7 @@ cdef void tile_add_up(const lstm_kernels *k, const Sums *sums, const Part *mine)
     unit_range(sums.last - sums.first, k.MR, mine.part, mine.parts, &m0, &m1)
     if m0 < m1:
         k.weight_gradient(sums.tokens, sums.first + m0, sums.first + m1, sums.da, sums.n_products,
-                          sums.products, sums.db, mine.scratch)
+                          sums.products, sums.add, sums.db, mine.scratch)
 
 
 cdef Py_ssize_t tile_scratch_bytes(const lstm_kernels *k, const Widths *widths) noexcept nogil:
@@ -138,7 +138,6 @@ cdef enum: BLAS_ROWS = 36      # rows of every BLAS product, so that all are sum
 cdef enum: BLAS_WIDTH = 256    # most columns of a BLAS product, without its edges
 cdef enum: BLAS_EDGE = 8       # columns of zeros at each side, float only
 cdef enum: BLAS_COLUMNS = 64   # rows of a weight gradient per BLAS call, so that threads change no bit
-cdef enum: BLAS_TOKENS = 256   # tokens per BLAS call of a weight gradient
 
 
 cdef bint blas_is_fit(str format, Py_ssize_t item) except -1:
@@ -251,7 +250,7 @@ cdef void blas_add_up(const lstm_kernels *k, const Sums *sums, const Part *mine)
     while start < end:
         m0, m1 = start, min(start + BLAS_COLUMNS, end)
         if sums.db != NULL:
-            k.weight_gradient(sums.tokens, m0, m1, sums.da, 0, NULL, sums.db, mine.scratch)
+            k.weight_gradient(sums.tokens, m0, m1, sums.da, 0, NULL, sums.add, sums.db, mine.scratch)
         for q in range(sums.n_products):
             blas_weight_gradient(k, sums, &sums.products[q], m0, m1, mine.scratch)
         start = m1
@@ -259,18 +258,18 @@ cdef void blas_add_up(const lstm_kernels *k, const Sums *sums, const Part *mine)
 
 cdef void blas_weight_gradient(const lstm_kernels *k, const Sums *sums, const lstm_product *product,
                                Py_ssize_t m0, Py_ssize_t m1, char *scratch) noexcept nogil:
-    """Rows [m0, m1) of one gradient, in blocks of BLAS_TOKENS."""
+    """Rows [m0, m1) of one gradient, in blocks of KW tokens."""
     cdef Py_ssize_t t, k0 = 0, kn, m = m1 - m0, N = product.N, item = k.item
     cdef char *A = scratch
-    cdef char *X = A + BLAS_TOKENS * BLAS_COLUMNS * item
+    cdef char *X = A + KW * BLAS_COLUMNS * item
     while k0 < sums.tokens:
-        kn = min(<Py_ssize_t>BLAS_TOKENS, sums.tokens - k0)
+        kn = min(<Py_ssize_t>KW, sums.tokens - k0)
         for t in range(kn):
             memcpy(A + t * m * item, <char *>sums.da[k0 + t] + m0 * item, m * item)
             memcpy(X + t * N * item, product.x[k0 + t], N * item)
         # dW[m0:m1] += Aᵀ X        (m,N) (kn,m)ᵀ (kn,N)
         blas_gemm(item == 8, True, False, <int>m, <int>N, <int>kn, 1.0, A, <int>m, X,
-                  <int>N, 1.0 if k0 else 0.0, <char *>product.dW + m0 * N * item, <int>N)
+                  <int>N, 1.0 if k0 or sums.add else 0.0, <char *>product.dW + m0 * N * item, <int>N)
         k0 += kn
 
 
@@ -278,7 +277,7 @@ cdef Py_ssize_t blas_scratch_bytes(const lstm_kernels *k, const Widths *widths) 
     cdef Py_ssize_t bytes = blas_rows_bytes(k.item, widths.row) \
         + blas_rows_bytes(k.item, blas_width(k.item, BLAS_WIDTH))
     if widths.M:
-        bytes = max(bytes, BLAS_TOKENS * (BLAS_COLUMNS + widths.row) * k.item)
+        bytes = max(bytes, KW * (BLAS_COLUMNS + widths.row) * k.item)
         bytes = max(bytes, k.weight_gradient_work(BLAS_COLUMNS))
     return bytes
 

@@ -18,11 +18,11 @@ from lstmcore.precision import format_of_call
 
 
 class LinearGradients(NamedTuple):
-    """Of a dense layer, shaped as what they belong to; dx is None where it was not needed."""
+    """Of a dense layer, shaped as what they belong to; None where not needed: dx, db of no bias."""
 
     dx: Floats | None
     dW: Floats
-    db: Floats
+    db: Floats | None
 
 
 # ---- dense layer -------------------------------------------------------------------------------------
@@ -42,10 +42,7 @@ def linear_forward(x: Floats, W: Floats, b: Floats | None = None, *, n_threads: 
     array([[3.5],
            [3.5]])
     """
-    if packed is not None:
-        _found_packed(packed, "linear", (W, None, None))
-    x, W, dtype = _matrices(x, W, packed is not None and packed.format == "int8")
-    b = checks.optional(b, "b", "(O,)", (len(W),), dtype)
+    x, W, b, dtype = _layer(x, W, b, packed)
     y, n_threads = empty((len(x), len(W)), dtype), _threads(n_threads, len(x), *W.shape)
     if y.size:
         _dense.run_forward(x, W, b, y, n_threads=n_threads, packed=packed,
@@ -54,8 +51,11 @@ def linear_forward(x: Floats, W: Floats, b: Floats | None = None, *, n_threads: 
 
 
 def linear_backward(x: Floats, W: Floats, dy: Floats, *, need_dx: bool = True,
+                    into: tuple[Floats, Floats | None] | None = None,
                     n_threads: int | None = None, compute: Compute | None = None) -> LinearGradients:
     """dy (n, O) -> dx (n, I) or None, dW (O, I), db (O,). compute: as in `lstm_forward`.
+
+    into: (dW, db) to add to, db or None; they are those that come back.
 
     >>> import numpy as np
     >>> from lstmcore.dense import linear_backward
@@ -64,16 +64,38 @@ def linear_backward(x: Floats, W: Floats, dy: Floats, *, need_dx: bool = True,
     """
     x, W, dtype = _matrices(x, W)
     dy = checks.array(dy, "dy", "(n, O)", (len(x), len(W)), dtype)
-    g = LinearGradients(empty(x.shape, dtype) if need_dx else None, empty(W.shape, dtype),
-                        np.empty(len(W), dtype))
-    n_threads = _threads(n_threads, len(x), *W.shape)
+    g, n_threads = _room(x, W, need_dx, into, dy), _threads(n_threads, len(x), *W.shape)
     if dy.size:
-        _dense.run_backward(x, W, dy, g, n_threads=n_threads, format=format_of_call(compute, dtype))
+        _dense.run_backward(x, W, dy, g, add=into is not None, n_threads=n_threads,
+                            format=format_of_call(compute, dtype))
     else:
-        for d in g:
-            if d is not None:
-                d.fill(0)
+        _clear(g, into)
     return g
+
+
+def _room(x, W, need_dx, into, *inputs):
+    dx = empty(x.shape, x.dtype) if need_dx else None
+    if into is None:
+        return LinearGradients(dx, empty(W.shape, x.dtype), np.empty(len(W), x.dtype))
+    dW, db = into
+    checks.out("dW", dW, W.shape, x.dtype, x, W, db, *inputs)
+    if db is not None:
+        checks.out("db", db, (len(W),), x.dtype, x, W, *inputs)
+    return LinearGradients(dx, dW, db)
+
+
+def _clear(g, into):
+    for d in g[:3 if into is None else 1]:      # nothing is added to those of the caller
+        if d is not None:
+            d.fill(0)
+
+
+def _layer(x, W, b, packed):
+    """x, W, b and the dtype of all, with `packed` found to be of W."""
+    if packed is not None:
+        _found_packed(packed, "linear", (W, None, None))
+    x, W, dtype = _matrices(x, W, packed is not None and packed.format == "int8")
+    return x, W, checks.optional(b, "b", "(O,)", (len(W),), dtype), dtype
 
 
 def _matrices(x, W, lowered=False):
@@ -119,6 +141,45 @@ def cross_entropy(logits: Floats, targets: ArrayLike, weights: Floats, dlogits: 
     if logits.size:
         _dense.run_cross_entropy(logits, targets, weights, (losses, dlogits), n_threads=n_threads)
     return losses
+
+
+def linear_cross_entropy(x: Floats, W: Floats, b: Floats | None, targets: ArrayLike, weights: Floats, *,
+                         gradients: bool = True, into: tuple[Floats, Floats | None] | None = None,
+                         n_threads: int | None = None, packed: _products.Packed | None = None,
+                         compute: Compute | None = None) -> tuple[Floats, LinearGradients | None]:
+    """The losses (n,) of `cross_entropy` for the logits x Wᵀ + b, and the `LinearGradients`, or None.
+
+    What linear_forward, cross_entropy and linear_backward return, bit for bit, from one call. The
+    logits are not stored whole: only a block of 256 rows (with more than 4 threads, of more) at a
+    time. Without gradients, up to 32 MB of them are one block.
+    into: as in linear_backward. packed, compute: as in linear_forward; packed as int8, it has no
+    gradients.
+
+    >>> import numpy as np
+    >>> from lstmcore.dense import linear_cross_entropy
+    >>> losses, g = linear_cross_entropy(np.ones((1, 3)), np.zeros((4, 3)), None, np.array([2]),
+    ...                                  np.ones(1))
+    >>> losses.round(4), g.db
+    (array([1.3863]), array([ 0.25,  0.25, -0.75,  0.25]))
+    """
+    x, W, b, dtype = _layer(x, W, b, packed)
+    n, O = len(x), len(W)
+    if not O:
+        raise ValueError(f"W must be (O, I) with O >= 1, got {W.shape}")
+    weights = checks.array(weights, "weights", "(n,)", (n,), dtype)
+    targets = checks.ids(targets, "targets", O, (n,))
+    losses = np.empty(n, dtype)
+    format = format_of_call(compute, dtype, packed)
+    if format == "int8" and gradients:
+        raise ValueError("weights packed as int8 are for inference: gradients must be False")
+    g = _room(x, W, True, into, b, weights) if gradients else None
+    n_threads = _threads(n_threads, n, *W.shape)
+    if n:
+        _dense.run_head(x, W, b, targets, weights, losses, g, add=into is not None, packed=packed,
+                        format=format, n_threads=n_threads)
+    elif gradients:
+        _clear(g, into)
+    return losses, g
 
 
 # ---- an optimizer ------------------------------------------------------------------------------------

@@ -106,9 +106,7 @@ class Linear(Module):
 
     def __call__(self, x: Floats) -> Floats:
         """x (..., I) of the layer's dtype -> y (..., O)."""
-        x = checks.floats("x", x, self.dtype)
-        if x.shape[-1:] != (self.in_features,):
-            raise ValueError(f"x must be (..., {self.in_features}), got {x.shape}")
+        x = self._check(x)
         y = dense.linear_forward(x.reshape(-1, self.in_features), self._own["weight"][0],
                                  self._own["bias"][0] if self.bias else None,
                                  n_threads=self.n_threads, packed=self._packed,
@@ -120,15 +118,32 @@ class Linear(Module):
     def backward(self, dy: Floats) -> Floats:
         """dy (..., O) -> dx (..., I); adds to the gradients of weight and bias."""
         dy, x = self._take(dy)
-        weight, dweight = self._own["weight"]
-        dx, dW, db = dense.linear_backward(x.reshape(-1, self.in_features), weight,
-                                           dy.reshape(-1, self.out_features),
-                                           n_threads=self.n_threads, compute=self.compute)
-        dweight += dW
-        if self.bias:
-            dbias = self._own["bias"][1]
-            dbias += db
+        dx = dense.linear_backward(x.reshape(-1, self.in_features), self._own["weight"][0],
+                                   dy.reshape(-1, self.out_features), into=self._gradients(),
+                                   n_threads=self.n_threads, compute=self.compute).dx
         return dx.reshape(*dy.shape[:-1], self.in_features)
+
+    def _check(self, x: Floats) -> Floats:
+        x = checks.floats("x", x, self.dtype)
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"x must be (..., {self.in_features}), got {x.shape}")
+        return x
+
+    def _cross_entropy(self, x: Floats, targets: ArrayLike,
+                       weights: Floats) -> tuple[Floats, Floats | None]:
+        """`dense.cross_entropy` of y for x (n, I), and dx; None in inference mode.
+
+        In training mode it adds to the gradients, as a call and its backward would.
+        """
+        losses, g = dense.linear_cross_entropy(
+            x, self._own["weight"][0], self._own["bias"][0] if self.bias else None, targets, weights,
+            gradients=self.training, into=self._gradients() if self.training else None,
+            n_threads=self.n_threads, packed=self._packed,
+            compute=None if self._packed else self.compute)
+        return losses, g and g.dx
+
+    def _gradients(self):
+        return self._own["weight"][1], self._own["bias"][1] if self.bias else None
 
 
 class Dropout(Module):

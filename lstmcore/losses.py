@@ -13,7 +13,7 @@ import numpy as np
 
 from lstmcore import checks, dense
 from lstmcore._types import ArrayLike, Floats
-from lstmcore.layers import sigmoid
+from lstmcore.layers import Linear, sigmoid
 
 
 @overload
@@ -53,25 +53,82 @@ def softmax_cross_entropy(logits: Floats, targets: ArrayLike, *, ignore_index: i
     logits = checks.floats("logits", logits)
     if not logits.ndim:
         raise ValueError("logits must be (..., V), got ()")
-    V, shape = logits.shape[-1], logits.shape[:-1]
+    V = logits.shape[-1]
     if out is not None:
         checks.out("out", out, logits.shape, logits.dtype, targets, mask, over=logits)
-    weights = _weights(mask, shape, logits.dtype)
+    d = np.empty(logits.shape, logits.dtype) if out is None else out
+
+    def losses(targets, factors):
+        return dense.cross_entropy(logits.reshape(-1, V), targets, factors, d.reshape(-1, V))
+    return _of_classes("logits", logits, V, targets, ignore_index, mask, reduction, losses), d
+
+
+@overload
+def linear_cross_entropy(linear: Linear, x: Floats, targets: ArrayLike, *,
+                         ignore_index: int | None = None, mask: ArrayLike | None = None,
+                         reduction: Literal["mean", "sum"] = "mean",
+                         ) -> tuple[float, Floats | None]: ...
+@overload
+def linear_cross_entropy(linear: Linear, x: Floats, targets: ArrayLike, *,
+                         ignore_index: int | None = None, mask: ArrayLike | None = None,
+                         reduction: Literal["none"]) -> tuple[Floats, Floats | None]: ...
+def linear_cross_entropy(linear: Linear, x: Floats, targets: ArrayLike, *,
+                         ignore_index: int | None = None, mask: ArrayLike | None = None,
+                         reduction: Literal["mean", "sum", "none"] = "mean",
+                         ) -> tuple[float | Floats, Floats | None]:
+    """`softmax_cross_entropy` of the logits linear(x), a block of rows at a time.
+
+    A block of 256 rows has its logits, its losses and its gradients computed before the next begins:
+    with many classes that saves the memory of (..., V) numbers. In inference mode up to 32 MB of
+    logits are one block. In training mode it also adds to the gradients of the layer, as its call and
+    backward would, with the same bits.
+
+    Parameters
+    ----------
+    linear : a `Linear` of V outputs
+    x : (..., I), its input
+    targets, ignore_index, mask, reduction : as in `softmax_cross_entropy`
+
+    Returns
+    -------
+    loss : float, or (...) for "none"
+    dx : (..., I), or None in inference mode
+
+    >>> from lstmcore import Linear
+    >>> loss, dx = linear_cross_entropy(Linear(8, 4, seed=0), np.zeros((5, 2, 8), "float32"),
+    ...                                 np.ones((5, 2), int))
+    >>> dx.shape
+    (5, 2, 8)
+    """
+    _check_reduction(reduction, "mean", "sum", "none")
+    if not isinstance(linear, Linear):
+        raise TypeError(f"linear must be a Linear, got {type(linear).__name__}")
+    x, dx = linear._check(x), None
+
+    def losses(targets, factors):
+        nonlocal dx
+        losses, dx = linear._cross_entropy(x.reshape(-1, x.shape[-1]), targets, factors)
+        return losses
+    loss = _of_classes("x", x, linear.out_features, targets, ignore_index, mask, reduction, losses)
+    return loss, None if dx is None else dx.reshape(x.shape)
+
+
+def _of_classes(name, a, V, targets, ignore_index, mask, reduction, losses):
+    """The loss of targets in 0..V-1, one for each row of a; losses(targets, factors): of all rows."""
+    shape, dtype = a.shape[:-1], a.dtype
+    weights = _weights(mask, shape, dtype)
     targets = checks.integers("targets", targets)
     if targets.shape != shape:
-        raise ValueError(f"targets must be {shape}, as logits {logits.shape} without their last "
-                         f"axis, got {targets.shape}")
+        raise ValueError(f"targets must be {shape}, as {name} {a.shape} without their last axis, got "
+                         f"{targets.shape}")
     if ignore_index is not None:
         counts = targets != ignore_index
         weights = counts if weights is None else weights * counts
         targets[~counts] = 0
     targets = checks.ids(targets, "targets", V)
-
-    share, factor = _shares(weights, targets.size, logits.dtype, reduction)
-    d = np.empty(logits.shape, logits.dtype) if out is None else out
-    losses = dense.cross_entropy(logits.reshape(-1, V), targets.reshape(-1),
-                                 np.broadcast_to(factor, shape).reshape(-1), d.reshape(-1, V))
-    return _reduce(losses.reshape(shape), weights, share, reduction), d
+    share, factor = _shares(weights, targets.size, dtype, reduction)
+    single = losses(targets.reshape(-1), np.broadcast_to(factor, shape).reshape(-1))
+    return _reduce(single.reshape(shape), weights, share, reduction)
 
 
 @overload

@@ -484,6 +484,8 @@ def test_n_threads_is_checked_even_where_there_is_nothing_to_do(kind, T):
 def test_n_threads_of_dense_layers_is_checked(n):
     x, W = zeros(n, 3), zeros(2, 3)
     for call in (lambda: dense.linear_forward(x, W, n_threads=0),
+                 lambda: dense.linear_cross_entropy(x, W, None, np.zeros(n, int), zeros(n),
+                                                    n_threads=0),
                  lambda: dense.linear_backward(x, W, zeros(n, 2), n_threads=0),
                  lambda: dense.cross_entropy(x, np.zeros(n, int), zeros(n), zeros(n, 3), n_threads=0)):
         with pytest.raises(ValueError, match="n_threads must be in 1..1024, got 0"):

@@ -118,6 +118,13 @@ CALLS = {
          lambda a: losses.softmax_cross_entropy(f(B, V), a, ignore_index=-1)),
         ("mask", "weights", f(B), lambda a: losses.softmax_cross_entropy(f(B, V), LABELS, mask=a)),
         ("out", "floats", f(B, V), lambda a: losses.softmax_cross_entropy(f(B, V), LABELS, out=a))],
+    "linear_cross_entropy": [
+        ("x", "floats", f(B, I),
+         lambda a: losses.linear_cross_entropy(layers.Linear(I, V), a, LABELS)),
+        ("targets", "ids", LABELS,
+         lambda a: losses.linear_cross_entropy(layers.Linear(I, V), f(B, I), a)),
+        ("mask", "weights", f(B),
+         lambda a: losses.linear_cross_entropy(layers.Linear(I, V), f(B, I), LABELS, mask=a))],
     **{name: [("y" if name == "mse_loss" else "logits", "floats", f(T, B),
                lambda a, loss=getattr(losses, name): loss(a, f(T, B))),
               ("targets?", "floats", f(T, B),

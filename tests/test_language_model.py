@@ -146,6 +146,26 @@ def test_streams_are_successive_and_shifted():
     assert streams(np.arange(23), 50, 10)[0].shape == (11, 2)
 
 
+@pytest.mark.parametrize("compute", [None, "bfloat16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_network_loss_has_the_bits_of_logits_and_their_loss(dropout, compute):
+    one, other = (Network(600, cell="lstm", hidden_size=9, num_layers=2, embed_size=5, peepholes=False,
+                          dropout=dropout, dtype="float32", compute=compute, seed=1)
+                  for _ in range(2))
+    tokens, targets = np.random.default_rng(2).integers(0, 600, (2, 40, 8))
+    logits, state = one(tokens)
+    loss, dlogits = softmax_cross_entropy(logits, targets)
+    one.backward(dlogits)
+    got, dy, new = other.loss(tokens, targets)
+    other.backward_below(dy)
+    assert got == loss and all((a == b).all() for a, b in zip(state, new))
+    for name, g in one.gradients().items():
+        assert g.any() and (other.gradients()[name] == g).all(), name
+    options = dict(mask=targets > 300, reduction="sum")
+    loss, _ = softmax_cross_entropy(one.eval()(tokens)[0], targets, **options)
+    assert other.eval().loss(tokens, targets, **options)[:2] == (loss, None)
+
+
 def test_total_nats_is_the_sum_over_every_token_but_the_first():
     network = Network(9, cell="lstm", hidden_size=4, num_layers=1, embed_size=0, peepholes=False,
                       dropout=0.0, dtype="float64", seed=3).eval()

@@ -5,7 +5,8 @@ import pytest
 from slopes import assert_gradients
 
 import lstmcore
-from lstmcore import bce_with_logits, dense, mse_loss, softmax_cross_entropy
+from lstmcore import (Linear, bce_with_logits, dense, functional, linear_cross_entropy, mse_loss,
+                      reference, softmax_cross_entropy)
 
 
 def normal(*shape, seed=0, dtype="float64", scale=2.0):
@@ -194,6 +195,248 @@ def test_cross_entropy_has_the_same_bits_for_any_rows_and_threads(dtype, isa):
         assert (got == want).all() and (found == gradient).all()
     got, found = softmax_cross_entropy(z[69:70], target[69:70], reduction="none")
     assert got[0] == want[69] and (found[0] == gradient[69]).all()
+
+
+# ---- the head of a softmax ---------------------------------------------------------------------------
+
+def head_problem(n, V, I, dtype, bias=True):
+    """x, W, b, targets, weights, of which some are zero."""
+    x, W, b = (normal(*shape, dtype=dtype, scale=scale)
+               for shape, scale in (((n, I), 1), ((V, I), I**-0.5), ((V,), 1)))
+    w = np.where(np.arange(n) % 3 == 1, 0, weights(n) + 0.1).astype(dtype)
+    return x, W, b if bias else None, classes(n, V=V), w
+
+
+def in_three_calls(x, W, b, targets, w, n_threads=1, compute=None):
+    z = dense.linear_forward(x, W, b, n_threads=n_threads, compute=compute)
+    losses = dense.cross_entropy(z, targets, w, z, n_threads=n_threads)
+    return losses, *dense.linear_backward(x, W, z, n_threads=n_threads, compute=compute)
+
+
+def dtype_of(compute):
+    return "float64" if compute == "float64" else "float32"
+
+
+def same_bits(got, want):
+    return all(a.tobytes() == b.tobytes() for a, b in zip(got, want, strict=True))
+
+
+FORMATS = ["float32", "float64", "bfloat16"]
+
+
+# rows: within a block of 256 and past it; classes: within a chunk of 512, and of 2 and of 3 chunks
+@pytest.mark.parametrize("compute", FORMATS)
+@pytest.mark.parametrize("n, V, I, bias", [
+    (1, 1, 1, True), (5, 1, 3, False), (3, 700, 5, True), (255, 33, 9, True), (256, 7, 40, False),
+    (257, 512, 19, True), (600, 70, 33, True), (300, 513, 7, False), (513, 1030, 5, True)])
+def test_a_head_in_blocks_has_the_bits_of_three_calls(n, V, I, bias, compute, isa, share_small_work):
+    problem = head_problem(n, V, I, dtype_of(compute), bias)
+    x, W, b, targets, w = problem
+    want = in_three_calls(*problem, compute=compute)
+    assert all(np.isfinite(a).all() for a in want)
+    packed = functional.pack("linear", W, precision=compute)
+    for n_threads in 1, 2, 3, 5, 9:
+        common = dict(n_threads=n_threads, compute=compute)
+        losses, g = dense.linear_cross_entropy(*problem, **common)
+        assert same_bits((losses, *g), want)
+        assert same_bits(in_three_calls(*problem, **common), want)
+        losses, g = dense.linear_cross_entropy(*problem, packed=packed, n_threads=n_threads)
+        assert same_bits((losses, *g), want)
+        losses, g = dense.linear_cross_entropy(*problem, gradients=False, **common)
+        assert g is None and same_bits((losses,), want[:1])
+
+
+# Sums of bfloat16 products differ from float64's as those of float32 do, but gradients are rounded in
+# between: one that lies near the middle of two neighbors may fall to the other side.
+@pytest.mark.parametrize("compute", FORMATS)
+@pytest.mark.parametrize("n, V, I", [(1, 1, 3), (37, 11, 5), (300, 600, 9)])
+def test_a_head_is_its_definition(n, V, I, compute, close):
+    x, W, b, targets, w = head_problem(n, V, I, dtype_of(compute))
+    round_ = reference.rounded if compute == "bfloat16" else np.asarray
+    x_, W_, b_, w_ = (a.astype("float64") for a in (round_(x), round_(W), b, w))
+    z = x_ @ W_.T + b_
+    top = z.max(axis=1, keepdims=True)
+    p = np.exp(z - top)
+    total = p.sum(axis=1, keepdims=True)
+    losses = (np.log(total) + top)[:, 0] - z[np.arange(n), targets]
+    dz = p / total
+    dz[np.arange(n), targets] -= 1
+    dz *= w_[:, None]
+    dz_ = round_(dz.astype(x.dtype)).astype("float64")
+    got, g = dense.linear_cross_entropy(x, W, b, targets, w, compute=compute)
+    close(got, losses.astype(x.dtype), "kernel")
+    close(g.db, dz.sum(axis=0).astype(x.dtype), "kernel")
+    why = "bfloat16" if compute == "bfloat16" else "kernel"
+    close(g.dx, (dz_ @ W_).astype(x.dtype), why)
+    close(g.dW, (dz_.T @ x_).astype(x.dtype), why)
+
+
+@pytest.mark.parametrize("n, V, I", [(5, 3, 4), (37, 11, 5), (513, 1030, 5)])
+def test_a_head_in_bfloat16_has_the_bits_of_rounded_operands(n, V, I, isa, share_small_work):
+    x, W, b, targets, w = head_problem(n, V, I, "float32")
+    x_, W_ = reference.rounded(x), reference.rounded(W)
+    z = dense.linear_forward(x_, W_, b)
+    want = dense.cross_entropy(z, targets, w, z)
+    dx, dW, _ = dense.linear_backward(x_, W_, reference.rounded(z))
+    db = dense.linear_backward(x, W, z).db      # no product: not rounded
+    losses, g = dense.linear_cross_entropy(x, W, b, targets, w, compute="bfloat16", n_threads=2)
+    assert same_bits((losses, *g), (want, dx, dW, db))
+
+
+@pytest.mark.parametrize("n, V, I", [(3, 7, 5), (513, 1030, 5)])
+def test_a_head_packed_as_int8_has_losses_alone(n, V, I, isa, share_small_work):
+    x, W, b, targets, w = problem = head_problem(n, V, I, "float32")
+    packed = functional.pack("linear", W, precision="int8")
+    z = dense.linear_forward(x, W, b, packed=packed)
+    want = dense.cross_entropy(z, targets, w, z)
+    for n_threads in 1, 2, 5:
+        losses, g = dense.linear_cross_entropy(*problem, packed=packed, gradients=False,
+                                               n_threads=n_threads)
+        assert g is None and same_bits((losses,), (want,))
+    with pytest.raises(ValueError, match="int8 are for inference: gradients must be False"):
+        dense.linear_cross_entropy(*problem, packed=packed)
+
+
+def test_more_logits_than_one_block_have_their_bits_without_gradients(share_small_work):
+    problem = head_problem(530, 16000, 3, "float32")        # 34 MB
+    x, W, b, targets, w = problem
+    z = dense.linear_forward(x, W, b)
+    want = dense.cross_entropy(z, targets, w, z)
+    for n_threads in 1, 2, 5:
+        losses, g = dense.linear_cross_entropy(*problem, gradients=False, n_threads=n_threads)
+        assert g is None and same_bits((losses,), (want,))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_head_over_blas_has_the_bits_of_three_calls(dtype, plan, share_small_work):
+    problem = head_problem(530, 1100, 18, dtype)
+    want = in_three_calls(*problem)
+    for n_threads in 1, 2, 3:
+        losses, g = dense.linear_cross_entropy(*problem, n_threads=n_threads)
+        assert same_bits((losses, *g), want)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_is_not_finite_stays_in_its_row_of_a_head(dtype):
+    x, *others = head_problem(300, 600, 9, dtype)
+    want, g = dense.linear_cross_entropy(x, *others)
+    x[1], x[4], x[271] = np.nan, np.inf, np.nan     # of weight 0
+    losses, spoilt = dense.linear_cross_entropy(x, *others)
+    rows = np.isfinite(losses)
+    assert np.flatnonzero(~rows).tolist() == [1, 4, 271]
+    assert (losses[rows] == want[rows]).all() and (spoilt.dx == g.dx).all()
+    assert (spoilt.db == g.db).all() and np.isnan(spoilt.dW).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("n, V, I", [(3, 512, 7), (5, 513, 20), (260, 1100, 9)])
+def test_a_layer_of_many_outputs_is_its_definition(n, V, I, dtype, plan, close):
+    x, W, b, targets, w = head_problem(n, V, I, dtype)
+    dy = normal(n, V, dtype=dtype)
+    x_, W_, b_, dy_ = (a.astype("float64") for a in (x, W, b, dy))
+    close(dense.linear_forward(x, W, b), (x_ @ W_.T + b_).astype(dtype), "kernel")
+    for got, want in zip(dense.linear_backward(x, W, dy), (dy_ @ W_, dy_.T @ x_, dy_.sum(axis=0))):
+        close(got, want.astype(dtype), "kernel")
+
+
+@pytest.mark.parametrize("compute", FORMATS)
+@pytest.mark.parametrize("n", [0, 3, 300])
+def test_gradients_are_added_into_those_of_the_caller(n, compute, plan, close):
+    dtype, common = dtype_of(compute), dict(compute=compute)
+    x, W, b, targets, w = head_problem(n, 70, 9, dtype)
+    dy = normal(n, 70, dtype=dtype)
+    for call in (lambda into: dense.linear_cross_entropy(x, W, b, targets, w, into=into, **common)[1],
+                 lambda into: dense.linear_backward(x, W, dy, into=into, **common)):
+        start = normal(70, 9, dtype=dtype, seed=3), normal(70, dtype=dtype, seed=4)
+        alone, (dW, db) = call(None), (a.copy() for a in start)
+        g = call((dW, db))
+        assert g.dW is dW and g.db is db and (g.dx == alone.dx).all()
+        close(dW, start[0] + alone.dW, "kernel")
+        close(db, start[1] + alone.db, "kernel")
+        zeros = np.zeros_like(dW)
+        assert call((zeros, None)).db is None and (zeros == alone.dW).all()
+
+
+@pytest.mark.parametrize("into, words", [
+    (lambda x, W: (W, np.zeros(7)), "dW must not share memory"),
+    (lambda x, W: (np.zeros((7, 3)), W[0]), r"db must be \(7,\), got \(3,\)"),
+    (lambda x, W: (np.zeros((7, 3)), x.reshape(-1)[:7]), "db must not share memory"),
+    (lambda x, W: (np.zeros((3, 7)).T, None), "dW must be C-contiguous"),
+    (lambda x, W: (np.zeros((7, 3), "f4"), None), "dW must be float64, got float32")])
+def test_gradients_that_must_not_be_added_into_are_refused(into, words):
+    x, W = normal(5, 3), normal(7, 3)
+    for call in (lambda into: dense.linear_cross_entropy(x, W, None, classes(5), np.ones(5), into=into),
+                 lambda into: dense.linear_backward(x, W, normal(5, 7), into=into)):
+        with pytest.raises((ValueError, TypeError), match=words):
+            call(into(x, W))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", [{}, dict(mask=weights(5, 3)), dict(ignore_index=2)])
+def test_a_linear_head_is_the_layer_and_the_loss(options, reduction, close):
+    head, twin = (Linear(4, 7, dtype="float64", seed=1) for _ in range(2))
+    x, targets = normal(5, 3, 4), classes(5, 3)
+    options = dict(options, reduction=reduction)
+    loss, dlogits = softmax_cross_entropy(twin(x), targets, **options)
+    dx = twin.backward(dlogits)
+    got, found = linear_cross_entropy(head, x, targets, **options)
+    assert np.array_equal(got, loss) and (found == dx).all()
+    assert all((g == twin.gradients()[name]).all() for name, g in head.gradients().items())
+    assert_gradients(close, lambda: np.sum(linear_cross_entropy(twin, x, targets, **options)[0]),
+                     {"x": x, **twin.parameters()}, {"x": found, **head.gradients()})
+    kept = {name: g.copy() for name, g in head.gradients().items()}
+    for frozen in head.eval(), head.freeze():
+        value, nothing = linear_cross_entropy(frozen, x, targets, **options)
+        assert nothing is None and np.array_equal(value, loss)
+    assert all((g == kept[name]).all() for name, g in head.gradients().items())
+
+
+def test_a_head_takes_any_layout():
+    x, W, b, targets, w = head_problem(6, 7, 4, "float32")
+    want = dense.linear_cross_entropy(x, W, b, targets, w)
+    for lay in np.asfortranarray, lambda a: np.repeat(a, 2, axis=0)[::2]:
+        got = dense.linear_cross_entropy(*map(lay, (x, W, b, targets, w)))
+        assert same_bits((got[0], *got[1]), (want[0], *want[1]))
+    head = Linear(4, 7, seed=1)
+    loss, dx = linear_cross_entropy(head, x.reshape(3, 2, 4), targets.reshape(3, 2))
+    wide = np.swapaxes(np.ascontiguousarray(np.swapaxes(x.reshape(3, 2, 4), 0, 1)), 0, 1)
+    assert not wide.flags.c_contiguous
+    got, found = linear_cross_entropy(head, wide, targets.reshape(3, 2).tolist())
+    assert got == loss and (found == dx).all()
+
+
+def test_a_head_without_rows_costs_nothing():
+    head = Linear(4, 7, bias=False)
+    loss, dx = linear_cross_entropy(head, np.zeros((0, 3, 4), "float32"), np.zeros((0, 3), int))
+    assert loss == 0 and dx.shape == (0, 3, 4) and not head.gradients()["weight"].any()
+
+
+@pytest.mark.parametrize("call, error, words", [
+    (lambda head: linear_cross_entropy(np.ones((7, 4)), normal(5, 4), classes(5)), TypeError,
+     "linear must be a Linear, got ndarray"),
+    (lambda head: linear_cross_entropy(head, normal(5, 3), classes(5)), ValueError,
+     r"x must be \(..., 4\), got \(5, 3\)"),
+    (lambda head: linear_cross_entropy(head, normal(5, 4), [1]), ValueError,
+     r"targets must be \(5,\), as x \(5, 4\) without their last axis, got \(1,\)"),
+    (lambda head: linear_cross_entropy(head, normal(1, 4), [7]), ValueError,
+     "targets must be in 0..6, got 7..7"),
+    (lambda head: linear_cross_entropy(head, normal(1, 4), [0], reduction="avg"), ValueError,
+     "reduction must be one of mean, sum, none, got 'avg'"),
+    (lambda head: dense.linear_cross_entropy(normal(1, 4), np.ones((0, 4)), None, [], []), ValueError,
+     r"W must be \(O, I\) with O >= 1, got \(0, 4\)"),
+    (lambda head: dense.linear_cross_entropy(normal(1, 4), normal(7, 4), None, [7], np.ones(1)),
+     ValueError, "targets must be in 0..6, got 7..7"),
+    (lambda head: dense.linear_cross_entropy(normal(2, 4), normal(7, 4), None, [1, 2], np.ones(1)),
+     ValueError, r"weights must be \(n,\) = \(2,\), got \(1,\)"),
+    (lambda head: dense.linear_cross_entropy(normal(1, 4), normal(7, 4), None, [1], np.ones(1),
+                                             compute="bfloat16"), TypeError,
+     "compute='bfloat16' needs float32 arrays, got float64"),
+    (lambda head: dense.linear_cross_entropy(normal(0, 4), normal(7, 4), None, [], np.ones(0),
+                                             compute="int8"), ValueError,
+     "compute must be 'float32', 'float64' or 'bfloat16', got 'int8'")])
+def test_a_head_says_what_it_expects(call, error, words):
+    with pytest.raises(error, match=words):
+        call(Linear(4, 7, dtype="float64"))
 
 
 def test_out_may_be_another_view_of_the_logits():

@@ -67,6 +67,29 @@ print(kilobytes('VmHWM') - before - y.nbytes // 1024)
 
 
 @needs_proc
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_head_never_holds_all_logits(gradients, compute):
+    """2,000 rows of 8,000 classes: 64 MB of logits, of which one block of 256 rows is 8 MB."""
+    code, said = python(RESIDENT + f"""
+from lstmcore.dense import linear_cross_entropy
+x, W = (np.ones(shape, 'f4') for shape in ((2000, 16), (8000, 16)))
+targets, weights = np.zeros(2000, int), np.ones(2000, 'f4')
+into = np.ones_like(W), np.ones(8000, 'f4')
+def call(n):
+    return linear_cross_entropy(x[:n], W, None, targets[:n], weights[:n], gradients={gradients},
+                                into=into if {gradients} else None, n_threads=2,
+                                compute={compute!r})
+call(2)
+before = kilobytes('VmRSS')
+call(2000)
+print(kilobytes('VmHWM') - before)
+""")
+    assert code == 0, said
+    assert int(said) < 16000, f"{said} kB beside the arguments"
+
+
+@needs_proc
 def test_resident_memory_does_not_grow_with_shapes():
     """2,000 training steps of random shapes; what a longer run needs, a shorter one needed too."""
     code, said = python(RESIDENT + """

@@ -12,8 +12,10 @@ from test_cli import SMALL, STORY, run, trained         # noqa: F401  (fixtures)
 from test_precision import COPIES, LAYERS, LOW, B, H, I, T, normal
 
 import lstmcore
-from lstmcore import LSTM, RNN, Embedding, LanguageModel, Linear, Sequential, Stack, Tanh, cli
+from lstmcore import (LSTM, RNN, Embedding, LanguageModel, Linear, Sequential, Stack, Tanh, cli, dense,
+                      softmax_cross_entropy)
 from lstmcore.formats import read_arrays, safetensors
+from lstmcore.models.training import total_nats
 
 
 # ---- files -------------------------------------------------------------------------------------------
@@ -207,6 +209,35 @@ def test_training_in_bfloat16_learns_the_same_bits_for_any_threads(share_small_w
     assert any((p != first[name]).any() for name, p in exact.network.parameters().items())
     assert models[0].perplexity(TEXT) < 1.5 < LanguageModel(
         hidden_size=24, num_layers=2, compute="bfloat16").fit(TEXT, steps=1, progress=False).perplexity(TEXT)
+
+
+def test_training_computes_its_loss_in_bfloat16():
+    network = trained_model(compute="bfloat16", fit=dict(steps=2)).network.train()
+    tokens, targets = np.random.default_rng(0).integers(0, network.head.out_features, (2, 20, 30))
+    network.zero_grad()
+    loss, dy, _ = network.loss(tokens, targets, reduction="none")
+    found = {name: g.copy() for name, g in network.head.gradients().items()}
+    x = network.recurrent(tokens, embedding=network.embedding)[0].reshape(600, -1)
+    problem = x, *network.head.parameters().values(), targets.reshape(-1), np.ones(600, "float32")
+    for compute in "bfloat16", "float32":
+        losses, g = dense.linear_cross_entropy(*problem, compute=compute)
+        same = compute == "bfloat16"
+        assert (loss.reshape(-1) == losses).all() == (dy.reshape(x.shape) == g.dx).all() == same
+        assert (found["weight"] == g.dW).all() == same
+
+
+@pytest.mark.parametrize("precision", (None, *LOW))
+def test_evaluation_has_the_bits_of_logits_and_their_loss(precision):
+    model = trained_model(fit=dict(steps=20))
+    exact, network = model.evaluate(TEXT).nats, model.freeze(precision).network
+    tokens = np.array(model.vocabulary.encode(TEXT[:1500]))
+    want, state = 0.0, None
+    for t in range(0, len(tokens) - 1, 400):            # as total_nats has its windows
+        window = tokens[t:t + 401]
+        logits, state = network(window[:-1, None], state)
+        want += softmax_cross_entropy(logits[:, 0], window[1:], reduction="sum")[0]
+    assert total_nats(network, tokens) == want
+    assert (model.evaluate(TEXT).nats == exact) == (precision is None)
 
 
 def test_a_run_and_its_resumption_keep_compute(tmp_path):

@@ -17,9 +17,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from lstmcore import checks, formats
-from lstmcore._types import Array, Cell, Compute, Dtype, Floats, Path, Precision
+from lstmcore._types import Array, Cell, Compute, Dtype, Floats, Ints, Path, Precision
 from lstmcore.formats import description, disk, safetensors
 from lstmcore.layers import LSTM, RNN, Dropout, Embedding, Linear
+from lstmcore.losses import linear_cross_entropy
 from lstmcore.models import generation, text
 from lstmcore.models.training import Budget, Settings, Trainer, total_nats
 from lstmcore.module import Module, blank, products
@@ -65,13 +66,29 @@ class Network(Module):
 
     def __call__(self, tokens: Array, state: Any = None) -> tuple[Floats, Any]:
         """Tokens (T, B) and the state so far -> logits (T, B, V) and the state after them."""
-        y, state = self.recurrent(tokens, state, embedding=self.embedding)
-        return self.head(self.dropout(y) if self.dropout else y), state
+        y, state = self._read(tokens, state)
+        return self.head(y), state
 
     def backward(self, dlogits: Floats) -> None:
         """The gradient by the logits -> gradients of all parameters; none by the first state."""
-        dy = self.head.backward(dlogits)
+        self.backward_below(self.head.backward(dlogits))
+
+    def loss(self, tokens: Array, targets: Ints, state: Any = None,
+             **options: Any) -> tuple[float, Floats | None, Any]:
+        """Tokens and targets (T, B) -> the loss, the gradient by what the head reads, the state.
+
+        options: of `lstmcore.losses.linear_cross_entropy`, which adds to the head's gradients.
+        """
+        y, state = self._read(tokens, state)
+        return *linear_cross_entropy(self.head, y, targets, **options), state
+
+    def backward_below(self, dy: Floats) -> None:
+        """The gradient by what the head reads -> gradients of all parameters below it."""
         self.recurrent.backward(self.dropout.backward(dy) if self.dropout else dy)
+
+    def _read(self, tokens, state):
+        y, state = self.recurrent(tokens, state, embedding=self.embedding)
+        return self.dropout(y) if self.dropout else y, state
 
     def reader(self, state: Any) -> Callable[[int], Floats]:
         """A function that reads one token after another, from a state on: id -> logits (V,)."""

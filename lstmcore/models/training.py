@@ -23,7 +23,6 @@ import numpy as np
 
 from lstmcore import checks, optim
 from lstmcore._types import Array, Floats, Ints
-from lstmcore.losses import softmax_cross_entropy
 from lstmcore.threads import one_blas_thread
 
 CONTEXT = 100           # tokens that a stream of `total_nats` reads before it is scored
@@ -230,10 +229,9 @@ class Trainer:
         window = slice(self.position, end)
         self.optimizer.lr = self._learning_rate()
         self.network.zero_grad()
-        logits, self.state = self.network(self.x[window], self.state)
-        loss, dlogits = softmax_cross_entropy(logits, self.targets[window], out=logits)
+        loss, dy, self.state = self.network.loss(self.x[window], self.targets[window], self.state)
         self._check_finite("loss", loss)
-        self.network.backward(dlogits)
+        self.network.backward_below(dy)
         norm = optim.clip_grad_norm(self.gradients, self.settings.clip or 1e300)
         self._check_finite("norm of the gradients", norm)
         self.optimizer.step()
@@ -332,9 +330,9 @@ def total_nats(network: Any, tokens: Ints) -> float:
     state, total = None, 0.0
     for t in range(0, len(x), 4 * CONTEXT):
         window = slice(t, t + 4 * CONTEXT)
-        logits, state = network(x[window], state)
-        total += softmax_cross_entropy(logits, targets[window], mask=scored[window],
-                                       reduction="sum", out=logits)[0]
+        loss, _, state = network.loss(x[window], targets[window], state, mask=scored[window],
+                                      reduction="sum")
+        total += loss
     return total
 
 

@@ -26,12 +26,18 @@ static void check_cross_entropy(ptrdiff_t n, ptrdiff_t V, double scale, double s
             want_dz[r * V + j] = get(&weight, 0, r) *
                 (exp(get(&rows, r, j) - top) / sum - (j == target[r]));
     }
-    matrix flat = {1, n * V, (void *[]){z}};
+    char *z_too = room(n * V * k->item + k->item);
+    matrix flat = {1, n * V, (void *[]){z}}, flat_too = {1, n * V, (void *[]){z_too}};
+    matrix other_loss = new_matrix(1, n);
     for (ptrdiff_t q = 0; q < n * V; q++) set(&flat, 0, q, get(&rows, q / V, q % V));
     k->cross_entropy(n, V, z, target, weight.row[0], loss.row[0], dz);
     for (ptrdiff_t q = 0; q < n * V; q++)
         check_true(get(&flat, 0, q) == get(&rows, q / V, q % V), "logits are not written to");
     k->cross_entropy(n, V, z, target, weight.row[0], loss_too.row[0], z);  /* dz is z */
+    for (ptrdiff_t r = 0; r < n; r++) set(&other_loss, 0, r, -1);
+    for (ptrdiff_t q = 0; q < n * V; q++) set(&flat_too, 0, q, get(&rows, q / V, q % V));
+    k->cross_entropy(n, V, z_too, target, weight.row[0], other_loss.row[0], NULL);
+    check_same(&loss, &other_loss, "the loss alone");
     matrix other = {1, n * V, (void *[]){dz}};
     for (ptrdiff_t q = 0; q < n * V; q++) {
         check_true(get(&flat, 0, q) == get(&other, 0, q), "dz in place or not");
@@ -43,7 +49,8 @@ static void check_cross_entropy(ptrdiff_t n, ptrdiff_t V, double scale, double s
     check_same(&loss, &loss_too, "loss in place or not");
     free_matrix(&weight), free_matrix(&loss), free_matrix(&loss_too), free_matrix(&rows);
     free_matrix(&got), free_matrix(&want);
-    free(z), free(dz), free(target), free(want_dz), free(want_loss);
+    free_matrix(&other_loss);
+    free(z), free(z_too), free(dz), free(target), free(want_dz), free(want_loss);
 }
 
 /* Logits of -inf have no part, nan spoils its row, and a weight of 0 lets nothing through. */

@@ -105,7 +105,7 @@ static void check_weight_gradient(ptrdiff_t K, ptrdiff_t M, ptrdiff_t m0, ptrdif
                     for (ptrdiff_t q = 0; q < K; q++) *sum += get(&da, q, m) * get(&x[s], q, j);
                 }
         }
-        k->weight_gradient(K, m0, m1, rows_of(&da), n_products, products,
+        k->weight_gradient(K, m0, m1, rows_of(&da), n_products, products, 0,
                            with_db ? db.row[0] : NULL, work);
         free(work);
         if (!rough) check_close(&db, want_db, 0, "db");
@@ -117,7 +117,7 @@ static void check_weight_gradient(ptrdiff_t K, ptrdiff_t M, ptrdiff_t m0, ptrdif
             for (int s = 0; s < (n_products ? n_products : 1) && ends[e] < ends[e + 1]; s++) {
                 work = room(k->weight_gradient_work(ends[e + 1] - ends[e]));
                 k->weight_gradient(K, ends[e], ends[e + 1], rows_of(&da), n_products ? 1 : 0,
-                                   n_products ? &cut_products[s] : NULL,
+                                   n_products ? &cut_products[s] : NULL, 0,
                                    with_db ? cut_db.row[0] : NULL, work);
                 free(work);
             }
@@ -130,7 +130,8 @@ static void check_weight_gradient(ptrdiff_t K, ptrdiff_t M, ptrdiff_t m0, ptrdif
             work = room(k->weight_gradient_work(m1 - m0));
             for (ptrdiff_t q = 0; q < K; q += block) {
                 k->weight_gradient(least(block, K - q), m0, m1, rows_of(&da) + q, 1,
-                                   &(lstm_product){rows_of(&x[0]) + q, N[0], cut[0].row[0]}, NULL, work);
+                                   &(lstm_product){rows_of(&x[0]) + q, N[0], cut[0].row[0]}, 0, NULL,
+                                   work);
                 double *part = doubles(&cut[0]);
                 for (ptrdiff_t e = m0 * N[0]; sum && e < m1 * N[0]; e++)
                     part[e] = as_number(sum[e] + part[e]);
@@ -138,7 +139,14 @@ static void check_weight_gradient(ptrdiff_t K, ptrdiff_t M, ptrdiff_t m0, ptrdif
                 sum = part;
             }
             check_close(&dW[0], sum, 0, "dW in blocks");
-            free(work), free(sum);
+            free(sum);
+            for (ptrdiff_t q = 0; q < K; q += block)
+                k->weight_gradient(least(block, K - q), m0, m1, rows_of(&da) + q, 1,
+                                   &(lstm_product){rows_of(&x[0]) + q, N[0], cut[0].row[0]}, q > 0,
+                                   with_db ? cut_db.row[0] : NULL, work);
+            check_same(&dW[0], &cut[0], "dW, each block added to what is there");
+            check_same(&db, &cut_db, "db, each block added to what is there");
+            free(work);
         }
         for (int s = 0; s < n_products; s++)
             free_matrix(&x[s]), free_matrix(&dW[s]), free_matrix(&cut[s]), free(want[s]);
