@@ -15,6 +15,8 @@ from lstmcore import torch as torch
 from lstmcore.files import convert as convert
 from lstmcore.files import load as load
 from lstmcore.files import save as save
+from lstmcore.functional import gru_backward as gru_backward
+from lstmcore.functional import gru_forward as gru_forward
 from lstmcore.functional import info as info
 from lstmcore.functional import lstm_backward as lstm_backward
 from lstmcore.functional import lstm_forward as lstm_forward
