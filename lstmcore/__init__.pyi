@@ -22,6 +22,7 @@ from lstmcore.functional import lstm_backward as lstm_backward
 from lstmcore.functional import lstm_forward as lstm_forward
 from lstmcore.functional import rnn_backward as rnn_backward
 from lstmcore.functional import rnn_forward as rnn_forward
+from lstmcore.layers import GRU as GRU
 from lstmcore.layers import LSTM as LSTM
 from lstmcore.layers import RNN as RNN
 from lstmcore.layers import Dropout as Dropout

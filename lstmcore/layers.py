@@ -1,6 +1,6 @@
 """The layers around the recurrent ones: Embedding, Linear, Dropout, activations, pooling over time.
 
-`LSTM` and `RNN` live in lstmcore/recurrent.py and are named here too, so that one place has every
+`LSTM`, `GRU` and `RNN` live in lstmcore/recurrent.py and are named here too, so that one place has every
 layer. Sizes: T steps, B batch, V vocabulary, W width of whatever comes in.
 """
 
@@ -13,10 +13,10 @@ import numpy as np
 from lstmcore import checks, dense, functional
 from lstmcore._types import Array, ArrayLike, Bools, Dtype, Floats, Lengths, Seed
 from lstmcore.module import Module, dropout_mask
-from lstmcore.recurrent import LSTM, RNN, LSTMTrace, RNNTrace, Stream
+from lstmcore.recurrent import GRU, LSTM, RNN, GRUTrace, LSTMTrace, RNNTrace, Stream
 from lstmcore.stack import Stack
 
-__all__ = ["Module", "LSTM", "RNN", "LSTMTrace", "RNNTrace", "Stream", "Stack", "Embedding",
+__all__ = ["Module", "LSTM", "GRU", "RNN", "LSTMTrace", "GRUTrace", "RNNTrace", "Stream", "Stack", "Embedding",
            "Linear", "Dropout", "Tanh", "Sigmoid", "ReLU", "Sequential", "LastStep", "MeanOverTime",
            "MaxOverTime", "sequence_mask", "sigmoid"]
 
