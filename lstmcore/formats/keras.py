@@ -425,6 +425,9 @@ def _unsaid(path, name, weights, version, activation=None, recurrent_activation=
         warnings.warn(f"{path} holds weights alone and does not say what {name} was: taken are "
                       "activation='tanh', recurrent_activation='sigmoid' and go_backwards=False; "
                       "recurrent_activation='sigmoid' says that they are right", stacklevel=4)
+    if made.kind == "GRU" and "bias" not in made.directions[0]:
+        warnings.warn(f"{path} holds weights alone and {name} has no biases, which would say whether "
+                      "it has reset_after: taken is True, unless reset_after= is given", stacklevel=4)
     return [made._replace(nonlinearity=activation)] if made.kind == "RNN" and activation else [made]
 
 
