@@ -79,7 +79,7 @@ static operand new_operand(int gates, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, pt
     w.panels.panels = room((ptrdiff_t)w.panels.bytes + 1);
     memset(w.panels.panels, 0xA5, w.panels.bytes);
     w.panels.w = (lstm_operand){gates, K, H, w.raw, k_stride, col_stride, w.panels.panels,
-                                is_int8() ? w.scales : NULL};
+                                is_int8() ? w.scales : NULL, gates > 1 ? (int)pick(gates) : 0};
     under_test->pack(&w.panels.w, j0, j1, 0, n);
     return w;
 }
@@ -88,8 +88,9 @@ static void free_operand(operand *w) {
     free(w->W), free(w->scales), free(w->raw), free(w->panels.panels);
 }
 
-/* start + Σ_k a[k] W[k, column] */
+/* start + Σ_k a[k] W[k, column], a column of the product: W begins with another gate. */
 static float plain(const float *a, const operand *w, ptrdiff_t column, float start) {
+    column = (column + w->panels.w.turn * w->panels.w.N) % w->columns;
     const float *W = w->W + column * w->K;
     if (!is_int8()) {
         for (ptrdiff_t k = 0; k < w->K; k++)
