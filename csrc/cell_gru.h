@@ -1,11 +1,11 @@
-/* cell_gru.h: the gated recurrent unit on vectors of units, its reset gate applied after the product with
-   W_hh, or before it: two cells.  Time, batch and where the pre-activations come from are not their
-   business.
+/* cell_gru.h: the gated recurrent unit on vectors of units, its reset gate applied after the product
+   with W_hh, or before it: two cells.  Time, batch and where the pre-activations come from are not
+   their business.
 
        r = σ(a_r)        z = σ(a_z)        n = tanh(a_n + r ∘ q)        h = (1 - z) ∘ n + z ∘ h_{t-1}
 
-   After the product gates lie in the order n, r, z, q: x alone feeds a_n, the first, h alone feeds q, the
-   last, and both feed a_r and a_z, so that each product is one run of gates. */
+   After the product gates lie in the order n, r, z, q: x alone feeds a_n, the first, h alone feeds q,
+   the last, and both feed a_r and a_z, so that each product is one run of gates. */
 
 INLINE void F(gru_store)(R *gates, vec n, vec r, vec z, vec q, ptrdiff_t H, ptrdiff_t lanes) {
     F(v_store_n)(gates, n, lanes);

@@ -4,7 +4,7 @@
        CELL(name)  the cell's own names
        GATES       how many gates a unit has: 1 to 4
        APART       if any: how many of them x feeds alone, the first ones, and h, the last ones
-       LATER       1 if the last gate waits for a product of its own, in a step that follows; see lstm.h
+       LATER       1 if the last gate waits for a product of its own, in a step that follows
    and, for the units j..j+n of one row, where n <= VL,
        void CELL(forward)(const lstm_weights *w, const lstm_row *row, ptrdiff_t j, ptrdiff_t n,
                           const vec *a)         a[gate]: the pre-activations

@@ -14,9 +14,9 @@ ragged one holds the real tokens only.
 
 Letters are those of lstmcore/reference.py, and: K is the width of h, over which the recurrent product
 sums (H, or P with a projection); G is the width of a row of gates, as many times H as the cell has, of
-which x feeds `fed` and h `heard`; W_ih and W_hh have `fed` rows each, and if h feeds fewer, the last ones
-of W_hh are those of the later product, with m. The rows of both begin with the gates that both feed, but a row of
-gates begins with what x feeds alone: so W_ih is packed from its gate `turn` on, in turn.
+which x feeds `fed` and h `heard`; W_ih and W_hh have `fed` rows each, and if h feeds fewer, the last
+ones of W_hh are those of the later product, with m. The rows of both begin with the gates that both
+feed, but a row of gates begins with what x feeds alone: so W_ih is packed from its gate `turn` on.
 """
 
 from collections import namedtuple
@@ -35,7 +35,8 @@ from lstmcore._products cimport Engine, Plan, Widths
 
 cnp.import_array()
 
-Cell = namedtuple("Cell", "name gates fed heard later turn keeps_gates has_c reads_h has_projection has_peepholes",
+Cell = namedtuple("Cell", "name gates fed heard later turn keeps_gates has_c reads_h "
+                          "has_projection has_peepholes",
                   module=__name__)  # which a compiled module's frame does not tell
 cells = {}                         # name -> Cell, of those that were asked for
 
@@ -51,7 +52,8 @@ def cell(name):
             raise ValueError(f"no cell is named {name!r}")
         fed = row.gates - row.apart
         cells[name] = Cell(name, row.gates, fed, fed - row.later, bool(row.later),
-                           (fed - row.apart) % fed, bool(row.keeps_gates), bool(row.has_c), bool(row.reads_h), row.output != NULL,
+                           (fed - row.apart) % fed, bool(row.keeps_gates), bool(row.has_c),
+                           bool(row.reads_h), row.output != NULL,
                            row.peephole_gradient != NULL)
     return cells[name]
 

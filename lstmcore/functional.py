@@ -786,7 +786,8 @@ def pack(cell: Cell | Literal["linear"], W_ih: Floats, W_hh: Floats | None = Non
     (of W_ih, W_hh, W_hr), if given.
 
     cell: "lstm", "tanh", "relu", "gru" or, without reset_after, "gru_before"; or "linear" for a dense
-    layer's W_ih alone. `Module.freeze` does this for a model. A call compares: the weights that it is given must be these very arrays.
+    layer's W_ih alone. `Module.freeze` does this for a model. A call compares: the weights that it is
+    given must be these very arrays.
 
     >>> import numpy as np
     >>> from lstmcore import lstm_forward
@@ -821,7 +822,8 @@ def _packed(cell, format, weights, origin):
     if cell.later:                 # the last gate's rows of W_hh multiply by themselves
         if format == "int8":
             cut = len(W_hh.q) // cell.fed * cell.heard
-            W_hh, W_hr = (Quantized(*(a[part] for a in W_hh)) for part in (slice(cut), slice(cut, None)))
+            W_hh, W_hr = (Quantized(*(a[part] for a in W_hh))
+                          for part in (slice(cut), slice(cut, None)))
         else:
             W_hh, W_hr = np.split(W_hh, [len(W_hh) // cell.fed * cell.heard])
     return _products.Packed(cell.name, (cell.fed, cell.heard, 1), format, (W_ih, W_hh, W_hr), origin,

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 SMALLEST = 1e-30  # what is smaller is drawn here: a logarithmic axis has no zero
 
 
-def gradient_flow(layer: layers.LSTM | layers.GRU | layers.RNN, x: ArrayLike, *, seed: int = 0) -> Floats:
+def gradient_flow(layer: layers.LSTM | layers.GRU | layers.RNN, x: ArrayLike, *,
+                  seed: int = 0) -> Floats:
     """The norm of ∂L/∂h_{t-k} for k = 0..T, where L = rᵀh_t, t is the last step and r of norm 1.
 
     Parameters

@@ -1,7 +1,7 @@
 """The layers around the recurrent ones: Embedding, Linear, Dropout, activations, pooling over time.
 
-`LSTM`, `GRU` and `RNN` live in lstmcore/recurrent.py and are named here too, so that one place has every
-layer. Sizes: T steps, B batch, V vocabulary, W width of whatever comes in.
+`LSTM`, `GRU` and `RNN` live in lstmcore/recurrent.py and are named here too, so that one place has
+every layer. Sizes: T steps, B batch, V vocabulary, W width of whatever comes in.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from lstmcore.module import Module, dropout_mask
 from lstmcore.recurrent import GRU, LSTM, RNN, GRUTrace, LSTMTrace, RNNTrace, Stream
 from lstmcore.stack import Stack
 
-__all__ = ["Module", "LSTM", "GRU", "RNN", "LSTMTrace", "GRUTrace", "RNNTrace", "Stream", "Stack", "Embedding",
-           "Linear", "Dropout", "Tanh", "Sigmoid", "ReLU", "Sequential", "LastStep", "MeanOverTime",
+__all__ = ["Module", "LSTM", "GRU", "RNN", "LSTMTrace", "GRUTrace", "RNNTrace", "Stream", "Stack",
+           "Embedding", "Linear", "Dropout", "Tanh", "Sigmoid", "ReLU", "Sequential", "LastStep", "MeanOverTime",
            "MaxOverTime", "sequence_mask", "sigmoid"]
 
 

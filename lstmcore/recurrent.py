@@ -58,8 +58,9 @@ NAMES = dict(W_ih="weight_ih", W_hh="weight_hh", b="bias", peepholes="weight_pee
 class _Recurrent(Module, Generic[State, Trace]):
     """A stack of recurrent layers: everything but the cell.
 
-    A cell says how many gates it has (`_gates`, and of the bias `_biases`), how wide the parts of its state are (`_widths`),
-    its name for `functional.Step` (`_cell`), and how to run, run backward and trace one layer.
+    A cell says how many gates it has (`_gates`, in the bias `_biases`), how wide the parts of its
+    state are (`_widths`), its name for `functional.Step` (`_cell`), and how to run, run backward and
+    trace one layer.
     """
 
     @property
@@ -184,7 +185,8 @@ class _Recurrent(Module, Generic[State, Trace]):
 
         Returns a list in the order of the states: for each layer and direction an LSTMTrace
         (i, f, g, o, c, h), a GRUTrace (r, z, n, h) or an RNNTrace (h), of arrays (T, B, H), or
-        (B, T, H) with batch_first; h is (T, B, P). There is no dropout, and a tape kept for backward stays.
+        (B, T, H) with batch_first; h is (T, B, P). There is no dropout, and a tape kept for backward
+        stays.
         """
         x, initial = self._inputs(x, state)
         _, _, tapes = self._run(x, self._weights, initial, lengths, True, False)
@@ -372,7 +374,7 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
 
 
 class GRU(_Recurrent[Floats, GRUTrace]):
-    """A stack of gated recurrent units (Cho et al. 2014): the LSTM's memory with three gates and no cell.
+    """A stack of gated recurrent units (Cho et al. 2014): three gates, and no cell beside h.
 
     As `LSTM`, without projection and peepholes; the state is h alone, (L·D, B, H).
 

@@ -144,7 +144,7 @@ def _weights(name, cell):
 
 
 def one_bias(bias_ih, bias_hh, weight_hh):
-    """PyTorch's two biases as one: their sum, but for b_hn of a GRU, which its reset gate multiplies."""
+    """PyTorch's two biases as one: their sum, but for a GRU's b_hn, which the reset gate multiplies."""
     if not is_gru(weight_hh) or bias_ih.shape != (len(weight_hh),):
         return bias_ih + bias_hh
     both = 2 * weight_hh.shape[1]
@@ -192,7 +192,7 @@ def checked(layer, nonlinearity=None, reset_after=None):
 
 
 def _reset_after(layer, wanted):
-    """Whether a GRU's reset gate comes after the product with W_hn: its bias says so, if it has one."""
+    """Whether a GRU's reset gate comes after the product: its bias says so, if it has one."""
     bias = layer.directions[0].get("bias")
     said = None if bias is None else len(bias) == 4 * layer.hidden_size
     for value in (layer.reset_after, wanted):
@@ -216,8 +216,8 @@ def signature(layer):
 def check(said):
     """ValueError unless a description in a file says what it can say."""
     kinds = {"batch_first": bool, "dropout": (int, float), "p": (int, float), "nonlinearity": str,
-             "bidirectional": bool, "last_step": bool, "reset_after": bool, "reverse": list, "layers": list,
-             "class": str}
+             "bidirectional": bool, "last_step": bool, "reset_after": bool, "reverse": list,
+             "layers": list, "class": str}
     if not isinstance(said, dict) or "class" not in said:
         raise ValueError(f"a description must be an object with a class, got {said!r:.100}")
     for name, value in said.items():
@@ -231,7 +231,7 @@ def check(said):
 
 
 def parts(description, arrays):
-    """The LSTMs, GRUs and RNNs of a described one of these or Stack as (description, [Layer], reverse)."""
+    """The LSTMs, GRUs and RNNs of a described module as (description, [Layer], reverse)."""
     kind = description["class"]
     if kind == "Stack":
         return [(layer, parts(layer, below(f"layers.{n}", arrays))[0][1], reverse)
