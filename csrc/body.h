@@ -42,6 +42,7 @@ static const lstm_cell F(cells)[] = {
 enum { F(lanes_of_vector) = VECTOR_BYTES / sizeof(R), F(rows_of_tile) = MR };
 #undef VL  /* fields of the table have these names */
 #undef MR
+#undef AT_ONCE
 
 static const lstm_kernels F(kernels) = {
     .isa = NAME(ISA),

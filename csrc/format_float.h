@@ -40,19 +40,22 @@ INLINE void F(pack_left)(ptrdiff_t K, R *A) { (void)K, (void)A; }
 INLINE void F(tile)(const int mr, const int nv, const ptrdiff_t step, ptrdiff_t k0, ptrdiff_t K,
                     const LEFT *const *rows, const PACKED *restrict panel, uintptr_t ahead,
                     F(row4) *restrict out) {
-    vec acc[MR][4];
-    const R *a[MR];
-    EACH(r, mr) a[r] = rows[r] + k0 * step;
-    EACH(r, mr) EACH(v, nv) acc[r][v] = out[r][v];
-    panel += k0 * nv * VL;
-    for (ptrdiff_t k = 0; k < K; k++, panel += nv * VL, ahead += 64) {
-        vec w[4];
-        PREFETCH(ahead);
-        EACH(v, nv) w[v] = F(v_load)(panel + v * VL);
-        EACH(r, mr) {
-            vec x = F(v_set1)(a[r][k * step]);
-            EACH(v, nv) acc[r][v] = v_fma(x, w[v], acc[r][v]);
+    for (int first = 0; first < nv; first += AT_ONCE(mr)) {
+        const int n = MIN(AT_ONCE(mr), nv - first);
+        const PACKED *restrict p = panel + (k0 * nv + first) * VL;
+        const R *a[MR];
+        vec acc[MR][4];
+        EACH(r, mr) a[r] = rows[r] + k0 * step;
+        EACH(r, mr) EACH(v, n) acc[r][v] = out[r][first + v];
+        for (ptrdiff_t k = 0; k < K; k++, p += nv * VL, ahead += 64) {
+            vec w[4];
+            PREFETCH(ahead);
+            EACH(v, n) w[v] = F(v_load)(p + v * VL);
+            EACH(r, mr) {
+                vec x = F(v_set1)(a[r][k * step]);
+                EACH(v, n) acc[r][v] = v_fma(x, w[v], acc[r][v]);
+            }
         }
+        EACH(r, mr) EACH(v, n) out[r][first + v] = acc[r][v];
     }
-    EACH(r, mr) EACH(v, nv) out[r][v] = acc[r][v];
 }

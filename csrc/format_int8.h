@@ -199,36 +199,43 @@ static void F(lower)(ptrdiff_t K, const void *a_, void *row_) {
 INLINE void F(tile)(const int mr, const int nv, const ptrdiff_t step, ptrdiff_t k0, ptrdiff_t K,
                     const LEFT *const *rows, const PACKED *restrict panel, uintptr_t ahead,
                     F(row4) *restrict out) {
-    ivec acc[MR][4];
-    const LEFT *a[MR];
     const R *scales = (const R *)(const void *)panel;
     (void)step;
-    EACH(r, mr) a[r] = rows[r] + 1 + k0 / STEP;
     panel = F(block_at)(panel, nv, k0);
+    for (int first = 0; first < nv; first += AT_ONCE(mr)) {
+        const int n = MIN(AT_ONCE(mr), nv - first);
+        const PACKED *restrict p = panel + first * VL * STEP;
+        const LEFT *a[MR];
+        ivec acc[MR][4];
+        EACH(r, mr) a[r] = rows[r] + 1 + k0 / STEP;
+        EACH(v, n) {
 #if ZERO
-    EACH(v, nv) {
-        ivec start = (ivec)F(v_bits)(F(v_load)((const R *)(const void *)panel + v * VL));
-        EACH(r, mr) acc[r][v] = start;
-    }
-    panel += nv * VL * (ptrdiff_t)sizeof(int32_t);
+            const PACKED *starts = panel + (first + v) * VL * (ptrdiff_t)sizeof(int32_t);
+            ivec start = (ivec)F(v_bits)(F(v_load)((const R *)(const void *)starts));
 #else
-    EACH(r, mr) EACH(v, nv) acc[r][v] = F(v_words)(0);
+            ivec start = F(v_words)(0);
 #endif
-    for (ptrdiff_t q = 0; q < (K + STEP - 1) / STEP; q++, panel += nv * VL * STEP, ahead += 64) {
-        ivec w[4];
-        PREFETCH(ahead);
-        EACH(v, nv) w[v] = F(v_step)(panel + v * VL * STEP);
-        EACH(r, mr) {
-            ivec x = F(v_words)(a[r][q]);
-            EACH(v, nv) acc[r][v] = F(v_dot)(acc[r][v], x, w[v]);
+            EACH(r, mr) acc[r][v] = start;
         }
-    }
-    EACH(r, mr) {
-        R scale_a;
-        memcpy(&scale_a, rows[r], sizeof scale_a);
-        EACH(v, nv) {
-            vec scale = F(v_load)(scales + v * VL) * scale_a;
-            out[r][v] = v_fma(F(v_number)(acc[r][v]), scale, out[r][v]);
+#if ZERO
+        p += nv * VL * (ptrdiff_t)sizeof(int32_t);
+#endif
+        for (ptrdiff_t q = 0; q < (K + STEP - 1) / STEP; q++, p += nv * VL * STEP, ahead += 64) {
+            ivec w[4];
+            PREFETCH(ahead);
+            EACH(v, n) w[v] = F(v_step)(p + v * VL * STEP);
+            EACH(r, mr) {
+                ivec x = F(v_words)(a[r][q]);
+                EACH(v, n) acc[r][v] = F(v_dot)(acc[r][v], x, w[v]);
+            }
+        }
+        EACH(r, mr) {
+            R scale_a;
+            memcpy(&scale_a, rows[r], sizeof scale_a);
+            EACH(v, n) {
+                vec scale = F(v_load)(scales + (first + v) * VL) * scale_a;
+                out[r][first + v] = v_fma(F(v_number)(acc[r][v]), scale, out[r][first + v]);
+            }
         }
     }
 }

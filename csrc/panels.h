@@ -69,7 +69,7 @@ static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, con
             ptrdiff_t mr = (n - r + tiles - 1) / tiles;
             F(tiles)[mr][nv](k, kn, a + r, panel, ahead, acc + r);
             r += mr;
-            ahead += (uintptr_t)(kn + STEP - 1) / STEP * 64;
+            ahead += (uintptr_t)(kn + STEP - 1) / STEP * 64 * ((nv + AT_ONCE(mr) - 1) / AT_ONCE(mr));
         }
     }
     TILE_MODE_END

@@ -45,8 +45,8 @@ static ptrdiff_t F(weight_gradient_work)(ptrdiff_t M) {
 
 /* acc[r][v] += Σ_k a[LEFT_K(k)·MR + r] panel[k][v]: both operands packed. */
 #define GRADIENT_TILE(nv)                                                                            \
-    NOINLINE static void F(gradient_tile_##nv)(ptrdiff_t K, const LEFT *const *rows, const PACKED *panel,     \
-                                      F(row4) *acc) {                                                \
+    NOINLINE static void F(gradient_tile_##nv)(ptrdiff_t K, const LEFT *const *rows,                 \
+                                               const PACKED *panel, F(row4) *acc) {                  \
         F(tile)(MR, nv, MR, 0, K, rows, panel, (uintptr_t)rows[0], acc);                             \
     }
 GRADIENT_TILE(1) GRADIENT_TILE(2) GRADIENT_TILE(3) GRADIENT_TILE(4)

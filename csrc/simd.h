@@ -44,7 +44,8 @@
 #define MR 6            /* 6 x 4 accumulators + 4 of the panel + 1 broadcast: 29 of 32 registers */
 #elif defined(ISA_AVX2)
 #define VECTOR_BYTES 32
-#define MR 3            /* 3 x 4 accumulators + 3 broadcasts + 1 of the panel: 16 of 16 registers */
+#define MR 6            /* 6 x 2 accumulators + 2 of the panel + 1 broadcast: 15 of 16 registers */
+#define AT_ONCE(mr) ((mr) > 3 - BELOW ? 2 : 4)  /* few rows would have too few chains of sums */
 #elif defined(ISA_NEON)
 #define VECTOR_BYTES 16
 #define MR 5
@@ -53,6 +54,9 @@
 #define MR 2
 #else
 #define MR 2
+#endif
+#ifndef AT_ONCE         /* vectors of a panel that a tile of mr rows takes together */
+#define AT_ONCE(mr) 4
 #endif
 
 #ifdef __GNUC__

@@ -22,11 +22,11 @@ SETTINGS = ("seq_length batch_size optimizer lr schedule decay decay_after warmu
             "weight_decay validation evaluate_every patience").split()
 MODEL = dict(level="level", cell="cell", hidden_size="hidden", num_layers="layers",
              embed_size="embed", peepholes="peepholes", dropout="dropout", vocab_size="vocab",
-             min_count="min_count", seed="seed")
+             min_count="min_count", compute="compute", seed="seed")
 # The options by what Python calls them, to name them in messages; the least some may be.
 OPTIONS = {**{name: name for name in SETTINGS}, **MODEL, "validation": "val", "width": "beam",
            **{name: name for name in ("threads hidden steps limit epochs minutes length "
-                                      "temperature top_k top_p stop").split()}}
+                                      "temperature top_k top_p stop precision").split()}}
 LEAST = dict(threads=1, hidden=1, steps=0, limit=1, seed=0)
 
 EXAMPLES = """examples:
@@ -135,6 +135,9 @@ def _add_train(commands):
     g.add_argument("--min-count", type=int, metavar="N",
                    help="keep tokens seen so often (default: 1; words: 2)")
 
+    g.add_argument("--compute", choices=("float32", "bfloat16"),
+                   help="format of the operands of products (default: float32)")
+
     g = p.add_argument_group("budget, whatever comes first, resumed parts included")
     g.add_argument("--epochs", type=float, metavar="N")
     g.add_argument("--minutes", type=float, metavar="M", help=f"(default: {DEFAULT_MINUTES:g})")
@@ -205,9 +208,11 @@ def _model_to_train(args):
     if args.resume:
         model = LanguageModel.load(args.resume)
         for name, value in asked.items():
-            if model.config[name] != value:
-                raise ValueError(f"a resumed run cannot change {name} from {model.config[name]} "
-                                 f"to {value}")
+            own = model.config[name]
+            if name == "compute":
+                own = own or model.dtype
+            if own != value:
+                raise ValueError(f"a resumed run cannot change {name} from {own} to {value}")
         return model, settings
     ours = dict(seq_length=DEFAULT_SEQ, batch_size=DEFAULT_BATCH, lr=DEFAULT_LR)
     return LanguageModel(**{"hidden_size": DEFAULT_HIDDEN, **asked}), {**ours, **settings}
@@ -258,14 +263,26 @@ def _add_sample(commands):
     p.add_argument("--beam", type=int, metavar="W", help="search for the likeliest text instead")
     p.add_argument("--stop", action="append", metavar="TEXT", help="end after TEXT")
     p.add_argument("--seed", type=int, metavar="S", help="for the same text again")
+    _add_precision(p)
     p.add_argument("--json", action="store_true", help="a JSON object instead of text")
+
+
+def _add_precision(p):
+    p.add_argument("--precision", choices=("float32", "bfloat16", "int8"),
+                   help="format of the operands of products (default: as M was trained or saved)")
+
+
+def _model_to_use(args):
+    """The model in args.model, in the precision asked for."""
+    from lstmcore import LanguageModel
+
+    model = LanguageModel.load(args.model)
+    return model.freeze(args.precision) if args.precision else model
 
 
 def sample(args):
     """Write text as it is drawn."""
-    from lstmcore import LanguageModel
-
-    model = LanguageModel.load(args.model)
+    model = _model_to_use(args)
     if args.prime == "-" and sys.stdin is None:
         raise ValueError("standard input is closed")
     prime = sys.stdin.read() if args.prime == "-" else args.prime
@@ -289,14 +306,13 @@ def _add_eval(commands):
     p.add_argument("model", metavar="M")
     p.add_argument("files", nargs="+", metavar="FILE", help="- for standard input")
     p.add_argument("--encoding", help="of FILE (default: found out)")
+    _add_precision(p)
     p.add_argument("--json", action="store_true", help="a JSON object instead of text")
 
 
 def evaluate(args):
     """Print nats, bits per character and perplexity."""
-    from lstmcore import LanguageModel
-
-    model = LanguageModel.load(args.model)
+    model = _model_to_use(args)
     found = model.evaluate(_existing(args.files), encoding=args.encoding)
     if args.json:
         print(json.dumps(found._asdict()))
@@ -324,7 +340,7 @@ def look_inside(args):
     from lstmcore.formats.disk import check_writable
 
     check_writable(args.out)
-    model = LanguageModel.load(args.model)
+    model = LanguageModel.load(args.model).unfreeze()       # of int8: only floats keep gates
     path, = _existing([args.file])
     shown = text.decode(text.read_bytes(path), args.encoding, args.file)
     name = "standard input" if args.file == "-" else os.path.basename(args.file)
@@ -371,6 +387,8 @@ def _add_convert(commands):
                    help="x and y are (B, T, ...), where IN does not say it")
     p.add_argument("--nonlinearity", choices=("tanh", "relu"),
                    help="of an RNN, where IN does not say it")
+    p.add_argument("--precision", choices=("float32", "int8"),
+                   help="int8: weights of a quarter of the size, in a .safetensors")
 
 
 def convert(args):
@@ -385,7 +403,8 @@ def convert(args):
         warnings.simplefilter("always", UserWarning)
         options = {name: value for name in ("batch_first", "nonlinearity")
                    if (value := getattr(args, name)) is not None}
-        module = lstmcore.convert(args.source, args.target, args.name, **options)
+        module = lstmcore.convert(args.source, args.target, args.name, precision=args.precision,
+                                  **options)
     for warning in said:
         _say(str(warning.message))
     _say(f"saved {module} as {args.target}")

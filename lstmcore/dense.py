@@ -13,7 +13,8 @@ import numpy as np
 from lstmcore import _dense, _kernels, _products, checks
 from lstmcore._memory import empty
 from lstmcore._types import ArrayLike, Compute, Floats
-from lstmcore.functional import _format, _found_packed, _threads
+from lstmcore.functional import _found, _found_packed, _threads
+from lstmcore.precision import format_of_call
 
 
 class LinearGradients(NamedTuple):
@@ -43,12 +44,12 @@ def linear_forward(x: Floats, W: Floats, b: Floats | None = None, *, n_threads: 
     """
     if packed is not None:
         _found_packed(packed, "linear", (W, None, None))
-    x, W, dtype = _matrices(x, W)
+    x, W, dtype = _matrices(x, W, packed is not None and packed.format == "int8")
     b = checks.optional(b, "b", "(O,)", (len(W),), dtype)
     y, n_threads = empty((len(x), len(W)), dtype), _threads(n_threads, len(x), *W.shape)
     if y.size:
-        _dense.run_forward(x, W, b, y, n_threads=n_threads, format=_format(compute, dtype, packed),
-                           packed=packed)
+        _dense.run_forward(x, W, b, y, n_threads=n_threads, packed=packed,
+                           format=format_of_call(compute, dtype, packed))
     return y
 
 
@@ -67,7 +68,7 @@ def linear_backward(x: Floats, W: Floats, dy: Floats, *, need_dx: bool = True,
                         np.empty(len(W), dtype))
     n_threads = _threads(n_threads, len(x), *W.shape)
     if dy.size:
-        _dense.run_backward(x, W, dy, g, n_threads=n_threads, format=_format(compute, dtype))
+        _dense.run_backward(x, W, dy, g, n_threads=n_threads, format=format_of_call(compute, dtype))
     else:
         for d in g:
             if d is not None:
@@ -75,7 +76,8 @@ def linear_backward(x: Floats, W: Floats, dy: Floats, *, need_dx: bool = True,
     return g
 
 
-def _matrices(x, W):
+def _matrices(x, W, lowered=False):
+    """x and W, and their dtype. A lowered W is read as it was packed: it stays where it lies."""
     for name, value in (("x", x), ("W", W)):
         if not isinstance(value, np.ndarray) or value.ndim != 2:
             raise TypeError(f"{name} must be a 2-D NumPy array, got "
@@ -85,7 +87,7 @@ def _matrices(x, W):
     if W.shape[1] == 0:
         raise ValueError(f"W must be (O, I) with I >= 1, got {W.shape}")
     return (checks.array(x, "x", "(n, I)", (len(x), W.shape[1]), dtype),
-            checks.array(W, "W", "(O, I)", W.shape, dtype), dtype)
+            (_found if lowered else checks.array)(W, "W", "(O, I)", W.shape, dtype), dtype)
 
 
 # ---- a loss ------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from lstmcore import checks, formats, layers
-from lstmcore._types import Path
+from lstmcore._types import Path, Precision
 from lstmcore.formats import description
-from lstmcore.module import Module
+from lstmcore.module import Module, blank
+from lstmcore.precision import Quantized
 
 OPTIONS = (*description.OPTIONS, "dtype", "activation", "recurrent_activation")
 
@@ -32,7 +33,9 @@ def load(path: Path, name: str | None = None, *, into: Any = None, **options: An
     Parameters
     ----------
     path : a file of any of these kinds, told by its content
-        - safetensors: what `save` wrote; or tensors under PyTorch's names. Of a model in several
+        - safetensors: what `save` wrote (what was frozen in int8 is frozen in int8 again, without
+          float32 matrices: `parameters()` computes q · scale of them, read-only, whenever it is
+          called, and `unfreeze()` makes them); or tensors under PyTorch's names. Of a model in several
           files, the index (.safetensors.index.json)
         - PyTorch's zip archives (.pt, .pth) of a state_dict, of dicts that hold one, of a whole
           module, and of TorchScript
@@ -88,6 +91,8 @@ def _made(content, path, name, options):
     """What the content of a file describes: see `load`."""
     if name is None and (own := content.own.keys() & _OWN.keys()):
         return _OWN[own.pop()](path, content, options)
+    if (lowered := _lowered(path, content)) is not None:
+        content = formats.state_dict.content(description.as_floats(lowered), own=content.own)
     if description.MODEL in content.own:                       # its RNNs are all of this kind
         options = {"nonlinearity": "tanh", **options}
     with formats.naming(path):
@@ -110,11 +115,13 @@ def save(module: Any, path: Path, **options: Any) -> None:
     """Write a module or a language model to a file; the ending of `path` says which kind.
 
     `load` makes of each kind the module that was written, except that a .weights.h5 says nothing of
-    dropout and of how a Stack groups its layers, and that a class of your own is filled, not made:
-    `load(path, into=...)`. The file appears whole or not at all.
+    dropout, of compute and of how a Stack groups its layers, and that a class of your own is filled,
+    not made: `load(path, into=...)`. The file appears whole or not at all.
 
     .safetensors: PyTorch's names, so that `torch.nn.LSTM.load_state_dict` takes them, and what
-    rebuilds the module.
+    rebuilds the module. Of what is frozen in int8 the matrices are int8 arrays, each with a float32
+    scale per row under its name and ".scale": a quarter of the size. The other kinds, and
+    what is frozen in bfloat16, hold `parameters()`, float32.
 
     .onnx: a graph for any runtime, see `lstmcore.formats.onnx_export.export`, and its options
     `state` and `lengths`; needs onnx.
@@ -135,19 +142,28 @@ def save(module: Any, path: Path, **options: Any) -> None:
         module.save(path)
 
 
-def convert(source: Path, target: Path, name: str | None = None, **options: Any) -> Any:
+def convert(source: Path, target: Path, name: str | None = None, *,
+            precision: Precision | None = None, **options: Any) -> Any:
     """Load the recurrent layers of one file and save them as another: see `load` and `save`.
 
     Of a language model, which is a .safetensors file, other kinds hold the recurrent layers alone;
     a warning says so, and what was left out: `save` of the loaded model writes all of it to .onnx.
-    Returns the module that was written.
+    With `precision` "int8" a .safetensors file gets int8 weights, with "float32" what int8 weights
+    stand for; by default a .safetensors file of int8 stays one. Returns the module that was written.
     """
     options = _checked(options)
+    if precision not in (None, "float32", "int8"):
+        raise ValueError(f"precision must be 'float32' or 'int8', got {precision!r}")
+    if precision == "int8" and not os.fsdecode(target).endswith(".safetensors"):
+        raise ValueError("int8 weights are written to .safetensors files alone, got "
+                         f"{os.fsdecode(target)!r}")
     content = formats.read(source)
     formats.writer(target)
     if not os.fsdecode(target).endswith(".safetensors") and name is None:
         name = _part_of_model(content, source)
     module = _made(content, source, name, options)
+    if precision:
+        module = module.freeze("int8") if precision == "int8" else module.unfreeze()
     module.save(target)
     return module
 
@@ -208,6 +224,8 @@ def _fill(module, path, name, options):
         with formats.naming(path):
             description.check_version(path, json.loads(content.own[description.LAYER]))
     arrays, _ = formats.state_dict.folded(content.arrays or formats.read_arrays(path))
+    if (lowered := _lowered(path, content)) is not None:
+        arrays, _ = formats.state_dict.folded(description.as_floats(lowered))
     if name:
         arrays = description.below(name.rstrip("."), arrays)
         if not arrays:
@@ -227,11 +245,27 @@ def _own_layer(path, content, options):
             said = json.loads(content.own[description.LAYER])
             description.check_version(path, said)
             said.pop("version", None)
-            return rebuild(said, content.arrays, **options).eval()
+            if (arrays := _lowered(path, content)) is None:
+                return rebuild(said, content.arrays, **options).eval()
+            if options.get("dtype", np.float32) != np.float32:
+                raise ValueError("int8 weights are of float32 layers: dtype must be float32")
+            with blank():
+                module = rebuild(said, description.outlines(arrays), **options).eval()
+            module._fill(arrays)
+            return module
         except (json.JSONDecodeError, RecursionError, TypeError, KeyError,
                 AttributeError) as error:
             raise ValueError(f"{path} has a description of its layer that is not lstmcore's: "
                              f"{error!r:.200}") from None
+
+
+def _lowered(path, content):
+    """The arrays of a file of ours with int8 numbers, as `description.joined`; None of any other."""
+    if not content.own:
+        return None
+    with formats.naming(path):
+        arrays = description.joined(content.arrays)
+    return arrays if any(isinstance(a, Quantized) for a in arrays.values()) else None
 
 
 def _own_model(path, content, options):
@@ -255,6 +289,8 @@ def rebuild(said: Mapping[str, Any], arrays: Mapping[str, Any], **options: Any) 
     if kind in description.GATES:
         said = {"dtype": None, **said, **options}
         dtype = said.pop("dtype")
+        if said.get("compute") == "bfloat16" and dtype == np.float64:
+            raise ValueError(f"the {kind} computes in bfloat16: dtype must be float32, got float64")
         del said["class"]
         found = description.from_torch_names("", description.group(arrays)[""])
         return assemble(found, dtype=dtype, **said)
@@ -275,10 +311,10 @@ def rebuild(said: Mapping[str, Any], arrays: Mapping[str, Any], **options: Any) 
     return _MAKERS[kind](**values).eval()
 
 
-def _linear(arrays):
+def _linear(arrays, compute=None):
     weight = _matrix(arrays)
     module = layers.Linear(weight.shape[1], weight.shape[0], bias="bias" in arrays,
-                           dtype=weight.dtype, seed=0)
+                           dtype=weight.dtype, compute=compute, seed=0)
     module.load_state_dict(arrays)
     return module
 
@@ -307,7 +343,7 @@ _MAKERS = {"Linear": _linear, "Embedding": _embedding, "Stack": layers.Stack,
 
 
 def assemble(found: Any, batch_first: bool = False, dropout: float = 0.0,
-             nonlinearity: str | None = None, dtype: Any = None,
+             nonlinearity: str | None = None, dtype: Any = None, compute: Any = None,
              reset_after: bool | None = None) -> Any:
     """Descriptions of layers, each fed by the one before it, as one module in evaluation mode.
 
@@ -328,12 +364,14 @@ def assemble(found: Any, batch_first: bool = False, dropout: float = 0.0,
                                                   for a in d.values()))
     are_one = len({description.signature(layer) for layer in found}) == 1 and \
         not any(layer.reverse or layer.initial is not None for layer in found)
-    if dropout and not are_one:
-        raise ValueError("dropout cannot be given to layers that do not form one LSTM")
+    if (dropout or compute) and not are_one:
+        raise ValueError(f"{'dropout' if dropout else 'compute'} cannot be given to layers that do not "
+                         "form one LSTM")
     if are_one and not found[-1].last_step:
-        return _build(found, dtype, batch_first=batch_first, dropout=dropout).eval()
+        return _build(found, dtype, batch_first=batch_first, dropout=dropout,
+                      compute=compute).eval()
     groups = [found] if are_one else [[layer] for layer in found]
-    return layers.Stack([_build(group, dtype, dropout=dropout) for group in groups],
+    return layers.Stack([_build(group, dtype, dropout=dropout, compute=compute) for group in groups],
                         [group[0].reverse for group in groups], batch_first,
                         [_cast(group[0].initial, dtype) for group in groups],
                         found[-1].last_step).eval()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections import namedtuple
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -19,7 +19,8 @@ from lstmcore._memory import empty
 from lstmcore._recurrence import cell as cell_row  # the row of a cell, by name
 from lstmcore._types import Array, ArrayLike, Compute, Floats, Ints, Lengths, Precision
 from lstmcore.checks import F32, F64
-from lstmcore.reference import Gradients, GRUGradients, RNNGradients, quantize
+from lstmcore.precision import Quantized, format_of_call, format_of_weights, lowered
+from lstmcore.reference import Gradients, GRUGradients, RNNGradients
 from lstmcore.threads import get_num_threads, resolve
 
 _SERIAL_WORK = 1_000_000  # multiply-adds that are done before a second thread pays: about 20 µs
@@ -181,37 +182,29 @@ def _x(x, sizes):
     return x if type(x) is TokenIds else checks.array(x, "x", "(T, B, I)", sizes[:3], sizes[5])
 
 
-def _format(compute, dtype, packed=None):
-    """The number format of the products: what `compute` names, that of packed weights, or the dtype."""
-    own = "float64" if dtype is F64 else "float32"
-    if compute is None:
-        return own if packed is None else packed.format
-    if compute not in ("float32", "float64", "bfloat16"):
-        hint = ": int8 is for weights of pack(precision='int8')" if compute == "int8" else ""
-        raise ValueError(f"compute must be 'float32', 'float64' or 'bfloat16', got {compute!r}{hint}")
-    if compute != own and (compute, own) != ("bfloat16", "float32"):
-        raise TypeError(f"compute={compute!r} needs {'float64' if compute == 'float64' else 'float32'} "
-                        f"arrays, got {own}")
-    if packed is not None and packed.format != compute:
-        raise ValueError(f"packed must be of pack(precision={compute!r}), got of {packed.format}")
-    return compute
-
-
 def _weights(cell, sizes, W_ih, W_hh, b=None, peepholes=None, W_hr=None, looked_up=False, format=None):
-    """The weights, found to be of these sizes. Those of tokens are only looked up: they stay strided."""
+    """The weights, found to be of these sizes. What is only looked up stays strided: W_ih of tokens, and
+    matrices of format int8, which are read as they were packed.
+    """
     _, _, I, H, K, dtype = sizes
     width, rows, letters = cell.gates * H, cell.fed * H, _letters(cell, W_hr is not None)
-    array = checks.array
+    array, matrix = checks.array, _found if format == "int8" else checks.array
     if type(W_ih) is TokenTable:
         W_ih = TokenTable(array(W_ih.rows, "rows of the table", letters.table, (I, width), dtype))
     elif not (looked_up and checks.unmasked("W_ih", W_ih).shape == (rows, I) and W_ih.dtype == dtype):
-        W_ih = array(W_ih, "W_ih", letters.W_ih, (rows, I), dtype)
+        W_ih = matrix(W_ih, "W_ih", letters.W_ih, (rows, I), dtype)
     return Weights(
-        W_ih, array(W_hh, "W_hh", letters.W_hh, (rows, K), dtype),
+        W_ih, matrix(W_hh, "W_hh", letters.W_hh, (rows, K), dtype),
         None if b is None else array(b, "b", letters.b, (width,), dtype),
         None if peepholes is None else array(peepholes, "peepholes", "(3, H)", (3, H), dtype),
-        None if W_hr is None else array(W_hr, "W_hr", "(P, H)", (K, H), dtype),
-        format or _format(None, dtype))
+        None if W_hr is None else matrix(W_hr, "W_hr", "(P, H)", (K, H), dtype),
+        format or format_of_call(None, dtype))
+
+
+def _found(value, name, letters, shape, dtype):
+    """value, of this shape and dtype, wherever its numbers lie."""
+    fits = isinstance(value, np.ndarray) and value.shape == shape and value.dtype == dtype
+    return value if fits else checks.array(value, name, letters, shape, dtype)
 
 
 def _states(cell, sizes, h, c, names, projected):
@@ -404,7 +397,7 @@ def tape_from(*, x: Array, W_ih: Floats, W_hh: Floats, peepholes: Floats | None 
     cell = cell_row("lstm")
     x, sizes = _sizes(cell, x, W_ih, W_hh, W_hr)
     weights = _weights(cell, sizes, W_ih, W_hh, None, peepholes, W_hr, isinstance(x, TokenIds),
-                       _format(compute, sizes.dtype))
+                       format_of_call(compute, sizes.dtype))
     h0, c0 = _states(cell, sizes, h0, c0, ("h0", "c0"), W_hr is not None)
     T, B, _, H, K, dtype = sizes
     order, lengths = _order(lengths, T, B)
@@ -412,8 +405,9 @@ def tape_from(*, x: Array, W_ih: Floats, W_hh: Floats, peepholes: Floats | None 
     tokens = T * B if order is None else int(lengths.sum())
     y = checks.array(y, "y", "(T, B, H)" if W_hr is None else "(T, B, P)", (T, B, K), dtype)
     raw_c = checks.array(raw_c, "raw_c", "(tokens, H)", (tokens, H), dtype)
-    checks.out("raw_gates", raw_gates, (tokens, cell.gates * H), dtype, y, raw_c, getattr(batch.x, "array", batch.x),
-               *weights[1:5], h0, c0)
+    x = getattr(batch.x, "array", batch.x)
+    checks.out("raw_gates", raw_gates, (tokens, cell.gates * H), dtype, y, raw_c, x, *weights[1:5],
+               h0, c0)
     tape = Tape(cell, sizes, weights, batch, tokens, y, raw_gates, raw_c)
     tape.check()
     return tape
@@ -431,7 +425,7 @@ def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, l
     x = _x(x, sizes)
     if packed is not None:
         packed = _found_packed(packed, name, (W_ih, W_hh, W_hr), looked_up)
-    format = _format(compute, dtype, packed)
+    format = format_of_call(compute, dtype, packed)
     if format == "int8" and keep_tape:
         raise ValueError("weights packed as int8 are for inference: keep_tape must be False")
     weights = _weights(cell, sizes, W_ih, W_hh, b, peepholes, W_hr, looked_up, format)
@@ -743,39 +737,6 @@ def gru_backward(tape: GRUTape, dy: Floats, dh_n: Floats | None = None, *,
 
 # ---- weights packed for many calls -------------------------------------------------------------------
 
-class Quantized(NamedTuple):
-    """A matrix below float32: q (n, K) int8 times scale (n,) float32, as `reference.quantize` has it.
-
-    >>> import numpy as np
-    >>> from lstmcore.functional import Quantized
-    >>> Quantized.of(np.array([[0.5, -1.0]], "float32")).q
-    array([[  64, -127]], dtype=int8)
-    """
-
-    q: Ints
-    scale: Floats
-
-    @classmethod
-    def of(cls, W: Floats) -> Quantized:
-        """W (n, K) float32, rounded: one scale for each row."""
-        return cls(*quantize(W))
-
-    def checked(self, name: str, shape: tuple[int, ...]) -> Quantized:
-        """These arrays, contiguous, found to be of a matrix of this shape."""
-        q, scale = (np.ascontiguousarray(checks.unmasked(name, a)) for a in self)
-        if q.shape != shape or q.dtype != np.int8 or scale.shape != shape[:1] or scale.dtype != F32:
-            raise ValueError(f"{name} must be quantized as int8 {shape} with float32 scales "
-                             f"{shape[:1]}, got {q.dtype} {q.shape} with {scale.dtype} {scale.shape}")
-        return Quantized(q, scale)
-
-    def floats(self) -> Floats:
-        """What it stands for: q scale (n, K), float32."""
-        return self.q * self.scale[:, None]
-
-
-PRECISIONS = ("float32", "float64", "bfloat16", "int8")
-
-
 def pack(cell: Cell | Literal["linear"], W_ih: Floats, W_hh: Floats | None = None,
          W_hr: Floats | None = None, *, precision: Precision | None = None,
          quantized: Sequence[Quantized | None] | None = None) -> _products.Packed:
@@ -804,17 +765,20 @@ def pack(cell: Cell | Literal["linear"], W_ih: Floats, W_hh: Floats | None = Non
         W = checks.floats("W_ih", W_ih)
         if W.ndim != 2 or 0 in W.shape:
             raise ValueError(f"W_ih must be (O, I) with O, I >= 1, got {W.shape}")
-        W = checks.array(W, "W_ih", "(O, I)", W.shape, F64 if W.dtype == F64 else F32)
-        format = _precision(precision, W.dtype)
-        return _products.Packed("linear", (1, 1, 1), format, _lowered((W, None, None), format, quantized), origin)
+        format = format_of_weights(precision, W.dtype)
+        if format != "int8":
+            W = checks.array(W, "W_ih", "(O, I)", W.shape, F64 if W.dtype == F64 else F32)
+        return _products.Packed("linear", (1, 1, 1), format,
+                                lowered((W, None, None), format, quantized), origin)
     row = cell_row(cell)
     if W_hr is not None and not row.has_projection:
         raise ValueError(f"a {cell} cell has no projection, got W_hr")
     W_ih = checks.unmasked("W_ih", W_ih)
     x = np.empty((1, 1, *np.shape(W_ih)[1:2]), getattr(W_ih, "dtype", float))
     x, sizes = _sizes(row, x, W_ih, W_hh, W_hr)
-    w, format = _weights(row, sizes, W_ih, W_hh, None, None, W_hr), _precision(precision, sizes.dtype)
-    return _packed(row, format, _lowered((w.W_ih, w.W_hh, w.W_hr), format, quantized), origin)
+    format = format_of_weights(precision, sizes.dtype)
+    w = _weights(row, sizes, W_ih, W_hh, None, None, W_hr, format=format)
+    return _packed(row, format, lowered((w.W_ih, w.W_hh, w.W_hr), format, quantized), origin)
 
 
 def _packed(cell, format, weights, origin):
@@ -828,26 +792,6 @@ def _packed(cell, format, weights, origin):
             W_hh, W_hr = np.split(W_hh, [len(W_hh) // cell.fed * cell.heard])
     return _products.Packed(cell.name, (cell.fed, cell.heard, 1), format, (W_ih, W_hh, W_hr), origin,
                             cell.turn)
-
-
-def _precision(precision, dtype):
-    own = "float64" if dtype == F64 else "float32"
-    if precision is None:
-        return own
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if (precision == "float64") != (own == "float64"):
-        raise TypeError(f"precision={precision!r} needs weights of "
-                        f"{'float64' if precision == 'float64' else 'float32'}, got {own}")
-    return precision
-
-
-def _lowered(weights, format, quantized=None):
-    """W_ih, W_hh, W_hr, or None each, as products of this format are packed of."""
-    if format != "int8":
-        return weights
-    return tuple(W if W is None else Quantized.of(W) if q is None else q.checked(name, W.shape)
-                 for name, W, q in zip(("W_ih", "W_hh", "W_hr"), weights, quantized or (None,) * 3))
 
 
 def _found_packed(packed, cell, weights, looked_up=False):
@@ -897,10 +841,12 @@ class Step:
                 or peepholes is not None and not row.has_peepholes):
             raise ValueError(f"a {cell} cell has neither projection nor peepholes")
         weights = _weights(row, self._sizes, W_ih, W_hh, b, peepholes, W_hr,
-                           format=_precision(precision, self._sizes.dtype))
+                           format=format_of_weights(precision, self._sizes.dtype))
         self._cell, self._quantized = row, None
         if weights.format == "int8":
-            self._quantized = _lowered((weights.W_ih, weights.W_hh, weights.W_hr), "int8", quantized)
+            self._quantized = lowered((weights.W_ih, weights.W_hh, weights.W_hr), "int8",
+                                      quantized)
+            weights = weights._replace(W_ih=None, W_hh=None, W_hr=None)
         self._weights = Weights(*(None if a is None else np.array(a) for a in weights[:5]),
                                 weights.format)
         _, _, I, H, K, dtype = self._sizes
@@ -918,8 +864,10 @@ class Step:
         packed = _packed(self._cell, format, self._quantized or (W_ih, W_hh, W_hr), ())
         batch = Batch(np.zeros((1, B, I), dtype), None, None, None, None, False, None)
         room = Room(np.zeros((B, K), dtype), self._h, self._c, None, None)
-        weights = self._weights._replace(b=_turned(self._cell, b))
-        self._run = _forward.Stepper(self._cell, weights, batch, room, packed)
+        shapes = self._weights._replace(b=_turned(self._cell, b))
+        if self._quantized:         # the kernels ask W_hh for its shape, and whether W_hr is there
+            shapes = shapes._replace(W_hh=self._quantized[1].q, W_hr=self._quantized[2])
+        self._run = _forward.Stepper(self._cell, shapes, batch, room, packed)
         # A step reads all weights once: a second thread helps if they do not fit near one core.
         self._serial = packed.nbytes <= 1 << 20
 

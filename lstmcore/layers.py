@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from lstmcore import checks, dense, functional
-from lstmcore._types import Array, ArrayLike, Bools, Dtype, Floats, Lengths, Seed
-from lstmcore.module import Module, dropout_mask
+from lstmcore._types import Array, ArrayLike, Bools, Compute, Dtype, Floats, Lengths, Seed
+from lstmcore.module import Module, dropout_mask, products
+from lstmcore.precision import Quantized
 from lstmcore.recurrent import GRU, LSTM, RNN, GRUTrace, LSTMTrace, RNNTrace, Stream
 from lstmcore.stack import Stack
 
@@ -24,7 +25,8 @@ __all__ = ["Module", "LSTM", "GRU", "RNN", "LSTMTrace", "GRUTrace", "RNNTrace", 
 class Embedding(Module):
     """A table with a row of E numbers for each of V tokens: tokens (...) ints -> (..., E).
 
-    Parameters: weight (V, E), drawn from N(0, 1).
+    Parameters: weight (V, E), drawn from N(0, 1). Frozen in int8 it holds, and gives, rows that are
+    rounded to int8 numbers and a float32 scale each: see `Module.freeze`.
 
     >>> Embedding(10, 4, seed=0)(np.array([[1, 2, 3]])).shape
     (1, 3, 4)
@@ -35,15 +37,21 @@ class Embedding(Module):
         self.num_embeddings = checks.size("num_embeddings", num_embeddings)
         self.embedding_dim = checks.size("embedding_dim", embedding_dim)
         self.dtype = checks.float_dtype(dtype)
-        drawn = np.random.default_rng(seed).standard_normal((num_embeddings, embedding_dim))
-        self._declare("weight", drawn.astype(self.dtype))
+        rng, shape = np.random.default_rng(seed), (num_embeddings, embedding_dim)
+        self._declare("weight", shape, lambda: rng.standard_normal(shape))
 
     def __call__(self, tokens: ArrayLike) -> Floats:
         """Token ids in 0..V-1, in any shape -> their rows."""
         tokens = checks.ids(tokens, "tokens", self.num_embeddings)
-        y = self._own["weight"][0][tokens]
+        y = self._rows(tokens)
         self._keep(y, tokens)
         return y
+
+    def _rows(self, at=slice(None)):
+        """The rows that calls give, of some tokens or of all: (..., E)."""
+        if self._frozen_in == "int8":
+            return Quantized(*(a[at] for a in self._quantized["weight"])).floats()
+        return self._own["weight"][0][at]
 
     def backward(self, dy: Floats) -> None:
         """Adds dy (..., E) to the gradients of the tokens' rows. Tokens have none: returns None."""
@@ -69,26 +77,32 @@ def _add_rows(table, rows, values):
 class Linear(Module):
     """y = x Wᵀ + b on the last axis: x (..., I) -> (..., O).
 
-    Parameters: weight (O, I) and bias (O,), drawn from U(-1/√I, 1/√I) as in PyTorch.
+    Parameters: weight (O, I) and bias (O,), drawn from U(-1/√I, 1/√I) as in PyTorch. compute: the
+    number format of the products, as of an `LSTM`.
 
     >>> Linear(8, 3, seed=0)(np.zeros((5, 2, 8), "float32")).shape
     (5, 2, 3)
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True,
-                 dtype: Dtype = "float32", seed: Seed = None) -> None:
+                 dtype: Dtype = "float32", compute: Compute | None = None,
+                 seed: Seed = None) -> None:
         self.in_features = checks.size("in_features", in_features)
         self.out_features = checks.size("out_features", out_features)
         self.bias, self.dtype = bool(bias), checks.float_dtype(dtype)
+        self.compute = products(compute, self.dtype)
         self.n_threads: int | None = None           # handed on to lstmcore.functional
         rng, bound = np.random.default_rng(seed), in_features**-0.5
         shapes = {"weight": (out_features, in_features), "bias": (out_features,)}
         for name in ("weight", "bias")[:1 + self.bias]:
-            self._declare(name, rng.uniform(-bound, bound, shapes[name]).astype(self.dtype))
+            self._declare(name, shapes[name],
+                          lambda name=name: rng.uniform(-bound, bound, shapes[name]))
 
-    def _fix(self, fixed):
-        super()._fix(fixed)
-        self._packed = functional.pack("linear", self._own["weight"][0]) if fixed else None
+    def _fix(self, format):
+        super()._fix(format)
+        quantized = self._quantized.get("weight"), None, None
+        self._packed = functional.pack("linear", self._own["weight"][0], precision=format,
+                                       quantized=quantized) if format else None
 
     def __call__(self, x: Floats) -> Floats:
         """x (..., I) of the layer's dtype -> y (..., O)."""
@@ -97,7 +111,8 @@ class Linear(Module):
             raise ValueError(f"x must be (..., {self.in_features}), got {x.shape}")
         y = dense.linear_forward(x.reshape(-1, self.in_features), self._own["weight"][0],
                                  self._own["bias"][0] if self.bias else None,
-                                 n_threads=self.n_threads, packed=self._packed)
+                                 n_threads=self.n_threads, packed=self._packed,
+                                 compute=None if self._packed else self.compute)
         y = y.reshape(*x.shape[:-1], self.out_features)
         self._keep(y, x)
         return y
@@ -108,7 +123,7 @@ class Linear(Module):
         weight, dweight = self._own["weight"]
         dx, dW, db = dense.linear_backward(x.reshape(-1, self.in_features), weight,
                                            dy.reshape(-1, self.out_features),
-                                           n_threads=self.n_threads)
+                                           n_threads=self.n_threads, compute=self.compute)
         dweight += dW
         if self.bias:
             dbias = self._own["bias"][1]

@@ -9,17 +9,22 @@ What it finds of another shape or dtype then is an error; what is indexed by is 
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 
 from lstmcore import checks
-from lstmcore._types import Floats, Path
+from lstmcore._types import Compute, Floats, Path, Precision
+from lstmcore.precision import Quantized, check_precision, format_of_call, format_of_weights
 
 M = TypeVar("M", bound="Module")
+
+_blank = contextvars.ContextVar("_blank", default=False)        # whether `blank` is on
 
 
 class Module:
@@ -43,14 +48,20 @@ class Module:
     training = True
     rng: np.random.Generator | None = None      # the layer's random numbers, where it needs any
     _own: dict[str, tuple[Floats, Floats]] = {}     # name -> (parameter, gradient) of this layer alone
+    dtype: np.dtype[Any] | None = None          # of a layer with parameters
+    compute: Compute | None = None      # the format of its products, where it is not the dtype
     _thawed = None      # of a frozen layer: name -> the parameter from before, for `unfreeze`
+    _frozen_in: Precision | None = None         # of a frozen layer: the format of its products
+    _quantized: dict[str, Quantized] = {}       # of one in int8: name -> its matrix, rounded
+    _without: frozenset[str] = frozenset()      # of those, the names of which there are no floats
     _packed = None      # what a frozen layer with kernels has packed for them
     _tape = None        # what the last call in training mode left for backward
     _says: tuple[str, ...] = ()          # attributes that the parameters do not tell, and a file has to
 
     def parameters(self) -> dict[str, Floats]:
         """The parameters by name: the arrays themselves, to be changed only in place."""
-        return {name: p for name, (p, _) in self._named()}
+        return {prefix + name: module._floats(name) for prefix, module in self.modules()
+                for name in module._own}
 
     def gradients(self) -> dict[str, Floats]:
         """The gradients under the parameters' names: the arrays themselves."""
@@ -58,8 +69,10 @@ class Module:
 
     def zero_grad(self) -> None:
         """Set every gradient to zero, before the next backward adds to it."""
-        for _, (_, g) in self._named():
-            g.fill(0)
+        for _, module in self.modules():
+            for name, (_, g) in module._own.items():
+                if name not in module._without:
+                    g.fill(0)
 
     def train(self: M, mode: bool = True) -> M:
         """Training mode: calls keep what backward needs, and dropout drops. Returns self."""
@@ -75,31 +88,46 @@ class Module:
         """Inference mode: nothing is kept, nothing dropped. Returns self."""
         return self.train(False)
 
-    def freeze(self: M) -> M:
+    def freeze(self: M, precision: Precision | None = None) -> M:
         """Fix the parameters for inference, in inference mode, until `unfreeze`. Returns self.
 
-        Calls give the same bits, but no longer pack the weights for the kernels each time. The
-        parameters are immutable copies meanwhile, one more in memory: nothing that is written
-        through an array taken before reaches them. A copy or a pickle of the model is not frozen.
+        Calls no longer pack the weights for the kernels each time. By default they give the same
+        bits. With a precision of "bfloat16" or "int8", for float32 layers, the operands of every
+        product are rounded to that format: weights once, now; inputs and h in every call. Biases,
+        peepholes, cells, gates, sums and what goes in and out stay float32. An Embedding gives
+        float32 rows: in "int8" those that its rounded rows stand for, else its own.
+
+        The parameters are immutable copies meanwhile, one more in memory, and float32 in every
+        precision: nothing that is written through an array taken before reaches them. A copy or a
+        pickle computes as the model does: it is frozen too only if it must be for that.
+
+        Raises TypeError for a float64 layer in a precision of float32 layers, or the reverse; then
+        nothing is frozen.
 
         >>> from lstmcore import LSTM
-        >>> m = LSTM(3, 5, seed=0).freeze()
+        >>> m = LSTM(3, 5, seed=0).freeze("int8")
         >>> m.parameters()["bias_l0"][0] = 1
         Traceback (most recent call last):
         ValueError: assignment destination is read-only
         """
-        for _, module in self.eval().modules():
-            module._fix(True)
+        check_precision(precision)
+        modules = [module for _, module in self.modules()]
+        formats = [format_of_weights(precision or module.compute, module.dtype) if module._own
+                   else None for module in modules]
+        self.eval()
+        for module, format in zip(modules, formats):
+            module._fix(format)
         return self
 
     def unfreeze(self: M) -> M:
         """Let the parameters change again; the mode stays inference. Returns self.
 
         They are the arrays that they were before, for optimizers and whoever else has them, and
-        hold what the frozen ones held.
+        hold what the frozen ones held. Of a model that was loaded in int8 they are new, and hold the
+        floats that its weights stand for, q · scale.
         """
         for _, module in self.modules():
-            module._fix(False)
+            module._fix(None)
         return self
 
     def modules(self) -> list[tuple[str, Module]]:
@@ -115,6 +143,8 @@ class Module:
         """What the parameters do not say of this module, as JSON can hold it: its class first."""
         kind, values = type(self), {name: getattr(self, name) for name in self._says}
         home = "" if kind.__module__.startswith("lstmcore.") else kind.__module__ + "."
+        if self.compute:
+            values["compute"] = self.compute
         return {"class": home + kind.__qualname__, **values}
 
     def state_dict(self) -> dict[str, Floats]:
@@ -131,7 +161,7 @@ class Module:
         self._check_not_frozen("load a state")
         state = _fold_bias_pairs({name: np.asarray(checks.unmasked(name, value))
                                   for name, value in state.items()})
-        parameters = self.parameters()
+        parameters = {name: p for name, (p, _) in self._named()}
         missing, unknown = parameters.keys() - state.keys(), state.keys() - parameters.keys()
         if missing or unknown:
             raise ValueError(f"the state does not fit {type(self).__name__}: "
@@ -142,7 +172,8 @@ class Module:
             if state[name].dtype.kind != "f":
                 raise TypeError(f"{name} must hold floats, got {state[name].dtype}")
         for name, p in parameters.items():
-            np.copyto(p, state[name], casting="same_kind")
+            if not (_blank.get() and _is_matrix(name.rpartition(".")[2])):      # see `_fill`
+                np.copyto(p, state[name], casting="same_kind")
 
     def rng_state(self) -> dict[str, Any]:
         """The state of every layer's random numbers, by the layer's name; JSON can hold it."""
@@ -159,9 +190,18 @@ class Module:
         state = {name: value for name, value in vars(self).items() if name != "_tape"}
         if self._thawed is not None:
             # apart from the arrays that wait for `unfreeze`, which a shallow copy would share
-            own = {name: (np.array(p), np.array(g)) for name, (p, g) in self._own.items()}
-            state.update(_own=own, _thawed=None, _packed=None)
+            own = {name: p.shape if name in self._without else (np.array(p), np.array(g))
+                   for name, (p, g) in self._own.items()}
+            as_before = self._frozen_in == (self.compute or str(self.dtype))
+            state.update(_own=own, _thawed=None, _packed=None,
+                         _frozen_in=None if as_before else self._frozen_in)
         return state
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        self._own = {name: _outline(pair, self.dtype) if name in self._without else pair
+                     for name, pair in self._own.items()}
+        self._fix(self._frozen_in)
 
     def __repr__(self) -> str:
         said = []
@@ -175,14 +215,68 @@ class Module:
                 said.append(f"{name}={value!r}")
         return f"{type(self).__name__}({', '.join(said)})"
 
-    def _fix(self, fixed):
-        """Freeze this layer's own parameters, or thaw them; layers with kernels pack them."""
-        if fixed and self._thawed is None:
+    def _fix(self, format):
+        """Freeze this layer's own parameters in a format, or thaw them for None.
+
+        Layers with kernels pack them.
+        """
+        if format != "int8" and self._without:
+            self._expand()
+        if format and self._thawed is None:
             self._thawed = {name: p for name, (p, _) in self._own.items()}
-            self._own = {name: (_immutable(p), g) for name, (p, g) in self._own.items()}
-        elif not fixed and self._thawed is not None:
+            self._own = {name: (_immutable(p), g) if name not in self._without else (p, g)
+                         for name, (p, g) in self._own.items()}
+        elif not format and self._thawed is not None:
             self._own, self._thawed = self._melted(), None
+        self._frozen_in = format
+        if not format:
+            self._quantized = {}
+        elif format == "int8" and not self._quantized:
+            self._quantized = {name: Quantized.of(p) for name, (p, _) in self._own.items()
+                               if _is_matrix(name)}
         self._hold_back()
+
+    def _expand(self):
+        """Make the floats that a layer loaded in int8 has not had."""
+        for name in self._without:
+            self._thawed[name] = p = self._quantized[name].floats()
+            self._own[name] = _immutable(p), np.zeros_like(p)
+        self._without = frozenset()
+
+    def _floats(self, name):
+        """A parameter of this layer, read-only if it is only what int8 numbers stand for."""
+        if name not in self._without:
+            return self._own[name][0]
+        return _immutable(self._quantized[name].floats())
+
+    def _stored(self):
+        """name -> what a file holds of it: a parameter, or the `Quantized` of a layer in int8."""
+        return {prefix + name: module._quantized[name] if module._frozen_in == "int8"
+                and name in module._quantized else module._own[name][0]
+                for prefix, module in self.modules() for name in module._own}
+
+    def _fill(self, arrays):
+        """Set the matrices of a module made in `blank`: from `Quantized` or from floats.
+
+        A layer of whose matrices some are int8 is frozen in it.
+        """
+        for prefix, module in self.modules():
+            wanted = {name: p for name, (p, _) in module._own.items() if _is_matrix(name)}
+            found = {name: arrays[prefix + name] for name in wanted}
+            lowered = {name for name, a in found.items() if isinstance(a, Quantized)}
+            if lowered and lowered != wanted.keys():
+                odd = sorted(wanted.keys() - lowered)[0]
+                raise ValueError(f"{prefix}{odd} must be int8, as other weights of its layer are, got "
+                                 f"{found[odd].dtype}")
+            if lowered:
+                module._quantized = {name: a.checked(prefix + name, wanted[name].shape)
+                                     for name, a in found.items()}
+                module._without = frozenset(wanted)
+                module.eval()
+            else:
+                module._own = {name: _with_gradient(found[name].astype(module.dtype))
+                               if name in wanted else pair for name, pair in module._own.items()}
+            module._fix("int8" if lowered else None)
 
     def _melted(self):
         """`_own` with the parameters from before `freeze`, set to what the frozen ones hold."""
@@ -202,7 +296,7 @@ class Module:
                 p.flags.writeable = False
 
     def _check_not_frozen(self, what):
-        if not all(p.flags.writeable for p in self.parameters().values()):
+        if not (_blank.get() or all(p.flags.writeable for _, (p, _) in self._named())):
             raise ValueError(f"a frozen {type(self).__name__} cannot {what}: unfreeze() it first")
 
     def _walk(self, prefix, seen):
@@ -226,11 +320,11 @@ class Module:
             for name, pair in module._own.items():
                 yield prefix + name, pair
 
-    def _declare(self, name, value):
-        """Make `value` a parameter of this layer, with a gradient of zeros; returns both."""
-        pair = value, np.zeros_like(value)
+    def _declare(self, name: str, shape: tuple[int, ...], draw: Callable[[], Floats]) -> None:
+        """Make what `draw` returns a parameter of this layer, with a gradient of zeros."""
+        pair = _outline(shape, self.dtype) if _blank.get() and _is_matrix(name) else \
+            _with_gradient(draw().reshape(shape).astype(self.dtype))
         self._own = {**self._own, name: pair}
-        return pair
 
     def _keep(self, y, *tape):
         """Remember `tape` for backward, and what a gradient by the output y must look like."""
@@ -259,6 +353,37 @@ class Module:
 def _forms(tape):
     """The shapes and dtypes of the arrays of a tape."""
     return [(a.shape, str(a.dtype)) for a in tape if isinstance(a, np.ndarray)]
+
+
+@contextlib.contextmanager
+def blank() -> Iterator[None]:
+    """Layers that are made meanwhile draw no matrices and have none yet, for `Module._fill`."""
+    before = _blank.set(True)
+    try:
+        yield
+    finally:
+        _blank.reset(before)
+
+
+def products(compute: Compute | None, dtype: np.dtype[Any]) -> Compute | None:
+    """compute, found to be a format of products of this dtype; None where it is the dtype itself."""
+    format = format_of_call(compute, dtype, int8="that is for inference, by freeze('int8')")
+    return None if format == str(dtype) else format
+
+
+def _is_matrix(name):
+    """Whether a parameter is an operand of products, which int8 rounds; the others are added."""
+    return not name.startswith(("bias", "weight_peephole"))
+
+
+def _with_gradient(p):
+    return p, np.zeros_like(p)
+
+
+def _outline(shape, dtype):
+    """A parameter and a gradient of zeros that take no memory, to be read only."""
+    zeros = np.broadcast_to(np.zeros((), dtype), shape)
+    return zeros, zeros
 
 
 def _immutable(p):

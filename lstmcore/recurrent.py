@@ -10,6 +10,7 @@ D directions. States are (L·D, B, ·); layer l in direction d stands at l·D + 
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Mapping
 from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
@@ -17,8 +18,8 @@ from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 
 from lstmcore import checks, dense, functional
-from lstmcore._types import Array, Dtype, Floats, Init, Lengths, Seed
-from lstmcore.module import Module, dropout_mask
+from lstmcore._types import Array, Compute, Dtype, Floats, Init, Lengths, Seed
+from lstmcore.module import Module, dropout_mask, products
 
 
 class LSTMTrace(NamedTuple):
@@ -68,7 +69,7 @@ class _Recurrent(Module, Generic[State, Trace]):
         return self._gates
 
     def _build(self, input_size, hidden_size, num_layers, bias, batch_first, dropout,
-               bidirectional, init, dtype, seed):
+               bidirectional, init, dtype, compute, seed):
         self.input_size = checks.size("input_size", input_size)
         self.hidden_size = checks.size("hidden_size", hidden_size)
         self.num_layers = checks.size("num_layers", num_layers)
@@ -76,41 +77,47 @@ class _Recurrent(Module, Generic[State, Trace]):
         self.bidirectional, self.directions = bool(bidirectional), 1 + bool(bidirectional)
         self.dropout = checks.probability("dropout", dropout)
         self.init, self.dtype = init, checks.float_dtype(dtype)
+        self.compute = products(compute, self.dtype)
         self.rng = np.random.default_rng(seed)
         self.n_threads: int | None = None           # handed on to lstmcore.functional
         draw = _initializer(init, self.hidden_size, self.rng)
         for layer in range(self.num_layers):
             for suffix in ("", "_reverse")[:self.directions]:
                 for letter, shape in self._shapes(layer).items():
-                    self._declare(f"{NAMES[letter]}_l{layer}{suffix}",
-                                  draw(letter, shape).astype(self.dtype))
+                    gates = letter in ("W_ih", "W_hh", "b")
+                    joined = (shape[0] * shape[1], *shape[2:]) if gates else shape
+                    self._declare(f"{NAMES[letter]}_l{layer}{suffix}", joined,
+                                  functools.partial(draw, letter, shape))
         self._sort()
 
     def _sort(self):
         """Parameters and gradients per layer and direction: letter -> array."""
-        self._weights, self._dweights = [], []
+        self._weights, self._dweights, self._lowered = [], [], []
         for layer in range(self.num_layers):
             for suffix in ("", "_reverse")[:self.directions]:
-                pairs = {letter: self._own[f"{NAMES[letter]}_l{layer}{suffix}"]
-                         for letter in self._shapes(layer)}
-                self._weights.append({letter: p for letter, (p, _) in pairs.items()})
-                self._dweights.append({letter: g for letter, (_, g) in pairs.items()})
+                names = {letter: f"{NAMES[letter]}_l{layer}{suffix}" for letter in self._shapes(layer)}
+                self._weights.append({letter: self._own[n][0] for letter, n in names.items()})
+                self._dweights.append({letter: self._own[n][1] for letter, n in names.items()})
+                self._lowered.append([self._quantized.get(names.get(letter))
+                                      for letter in ("W_ih", "W_hh", "W_hr")])
 
-    def _fix(self, fixed):
-        super()._fix(fixed)
+    def _fix(self, format):
+        super()._fix(format)
         self._sort()
-        for w in self._weights:
-            if fixed:
-                w["packed"] = functional.pack(self._cell, w["W_ih"], w["W_hh"], w.get("W_hr"))
+        for w, quantized in zip(self._weights, self._lowered):
+            if format:
+                w["packed"] = functional.pack(self._cell, w["W_ih"], w["W_hh"], w.get("W_hr"),
+                                              precision=format, quantized=quantized)
+
+    @property
+    def _products(self):
+        """The format of a call's products, where its weights are not packed for one."""
+        return None if self._frozen_in else self.compute
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        del state["_weights"], state["_dweights"]       # `_sort` finds them again
+        del state["_weights"], state["_dweights"], state["_lowered"]    # `_sort` finds them again
         return state
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state)
-        self._sort()
 
     def _shapes(self, layer):
         """Letter -> shape of the weights of one layer in one direction, the gates on top."""
@@ -186,8 +193,11 @@ class _Recurrent(Module, Generic[State, Trace]):
         Returns a list in the order of the states: for each layer and direction an LSTMTrace
         (i, f, g, o, c, h), a GRUTrace (r, z, n, h) or an RNNTrace (h), of arrays (T, B, H), or
         (B, T, H) with batch_first; h is (T, B, P). There is no dropout, and a tape kept for backward
-        stays.
+        stays. A layer frozen in int8 keeps no gates: ValueError.
         """
+        if self._frozen_in == "int8":
+            raise ValueError(f"{'an' if self._gates != 3 else 'a'} {type(self).__name__} frozen in int8 "
+                             "keeps nothing to look at: unfreeze() it first")
         x, initial = self._inputs(x, state)
         _, _, tapes = self._run(x, self._weights, initial, lengths, True, False)
         return [self._traced(y, tape) for _, runs in tapes for y, tape in runs]
@@ -227,12 +237,16 @@ class _Recurrent(Module, Generic[State, Trace]):
             raise ValueError(f"embedding must have rows of I = {self.input_size} numbers, got {E}")
         if x.ndim != 2 or x.dtype.kind not in "iu" or embedding.num_embeddings >= x.size:
             return embedding(x), self._weights
-        table, D = embedding.parameters()["weight"], self.directions
+        table, D = embedding._rows(), self.directions
         first = []
-        for w in self._weights[:D]:     # E W_ihᵀ + b        (V,E) (E,4H) -> (V,4H)
+        for w, quantized in zip(self._weights[:D], self._lowered):
             W_ih, b, alone = w["W_ih"], w.get("b"), (self._biases - self._gates) * self.hidden_size
+            packed = functional.pack("linear", W_ih, precision=self._frozen_in,
+                                     quantized=(quantized[0], None, None)) if self._frozen_in else None
+            # E W_ihᵀ + b        (V,E) (E,4H) -> (V,4H)
             rows = dense.linear_forward(table, W_ih, None if b is None else b[:len(W_ih)],
-                                        n_threads=self.n_threads)
+                                        n_threads=self.n_threads, packed=packed,
+                                        compute=self._products)
             if alone:                   # h alone feeds the last gates: they start from the bias
                 rest = np.zeros(alone, self.dtype) if b is None else b[-alone:]
                 rows = np.hstack([rows, np.broadcast_to(rest, (len(rows), alone))])
@@ -245,7 +259,7 @@ class _Recurrent(Module, Generic[State, Trace]):
         table, dtable = (of()["weight"] for of in (embedding.parameters, embedding.gradients))
         W_ih = self._weights[n]["W_ih"]
         dE, dW_ih, _ = dense.linear_backward(table, W_ih, g.dW_ih[:, :len(W_ih)],
-                                             n_threads=self.n_threads)
+                                             n_threads=self.n_threads, compute=self.compute)
         dtable += dE
         return g._replace(dW_ih=dW_ih)
 
@@ -312,6 +326,10 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
     init : "uniform": U(-1/√H, 1/√H), as in PyTorch; "glorot": Glorot for inputs and projection,
         orthogonal for the recurrence, zeros for bias and peepholes
     dtype : "float32" or "float64", of the weights and of all that is given and returned
+    compute : the number format of the products, forward and backward: that of dtype by default; or,
+        of a float32 layer, "bfloat16": their operands (x, h, the weights; da in `backward`) are
+        rounded to 8 significant bits. All else, and so every sum and gradient, stays float32. See
+        `freeze` for inference in "bfloat16" or "int8" after training in float32
     seed : int, numpy Generator or None, for the weights and for dropout
 
     Its parameters in layer 0 (`_l1` and so on above it, `_reverse` added in the second direction):
@@ -335,14 +353,14 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
                  bias: bool = True, batch_first: bool = False, dropout: float = 0.0,
                  bidirectional: bool = False, proj_size: int = 0, peepholes: bool = False,
                  forget_bias: float = 1.0, init: Init = "uniform", dtype: Dtype = "float32",
-                 seed: Seed = None) -> None:
+                 compute: Compute | None = None, seed: Seed = None) -> None:
         self.proj_size = checks.size("proj_size", proj_size, at_least=0)
         self.peepholes, self.forget_bias = bool(peepholes), float(forget_bias)
         if self.proj_size > checks.size("hidden_size", hidden_size):
             raise ValueError(f"proj_size must be at most hidden_size = {hidden_size}, "
                              f"got {proj_size}")
         self._build(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-                    init, dtype, seed)
+                    init, dtype, compute, seed)
         for weights in self._weights if self.bias else ():
             weights["b"][hidden_size:2 * hidden_size] += self.forget_bias
 
@@ -362,7 +380,7 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
         h0, c0 = state
         return functional.lstm_forward(
             x, **weights, h0=h0, c0=c0, lengths=lengths, reverse=reverse,
-            keep_tape=keep_tape, n_threads=self.n_threads)
+            keep_tape=keep_tape, n_threads=self.n_threads, compute=self._products)
 
     def _cell_backward(self, tape, dy, dfinal):
         g = functional.lstm_backward(tape, dy, *dfinal, n_threads=self.n_threads)
@@ -396,11 +414,12 @@ class GRU(_Recurrent[Floats, GRUTrace]):
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, *,
                  reset_after: bool = True, bias: bool = True, batch_first: bool = False,
                  dropout: float = 0.0, bidirectional: bool = False, init: Init = "uniform",
-                 dtype: Dtype = "float32", seed: Seed = None) -> None:
+                 dtype: Dtype = "float32", compute: Compute | None = None,
+                 seed: Seed = None) -> None:
         self.reset_after = bool(reset_after)
         self._cell = "gru" if self.reset_after else "gru_before"
         self._build(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-                    init, dtype, seed)
+                    init, dtype, compute, seed)
 
     @property
     def _biases(self):
@@ -413,7 +432,7 @@ class GRU(_Recurrent[Floats, GRUTrace]):
     def _cell_forward(self, weights, x, state, lengths, reverse, keep_tape):
         y, h_n, tape = functional.gru_forward(
             x, **weights, h0=state[0], reset_after=self.reset_after, lengths=lengths,
-            reverse=reverse, keep_tape=keep_tape, n_threads=self.n_threads)
+            reverse=reverse, keep_tape=keep_tape, n_threads=self.n_threads, compute=self._products)
         return y, (h_n,), tape
 
     def _cell_backward(self, tape, dy, dfinal):
@@ -443,12 +462,13 @@ class RNN(_Recurrent[Floats, RNNTrace]):
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, *,
                  nonlinearity: Literal["tanh", "relu"] = "tanh", bias: bool = True,
                  batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
-                 init: Init = "uniform", dtype: Dtype = "float32", seed: Seed = None) -> None:
+                 init: Init = "uniform", dtype: Dtype = "float32",
+                 compute: Compute | None = None, seed: Seed = None) -> None:
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
         self.nonlinearity = self._cell = nonlinearity
         self._build(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-                    init, dtype, seed)
+                    init, dtype, compute, seed)
 
     @property
     def _widths(self):
@@ -457,7 +477,7 @@ class RNN(_Recurrent[Floats, RNNTrace]):
     def _cell_forward(self, weights, x, state, lengths, reverse, keep_tape):
         y, h_n, tape = functional.rnn_forward(
             x, **weights, h0=state[0], nonlinearity=self.nonlinearity, lengths=lengths,
-            reverse=reverse, keep_tape=keep_tape, n_threads=self.n_threads)
+            reverse=reverse, keep_tape=keep_tape, n_threads=self.n_threads, compute=self._products)
         return y, (h_n,), tape
 
     def _cell_backward(self, tape, dy, dfinal):
@@ -488,8 +508,10 @@ class Stream(Generic[State]):
                              "end of the sequence")
         self.layer, self.batch_size = layer, checks.size("batch_size", batch_size)
         self._steps = [functional.Step(layer._cell, self.batch_size, n_threads=layer.n_threads,
+                                       precision=layer._frozen_in or layer.compute,
+                                       quantized=quantized,
                                        **{letter: a for letter, a in w.items() if letter != "packed"})
-                       for w in layer._weights]
+                       for w, quantized in zip(layer._weights, layer._lowered)]
         self._prepare()
 
     def _prepare(self):
@@ -536,7 +558,7 @@ class Stream(Generic[State]):
 
 
 def _initializer(init, H, rng):
-    """draw(letter, shape): first values for a weight of that letter, its gates joined in rows."""
+    """draw(letter, shape): first values for a weight of that letter, one gate after the other."""
     def uniform(letter, shape):
         return rng.uniform(-H**-0.5, H**-0.5, shape)
 
@@ -552,10 +574,7 @@ def _initializer(init, H, rng):
     if init not in rules:
         raise ValueError(f"init must be 'uniform' or 'glorot', got {init!r}")
 
-    def draw(letter, shape):
-        value = rules[init](letter, shape)
-        return value.reshape(-1, *shape[2:]) if letter in ("W_ih", "W_hh", "b") else value
-    return draw
+    return rules[init]
 
 
 def _orthogonal(rng, rows, columns):

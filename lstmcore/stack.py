@@ -1,4 +1,4 @@
-"""Stack: recurrent layers in a row that one LSTM or RNN cannot express, as files hold them."""
+"""Stack: recurrent layers in a row that one LSTM, GRU or RNN cannot express, as files hold them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lstmcore.module import Module
 
 
 class Stack(Module):
-    """LSTM and RNN layers in a row: of different widths or kinds, or read from the end.
+    """LSTM, GRU and RNN layers in a row: of different widths or kinds, or read from the end.
 
     Parameters
     ----------
-    layers : list of LSTM or RNN, time-major, each as wide as the output of the one before
+    layers : list of LSTM, GRU or RNN, time-major, each as wide as the output of the one before
     reverse : list of bool: this layer reads each sequence from its own end to its start, and its
         y is in the order of x all the same; none by default
     batch_first : x and y are (B, T, ·); states never are
@@ -49,7 +49,7 @@ class Stack(Module):
             if layer.batch_first:
                 raise ValueError(f"layers[{n}] must be time-major; give batch_first to the Stack")
             before = self.layers[n - 1]
-            width = before.parameters()["weight_hh_l0"].shape[1] * before.directions
+            width = before._widths[0] * before.directions
             if n and (layer.input_size, layer.dtype) != (width, before.dtype):
                 raise ValueError(f"layers[{n}] must take {width} {before.dtype} inputs from the "
                                  f"layer before it, it takes {layer.input_size} {layer.dtype}")

@@ -126,7 +126,7 @@ def test_quantization_is_warned_of_and_honored_after_restore():
     quantize = torch.ao.quantization.quantize_dynamic
     model = tagger(torch)
     lstmcore.torch.accelerate(model)
-    with pytest.warns(UserWarning, match="stays in float32"), warnings.catch_warnings():
+    with pytest.warns(UserWarning, match="stays as it is"), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         quantize(model, {torch.nn.LSTM})
     lstmcore.torch.restore(model)

@@ -10,6 +10,17 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence  # noqa: E40
 TOLERANCE = {torch.float64: dict(rtol=1e-10, atol=1e-12),  # same sums, another order
              torch.float32: dict(rtol=1e-4, atol=2e-5)}    # 4-ulp activations through 7 steps
 T, B, I, H, P = 7, 5, 3, 6, 4
+CONFIGS = {
+    "plain": {},
+    "no-bias": dict(bias=False),
+    "stack-batch-first": dict(num_layers=3, batch_first=True),
+    "bidirectional": dict(num_layers=2, bidirectional=True),
+    "projected": dict(num_layers=2, bidirectional=True, proj_size=P, batch_first=True),
+}
+KINDS = ["batched", "unbatched", "packed", "packed-unsorted"]
+IGNORED = [  # what torch warns of inside itself
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")]
 
 
 def pair(dtype=torch.float64, seed=0, **config):

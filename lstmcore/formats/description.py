@@ -10,11 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lstmcore.precision import Quantized
+
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 _A = {"GRU": "a GRU", "RNN": "an RNN"}
 WEIGHTS = ("weight_ih", "weight_hh", "bias", "weight_peephole", "weight_hr")
 OPTIONS = ("batch_first", "dropout", "nonlinearity", "reset_after")
 VERSION = 1             # of the descriptions in our own files
+SCALE = ".scale"        # ends the name of the scales of int8 numbers
 LAYER, MODEL = "lstmcore.layer", "lstmcore.language_model"      # their names there
 _TORCH_NAME = re.compile(r"(?:(.*)\.)?(weight_ih|weight_hh|bias|bias_ih|bias_hh|weight_hr|"
                          r"weight_peephole)(?:_l(\d{1,4})(_reverse)?)?", re.DOTALL)
@@ -213,11 +216,44 @@ def signature(layer):
             len(layer.directions), tuple(sorted(layer.directions[0])))
 
 
+def joined(arrays):
+    """The arrays of a file, those in int8 with their scales as `Quantized`."""
+    found = {}
+    for name, q in arrays.items():
+        rows = name.removesuffix(SCALE)
+        if rows != name and rows in arrays and arrays[rows].dtype == np.int8:
+            continue
+        if q.dtype != np.int8:
+            found[name] = q
+            continue
+        if (scale := arrays.get(name + SCALE)) is None:
+            raise ValueError(f"{name} is int8 and has no scales, {name}{SCALE}")
+        if scale.dtype != np.float32 or q.ndim != 2 or scale.shape != q.shape[:1]:
+            raise ValueError(f"{name}{SCALE} must be float32 with a scale for each row of {name}, int8 "
+                             f"{q.shape}, got {scale.dtype} {scale.shape}")
+        if (q == -128).any() or not ((scale >= 0) & (scale < np.inf) | np.isnan(scale)).all():
+            raise ValueError(f"{name} must be within -127..127 times scales that are finite and not "
+                             "negative")
+        found[name] = Quantized(q, scale)
+    return found
+
+
+def as_floats(arrays):
+    """What `joined` found, with the floats that int8 numbers stand for."""
+    return {name: a.floats() if isinstance(a, Quantized) else a for name, a in arrays.items()}
+
+
+def outlines(arrays):
+    """What `joined` found, with float32 of the shape of int8 numbers that takes no memory."""
+    return {name: np.broadcast_to(np.float32(0), a.q.shape) if isinstance(a, Quantized) else a
+            for name, a in arrays.items()}
+
+
 def check(said):
     """ValueError unless a description in a file says what it can say."""
     kinds = {"batch_first": bool, "dropout": (int, float), "p": (int, float), "nonlinearity": str,
-             "bidirectional": bool, "last_step": bool, "reset_after": bool, "reverse": list,
-             "layers": list, "class": str}
+             "compute": str, "bidirectional": bool, "last_step": bool, "reset_after": bool,
+             "reverse": list, "layers": list, "class": str}
     if not isinstance(said, dict) or "class" not in said:
         raise ValueError(f"a description must be an object with a class, got {said!r:.100}")
     for name, value in said.items():

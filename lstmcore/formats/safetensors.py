@@ -18,6 +18,7 @@ import struct
 import numpy as np
 
 from lstmcore.formats import description, disk, state_dict
+from lstmcore.precision import Quantized
 
 MAX_HEADER = 1 << 24        # a header is JSON: parsed, it takes some twenty times its size
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2",
@@ -46,7 +47,18 @@ def read_arrays(path):
 def write_module(path, module):
     """Write a module: PyTorch's names, and what rebuilds it."""
     said = {"version": description.VERSION, **module.describe()}
-    write(path, description.torch_names(module.parameters()), {description.LAYER: json.dumps(said)})
+    write(path, description.torch_names(stored(module)), {description.LAYER: json.dumps(said)})
+
+
+def stored(module):
+    """The arrays of a module by name: its parameters, or int8 numbers and their scales."""
+    arrays = {}
+    for name, a in module._stored().items():
+        if isinstance(a, Quantized):
+            arrays[name], arrays[name + description.SCALE] = a
+        else:
+            arrays[name] = a
+    return arrays
 
 
 def _all(path):

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from lstmcore import checks, optim
-from lstmcore._types import Array, ArrayLike, Cell, Floats, Init, Lengths
+from lstmcore._types import Array, ArrayLike, Cell, Compute, Floats, Init, Lengths, Precision
 from lstmcore.layers import (GRU, LSTM, RNN, Dropout, Embedding, LastStep, Linear, MaxOverTime,
                              MeanOverTime, Sequential)
 from lstmcore.losses import mse_loss, softmax_cross_entropy
@@ -59,7 +59,9 @@ PARAMETERS = """
         With a fraction above 0, that part of the training set is held out, training stops
         after `patience` epochs without a better loss on it, and the best weights are kept.
     warm_start : go on from the weights of the previous fit
-    dtype : "float32" | "float64" | None, to compute in X's own (strings: float32)
+    dtype : "float32" | "float64" | None, to compute in X's own (strings, and with a compute of
+        "bfloat16": float32)
+    compute : None | "bfloat16", of the products: see `lstmcore.LSTM`
     n_threads, verbose, random_state
 
     Attributes
@@ -110,7 +112,8 @@ class _SequenceEstimator(BaseEstimator):
                  clip_norm: float | None = 1.0,
                  schedule: Literal["constant", "cosine"] = "constant",
                  validation_fraction: float = 0.0, patience: int = 10, warm_start: bool = False,
-                 dtype: Literal["float32", "float64"] | None = None, n_threads: int | None = None,
+                 dtype: Literal["float32", "float64"] | None = None,
+                 compute: Compute | None = None, n_threads: int | None = None,
                  verbose: bool = False,
                  random_state: int | np.random.RandomState | None = None) -> None:
         self.hidden_size = hidden_size
@@ -138,6 +141,7 @@ class _SequenceEstimator(BaseEstimator):
         self.patience = patience
         self.warm_start = warm_start
         self.dtype = dtype
+        self.compute = compute
         self.n_threads = n_threads
         self.verbose = verbose
         self.random_state = random_state
@@ -151,6 +155,25 @@ class _SequenceEstimator(BaseEstimator):
         """Train on sequences X (see the class) and their targets y. Returns self."""
         return self._fit(X, y, sample_weight, self.epochs,
                          resume=self.warm_start and hasattr(self, "network_"))
+
+    def freeze(self: Self, precision: Precision | None = None) -> Self:
+        """Fix the weights for predictions in "float32", "bfloat16" or "int8", until `unfreeze`.
+
+        A fit that starts anew makes new weights; one that goes on (`partial_fit`, warm_start) needs
+        `unfreeze` before it. See `lstmcore.Module.freeze`. Returns self.
+        """
+        check_is_fitted(self)
+        if precision in ("bfloat16", "int8") and self._dtype == np.float64:
+            raise TypeError(f"precision={precision!r} needs a network of float32, this "
+                            f"{type(self).__name__} was fitted in float64: give it dtype='float32'")
+        self.network_.freeze(precision)
+        return self
+
+    def unfreeze(self: Self) -> Self:
+        """Let the weights change again, which are as before `freeze`. Returns self."""
+        check_is_fitted(self)
+        self.network_.unfreeze()
+        return self
 
     def _fit(self, X, y, sample_weight, epochs, resume):
         self._check_parameters()
@@ -193,6 +216,11 @@ class _SequenceEstimator(BaseEstimator):
             raise ValueError(f"peepholes are an LSTM's: with cell={self.cell!r} they must be False")
         if self.dtype not in (None, "float32", "float64"):
             raise ValueError(f"dtype must be 'float32', 'float64' or None, got {self.dtype!r}")
+        if self.compute not in (None, self.dtype or "float32", "bfloat16"):
+            raise ValueError(f"compute must be None, {self.dtype or 'float32'!r} or 'bfloat16', got "
+                             f"{self.compute!r}")
+        if self.compute == "bfloat16" and self.dtype == "float64":
+            raise ValueError("compute='bfloat16' needs dtype='float32' or None, got 'float64'")
 
     def _read(self, X, reset):
         """X as Sequences; with reset, what a later X must look like is noted."""
@@ -237,7 +265,8 @@ class _SequenceEstimator(BaseEstimator):
 
     def _build(self, read, targets, weights):
         text = self.vocabulary_ is not None
-        self._dtype = np.dtype(self.dtype or ("float32" if text else read.values.dtype))
+        own = "float32" if text or self.compute else read.values.dtype
+        self._dtype = np.dtype(self.dtype or own)
         rng = self._rng = np.random.default_rng(
             check_random_state(self.random_state).randint(2**31))
         if not text:
@@ -252,7 +281,8 @@ class _SequenceEstimator(BaseEstimator):
             table /= width**0.5     # length 1: rare words keep their first vector, which is noise
             table[0] = 0            # an unseen token says nothing
         options = dict(num_layers=self.num_layers, dropout=self.dropout, init=self.init,
-                       bidirectional=self.bidirectional, dtype=self._dtype, seed=rng)
+                       bidirectional=self.bidirectional, dtype=self._dtype, compute=self.compute,
+                       seed=rng)
         if self.cell == "lstm":
             recurrent = LSTM(width, self.hidden_size, peepholes=self.peepholes,
                              forget_bias=self.forget_bias, **options)
@@ -263,7 +293,7 @@ class _SequenceEstimator(BaseEstimator):
         self.network_ = Network(
             recurrent, pool() if pool else LastStep(bidirectional=self.bidirectional),
             Linear(self.hidden_size * (1 + bool(self.bidirectional)), self._n_outputs(),
-                   dtype=self._dtype, seed=rng),
+                   dtype=self._dtype, compute=self.compute, seed=rng),
             [Dropout(self.dropout, seed=rng) if self.dropout else Sequential() for _ in range(2)],
             embed)
         self.network_.head.n_threads = self.n_threads

@@ -7,12 +7,12 @@ are its targets. Longer forecasts roll on: what was forecast becomes past.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from lstmcore import checks
-from lstmcore._types import ArrayLike, Path
+from lstmcore._types import ArrayLike, Path, Precision
 from lstmcore.models.estimators import LSTMRegressor
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class Forecaster:
     anchored : windows and targets are measured from the naive forecast's values, so that what is
         learned is the change: for series with a trend
     regressor : an LSTMRegressor to use (a copy is fitted); by default one of 32 units
+    compute : "float32" or "bfloat16", of the regressor instead of its own, with its dtype then float32
 
     Attributes
     ----------
@@ -46,12 +47,15 @@ class Forecaster:
     """
 
     def __init__(self, window: int = 24, horizon: int = 1, *, season: int = 1,
-                 anchored: bool = True, regressor: LSTMRegressor | None = None) -> None:
+                 anchored: bool = True, regressor: LSTMRegressor | None = None,
+                 compute: Literal["float32", "bfloat16"] | None = None) -> None:
         self.window = checks.size("window", window)
         self.horizon = checks.size("horizon", horizon)
         self.season = checks.size("season", season)
         self.anchored = bool(anchored)
-        self.regressor = regressor
+        self.regressor, self.compute = regressor, compute
+        if compute not in (None, "float32", "bfloat16"):
+            raise ValueError(f"compute must be 'float32', 'bfloat16' or None, got {compute!r}")
         if self.season > self.window:
             raise ValueError(f"season must be at most window = {window}, got {season}")
 
@@ -85,9 +89,26 @@ class Forecaster:
             raise TypeError("regressor must be an LSTMRegressor, "
                             f"got {type(self.regressor).__name__}")
         self.regressor_ = clone(self.regressor or LSTMRegressor(random_state=0))
+        if self.compute:
+            self.regressor_.set_params(compute=self.compute, dtype="float32")
         self.regressor_.fit(x, y)
         self._past, self._past_exog = series, exog
         self._index, self._name, self._exog_names = index, name, names
+        return self
+
+    def freeze(self, precision: Precision | None = None) -> Forecaster:
+        """Fix the weights for forecasts in a precision: see `LSTMRegressor.freeze`. Returns self.
+
+        The regressor must have been fitted in float32: by compute= here, or its own dtype=.
+        """
+        self._check_fitted()
+        self.regressor_.freeze(precision)
+        return self
+
+    def unfreeze(self) -> Forecaster:
+        """Let the weights change again, which are as before `freeze`. Returns self."""
+        self._check_fitted()
+        self.regressor_.unfreeze()
         return self
 
     def predict(self, steps: int = 1, exog: ArrayLike | None = None) -> Any:

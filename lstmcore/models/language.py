@@ -17,12 +17,13 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from lstmcore import checks, formats
-from lstmcore._types import Array, Cell, Dtype, Floats, Path
+from lstmcore._types import Array, Cell, Compute, Dtype, Floats, Path, Precision
 from lstmcore.formats import description, disk, safetensors
 from lstmcore.layers import GRU, LSTM, RNN, Dropout, Embedding, Linear
 from lstmcore.models import generation, text
 from lstmcore.models.training import Budget, Settings, Trainer, total_nats
-from lstmcore.module import Module
+from lstmcore.module import Module, blank, products
+from lstmcore.precision import Quantized
 
 Source: TypeAlias = Path | bytes | Iterable[Path | bytes]
 Callback: TypeAlias = "Callable[[LanguageModel, dict[str, Any]], object]"
@@ -49,11 +50,11 @@ class Network(Module):
     """
 
     def __init__(self, V: int, *, cell: Cell, hidden_size: int, num_layers: int, embed_size: int,
-                 peepholes: bool, dropout: float, dtype: Dtype, seed: int | None) -> None:
+                 peepholes: bool, dropout: float, dtype: Dtype, compute: Compute | None = None,
+                 seed: int | None) -> None:
         rng = np.random.default_rng(seed)
-        common = dict(dtype=dtype, seed=rng)
-        self.embedding = Embedding(V, embed_size, **common) if embed_size else None
-        inputs = embed_size or V
+        self.embedding = Embedding(V, embed_size, dtype=dtype, seed=rng) if embed_size else None
+        inputs, common = embed_size or V, dict(dtype=dtype, compute=compute, seed=rng)
         if cell == "lstm":
             self.recurrent = LSTM(inputs, hidden_size, num_layers, dropout=dropout,
                                   peepholes=peepholes, **common)
@@ -75,7 +76,8 @@ class Network(Module):
 
     def reader(self, state: Any) -> Callable[[int], Floats]:
         """A function that reads one token after another, from a state on: id -> logits (V,)."""
-        stream, head = self.recurrent.stream(1), copy.deepcopy(self.head).freeze()
+        stream = self.recurrent.stream(1)
+        head = copy.deepcopy(self.head).freeze(self.head._frozen_in)
         stream.state = state
 
         def read(token):
@@ -102,6 +104,7 @@ class LanguageModel:
     vocab_size : keep at most so many tokens, the most frequent; None for all
     min_count : keep tokens that the text has so often; by default 2 for words and 1 for characters
     dtype : "float32" or "float64"
+    compute : "bfloat16" for products on operands rounded to it, in training too: see `lstmcore.LSTM`
     seed : int, of the weights and of dropout
 
     Attributes, after `fit`: `network`, `vocabulary`, `history` (a dict per evaluation), `outcome`
@@ -122,7 +125,7 @@ class LanguageModel:
                  hidden_size: int = 256, num_layers: int = 2, embed_size: int | None = None,
                  dropout: float = 0.0, peepholes: bool = False, vocab_size: int | None = None,
                  min_count: int | None = None, dtype: Dtype = "float32",
-                 seed: int | None = 0) -> None:
+                 compute: Compute | None = None, seed: int | None = 0) -> None:
         text.Vocabulary(level)
         if cell not in CELLS:
             raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
@@ -141,6 +144,7 @@ class LanguageModel:
         self.vocab_size = None if vocab_size is None else checks.size("vocab_size", vocab_size, 2)
         self.min_count = checks.size("min_count", min_count)
         self.dtype = str(checks.float_dtype(dtype))
+        self.compute = products(compute, checks.float_dtype(dtype))
         self.network: Any = None
         self.vocabulary: Any = None
         self.outcome: str | None = None
@@ -228,6 +232,22 @@ class LanguageModel:
             self._save_run(checkpoint, trainer)
         return self
 
+    def freeze(self, precision: Precision | None = None) -> LanguageModel:
+        """Fix the weights for inference, in a precision of "float32", "bfloat16" or "int8".
+
+        `evaluate`, `sample` and the others then compute in it, and `save` of a model in int8 writes
+        a quarter of the bytes, which `load` gives back frozen. See `Module.freeze`. Returns self.
+        """
+        self._check_fitted()
+        self.network.freeze(precision)
+        return self
+
+    def unfreeze(self) -> LanguageModel:
+        """Let the weights change again, which are as before `freeze`. Returns self."""
+        self._check_fitted()
+        self.network.unfreeze()
+        return self
+
     def evaluate(self, source: Source, *, encoding: str | None = None) -> Evaluation:
         """How well the model predicts a text (or a file; see `fit`), all of it but the first token.
 
@@ -300,7 +320,7 @@ class LanguageModel:
         """Write the model to one safetensors file, at once or not at all."""
         self._check_fitted()
         _check_place(path)
-        self._write(path, self.network.state_dict(), {})
+        self._write(path, safetensors.stored(self.network), {})
 
     @classmethod
     def load(cls, path: Path) -> LanguageModel:
@@ -317,9 +337,9 @@ class LanguageModel:
                 model = cls(**saved["config"])
                 model.vocabulary = text.Vocabulary(saved["level"], saved["tokens"])
                 model.history, model.outcome = _checked_history(saved["history"]), saved["outcome"]
-                model._check_sizes(weights)
-                model._build()
-                model.network.load_state_dict(weights)
+                weights = description.joined(weights)
+                model._check_sizes(description.outlines(weights))
+                model._set(weights)
             except (KeyError, TypeError, AttributeError, OverflowError, RecursionError,
                     json.JSONDecodeError) as error:
                 raise ValueError(f"{os.fsdecode(path)} holds a language model that this version of "
@@ -331,7 +351,7 @@ class LanguageModel:
     def config(self) -> dict[str, Any]:
         """The arguments of the constructor, as they act."""
         names = ("level cell hidden_size num_layers embed_size dropout peepholes vocab_size "
-                 "min_count dtype seed").split()
+                 "min_count dtype compute seed").split()
         return {name: getattr(self, name) for name in names}
 
     def __repr__(self) -> str:
@@ -341,8 +361,21 @@ class LanguageModel:
         level = [] if self.level == "char" else [repr(self.level)]
         return f"LanguageModel({', '.join(level + said)})"
 
+    def _set(self, weights):
+        """Make the network with these weights, floats or int8 numbers with their scales."""
+        if not any(isinstance(a, Quantized) for a in weights.values()):
+            self._build()
+            self.network.load_state_dict(weights)
+            return
+        if self.dtype != "float32":
+            raise ValueError(f"int8 weights are of float32 models, this one is {self.dtype}")
+        with blank():
+            self._build()
+            self.network.load_state_dict(description.outlines(weights))
+        self.network._fill(weights)
+
     def _build(self):
-        names = "cell hidden_size num_layers embed_size dropout peepholes dtype seed".split()
+        names = "cell hidden_size num_layers embed_size dropout peepholes dtype compute seed".split()
         self.network = Network(len(self.vocabulary), **{n: getattr(self, n) for n in names})
 
     def _check_sizes(self, weights):
@@ -419,7 +452,9 @@ class LanguageModel:
 
     def _write(self, path, arrays, metadata):
         tokens = self.vocabulary.tokens[1:] if self.level != "byte" else []
-        saved = {"version": description.VERSION, "config": self.config, "level": self.level,
+        config = {name: value for name, value in self.config.items()
+                  if (name, value) != ("compute", None)}      # so that an older lstmcore reads it
+        saved = {"version": description.VERSION, "config": config, "level": self.level,
                  "tokens": tokens,
                  "history": self.history, "outcome": self.outcome}
         safetensors.write(path, arrays, {KEY: json.dumps(saved), **metadata})

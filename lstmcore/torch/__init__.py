@@ -4,8 +4,8 @@
     accelerate   turn every torch.nn.LSTM of a model into one, in place
     restore      turn them into torch.nn.LSTM again
 
-The package knows `lstmcore.functional` and PyTorch, nothing of the kernels. CPU only; float32 and
-float64; under autocast it computes in float32.
+The package knows `lstmcore.functional` and PyTorch, nothing of the kernels. CPU only; float32,
+float64 and bfloat16, also under autocast.
 """
 
 from lstmcore.torch.dynamo import open_to

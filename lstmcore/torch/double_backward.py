@@ -1,6 +1,7 @@
 """The gradient of the gradient: the layer runs again, in PyTorch's own operations.
 
 That is slow and needs much memory, and is the price of gradient penalties, Hessians and the like.
+Products are of the tensors' own type here, also where those of the layer are of bfloat16.
 """
 
 import torch
@@ -35,11 +36,12 @@ def _recurrence(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse):
 
 
 def save_for_double_backward(ctx, inputs, output):
-    *tensors, ctx.reverse, y, gates, c = inputs
+    *tensors, ctx.reverse, _, y, gates, c = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
+@torch.autocast("cpu", enabled=False)
 def lstm_backward_gradient(ctx, *dd):
     """The gradient of the gradient, by running the layer again in PyTorch's operations."""
     (*upstream, lengths), n = ctx.saved_tensors, 3
@@ -70,4 +72,4 @@ def lstm_backward_gradient(ctx, *dd):
     result = [None] * len(tensors)
     for k, second in zip(present, seconds):
         result[k] = second
-    return (*result, None, None, None, None, None)
+    return (*result, *[None] * 6)

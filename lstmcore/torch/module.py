@@ -7,9 +7,11 @@ from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
+from lstmcore._types import Precision
+from lstmcore.precision import check_precision
 from lstmcore.torch.operators import Frozen, layer
 
-_DTYPES = (torch.float32, torch.float64)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 class _Pad(torch.autograd.Function):
@@ -53,6 +55,8 @@ class LSTM(torch.nn.LSTM):
 
     Constructor, parameters, state_dict, inputs (batched, unbatched, PackedSequence), outputs and
     semantics are those of torch.nn.LSTM. The number of threads is torch's (torch.set_num_threads).
+    Parameters are float32, float64 or bfloat16; under torch.autocast("cpu") those of float32 stay,
+    and products are of bfloat16. Whatever is bfloat16, sums, states and gates are float32 within.
 
     Parameters
     ----------
@@ -67,8 +71,8 @@ class LSTM(torch.nn.LSTM):
     Raises
     ------
     ValueError
-        A parameter or input is on another device than the CPU, or of another type than float32 or
-        float64; the message says what to do. Wrong shapes raise what torch.nn.LSTM raises.
+        A parameter or input is on another device than the CPU, or of another type, as float16 is;
+        the message says what to do. Wrong shapes raise what torch.nn.LSTM raises.
 
     Examples
     --------
@@ -83,7 +87,7 @@ class LSTM(torch.nn.LSTM):
 
     peepholes = False  # as class attributes, so that a torch.nn.LSTM can become an LSTM
     forget_bias = None
-    _frozen = None
+    _frozen = _precision = None
 
     def __init__(self, *args, peepholes=False, forget_bias=None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -138,36 +142,44 @@ class LSTM(torch.nn.LSTM):
             extras += f", forget_bias={self.forget_bias}"
         return super().extra_repr() + extras
 
-    def freeze(self, *, compare=True):
+    def freeze(self, precision: Precision | None = None, *, compare: bool = True) -> "LSTM":
         """Pack the weights once instead of on every call without gradients, in eval mode.
 
-        Holds until `train()`. A new value of a weight is noticed however it is written, because
-        each call compares all weights with a copy of those that were packed: 1.8 ms of 108 for
-        (T, B, I, H) = (35, 20, 650, 650) on one core, but 145 µs beside 82 for (1, 1, 256, 256).
-        compare=False saves it: freeze again after a write through `.data` or NumPy, the only ones
-        that are not noticed then. Returns self. A layer with proj_size is not packed.
+        precision is the format of the products: "float32", "bfloat16" or, without gradients,
+        "int8", also under autocast; by default that of a call which is not frozen. The parameters
+        stay. Holds until `train()`. Returns self.
+
+        A new value of a weight is noticed however it is written, because each call compares all
+        weights with a copy of those that were packed: 1.8 ms of 108 for (T, B, I, H) = (35, 20,
+        650, 650) on one core, but 145 µs beside 82 for (1, 1, 256, 256). compare=False saves it:
+        freeze again after a write through `.data` or NumPy, the only ones that are not noticed
+        then.
 
         >>> import torch, lstmcore.torch
-        >>> m, state = lstmcore.torch.LSTM(input_size=3, hidden_size=5).freeze(compare=False), None
+        >>> m, state = lstmcore.torch.LSTM(input_size=3, hidden_size=5).freeze("int8"), None
         >>> with torch.inference_mode():
         ...     for x_t in torch.zeros(7, 1, 1, 3):
         ...         y_t, state = m(x_t, state)
         """
+        check_precision(precision)
+        why = reason_not_to_freeze(self, precision)
+        if why:
+            raise TypeError(why)
         self.eval()
-        if not self.proj_size:
-            self._frozen = [Frozen(bool(compare)) for _ in self._all_weights]
+        self._precision = precision
+        self._frozen = [Frozen(bool(compare)) for _ in self._all_weights]
         return self
 
     def train(self, mode=True):
         if mode:
-            self._frozen = None
+            self._frozen = self._precision = None
         return super().train(mode)
 
     def __setattr__(self, name, value):
         if name == "qconfig":       # quantization marks every module, and replaces those it knows
-            warnings.warn("lstmcore.torch.LSTM stays in float32: torch.ao.quantization replaces "
-                          "torch.nn.LSTM itself only. Quantize the model before lstmcore.torch."
-                          "accelerate, or build it with torch.nn.LSTM", stacklevel=2)
+            warnings.warn("lstmcore.torch.LSTM stays as it is: torch.ao.quantization replaces "
+                          "torch.nn.LSTM itself only. Use its freeze(precision='int8'), or "
+                          "quantize the model before lstmcore.torch.accelerate", stacklevel=2)
         super().__setattr__(name, value)
 
     def __prepare_scriptable__(self):
@@ -223,19 +235,43 @@ class LSTM(torch.nn.LSTM):
     def _check(self, x, hx, batch_sizes):
         if hx is None:
             self.check_input(x, batch_sizes)
-        else:
-            self.check_forward_args(x, hx, batch_sizes)
+            return
+        self.check_forward_args(x, hx, batch_sizes)
+        for name, state in zip(("h", "c"), hx):
+            if state.dtype != x.dtype and not (_autocasts(state) and _autocasts(x)):
+                raise ValueError(f"{name} of the initial state must be {x.dtype} as the input is, "
+                                 f"got {state.dtype}")
 
     def check_input(self, input, batch_sizes):
         weight = self.weight_hh_l0
-        if not (input.is_cpu and weight.is_cpu and input.dtype == weight.dtype in _DTYPES):
+        if (torch.is_autocast_enabled("cpu")
+                or not (input.is_cpu and weight.is_cpu and input.dtype == weight.dtype in DTYPES)):
             _check_kind(input, weight)
         if not torch.jit.is_tracing() and input.size(-1) != self.input_size:
             raise RuntimeError(f"input.size(-1) must be equal to input_size = {self.input_size}, "
                                f"got {input.size(-1)}")
 
+    def _formats(self, x, hx, lengths):
+        """The format of products, and the dtypes of y and h_n and of c_n: torch.nn.LSTM's.
+
+        Under autocast PyTorch has bfloat16 from oneDNN. What that does not compute, packed and
+        projected, is PyTorch's own products in bfloat16 beside c in the dtype of the state.
+        """
+        weight = self.weight_hh_l0
+        if not _autocasts(weight):
+            y = c = weight.dtype
+            compute = "bfloat16" if y is torch.bfloat16 else None
+        else:
+            compute, y, c = "bfloat16", torch.bfloat16, torch.bfloat16
+            if lengths is not None or self.proj_size:
+                state = x if hx is None else hx[1]
+                c = state.dtype if state.dtype is torch.bfloat16 else torch.float32
+                y = y if self.proj_size else c
+        return self._precision or compute, y, c
+
     def _stack(self, x, hx, lengths):
         """All layers: x (T,B,I) -> y (T,B,D·P), h_n (L·D,B,P), c_n (L·D,B,H)."""
+        compute, y_dtype, c_dtype = self._formats(x, hx, lengths)
         weights, D = self.all_weights, 2 if self.bidirectional else 1
         absent = [None] * len(weights)
         h0, c0 = (absent, absent) if hx is None else (states.split(1) for states in hx)
@@ -251,14 +287,25 @@ class LSTM(torch.nn.LSTM):
                 b_ih, b_hh = others[:2] if self.bias else (None, None)
                 W_hr = others[-1] if self.proj_size > 0 else None
                 y, h, c = layer(x, W_ih, W_hh, b_ih, b_hh, h0[n], c0[n], peepholes[n], W_hr,
-                                lengths, n % D == 1, frozen[n])
+                                lengths, n % D == 1, compute, frozen[n])
                 ys.append(y), h_n.append(h), c_n.append(c)
             x = _joined(ys, dim=2)
-        return x, _joined(h_n, dim=0), _joined(c_n, dim=0)
+        return (_converted(x, y_dtype), _converted(_joined(h_n, dim=0), y_dtype),
+                _converted(_joined(c_n, dim=0), c_dtype))
 
 
 def _joined(tensors, dim):
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def _converted(tensor, dtype):
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def _autocasts(tensor):
+    """Whether autocast converts such a tensor; it leaves float64 alone."""
+    return (torch.is_autocast_enabled("cpu") and tensor.is_floating_point()
+            and tensor.dtype is not torch.float64)
 
 
 def _check_kind(input, weight):
@@ -268,14 +315,27 @@ def _check_kind(input, weight):
             raise ValueError(
                 f"lstmcore.torch.LSTM runs on the CPU, got {what} on {tensor.device}: move the "
                 "model and its input with .to('cpu'), or use torch.nn.LSTM on this device")
-    if torch.is_autocast_enabled("cpu"):
-        return
+    if _autocasts(input) and _autocasts(weight):
+        if torch.get_autocast_dtype("cpu") is torch.bfloat16:
+            return
+        raise ValueError(
+            f"lstmcore.torch.LSTM has no products of {torch.get_autocast_dtype('cpu')}: use "
+            "torch.autocast('cpu', dtype=torch.bfloat16), or autocast with enabled=False")
     if input.dtype != weight.dtype:  # in torch's words
         raise ValueError(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
             f"Convert input: input.to({weight.dtype}), or convert model: "
             f"model.to({input.dtype})")
-    if weight.dtype not in _DTYPES:
+    if weight.dtype not in DTYPES:
         raise ValueError(
-            f"lstmcore.torch.LSTM computes in float32 and float64, got input and weights of "
-            f"{weight.dtype}: convert with .float(), or use torch.autocast('cpu')")
+            f"lstmcore.torch.LSTM computes in float32, float64 and bfloat16, got input and weights "
+            f"of {weight.dtype}: convert both with .bfloat16() or .float()")
+
+
+def reason_not_to_freeze(module, precision):
+    """Why the weights of a torch.nn.LSTM cannot be frozen in this precision, or None."""
+    dtype = module.weight_hh_l0.dtype
+    if precision is None or (precision == "float64") == (dtype is torch.float64):
+        return None
+    expected = "float64" if precision == "float64" else "float32 or bfloat16"
+    return f"precision={precision!r} needs weights of {expected}, got {dtype}"

@@ -4,7 +4,9 @@ from typing import NamedTuple
 
 import torch
 
-from lstmcore.torch.module import LSTM
+from lstmcore._types import Precision
+from lstmcore.precision import check_precision
+from lstmcore.torch.module import DTYPES, LSTM, reason_not_to_freeze
 
 
 class Report(NamedTuple):
@@ -21,17 +23,23 @@ class Report(NamedTuple):
         return "\n".join(lines)
 
 
-def accelerate(model: torch.nn.Module) -> Report:
+def accelerate(model: torch.nn.Module, freeze: bool = False, *,
+               precision: Precision | None = None) -> Report:
     """Turn every torch.nn.LSTM inside a model into an `lstmcore.torch.LSTM`, in place.
 
     The modules stay the same objects with the same parameters: optimizers, hooks, shared modules
     and weights, and torch.nn.utils parametrizations go on working. A module is left as it is,
     and the report says why, if it is a subclass with code of its own, has had its forward
-    replaced, or is not float32 or float64 on the CPU.
+    replaced, or is not float32, float64 or bfloat16 on the CPU. Cells and other recurrences are
+    named too.
 
     Parameters
     ----------
     model : torch.nn.Module
+    freeze : bool
+        `LSTM.freeze` what is replaced: these modules are in eval mode then, until train().
+    precision : "float32", "bfloat16" or "int8", with freeze=True
+        The format of their products, as in `LSTM.freeze`; what cannot be frozen so is left alone.
 
     Returns
     -------
@@ -48,16 +56,21 @@ def accelerate(model: torch.nn.Module) -> Report:
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_precision(precision)
+    if precision is not None and not freeze:
+        raise ValueError(f"precision={precision!r} needs freeze=True")
     report = Report([], {})
     for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.LSTM) or isinstance(module, LSTM):
+        if not isinstance(module, _RECURRENT) or isinstance(module, LSTM):
             continue
-        why = _reason_to_keep(module)
+        why = _reason_to_keep(module) or reason_not_to_freeze(module, precision)
         if why:
             report.refused[name] = why
-        else:
-            module.__class__ = _counterpart(type(module), torch.nn.LSTM, LSTM)
-            report.replaced.append(name)
+            continue
+        module.__class__ = _counterpart(type(module), torch.nn.LSTM, LSTM)
+        report.replaced.append(name)
+        if freeze:
+            module.freeze(precision)
     return report
 
 
@@ -93,15 +106,20 @@ def restore(model: torch.nn.Module) -> Report:
         elif type(module) is not LSTM and not _is_parametrized(module, LSTM):
             report.refused[name] = _subclass(type(module))
         else:
-            for extra in "_frozen", "forget_bias":
+            for extra in "_frozen", "_precision", "forget_bias":
                 vars(module).pop(extra, None)
             module.__class__ = _counterpart(type(module), LSTM, torch.nn.LSTM)
             report.replaced.append(name)
     return report
 
 
+_RECURRENT = torch.nn.RNNBase, torch.nn.RNNCellBase
+
+
 def _reason_to_keep(module):
     cls = type(module)
+    if not isinstance(module, torch.nn.LSTM):
+        return f"{cls.__qualname__} has no counterpart here, only torch.nn.LSTM has"
     if cls is not torch.nn.LSTM and not _is_parametrized(module, torch.nn.LSTM):
         return _subclass(cls)
     if "forward" in vars(module):
@@ -109,8 +127,8 @@ def _reason_to_keep(module):
     for name, p in module.named_parameters():
         if p.device.type != "cpu":
             return f"{name} is on {p.device}, lstmcore runs on the CPU"
-        if p.dtype not in (torch.float32, torch.float64):
-            return f"{name} is {p.dtype}, lstmcore computes in float32 and float64"
+        if p.dtype not in DTYPES:
+            return f"{name} is {p.dtype}, lstmcore computes in float32, float64 and bfloat16"
     return None
 
 

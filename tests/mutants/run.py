@@ -28,13 +28,13 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 # By what a path starts with: the C programs, then the tests, the likeliest to notice first.
 KERNELS = ("test_kernels", "test_activations", "test_determinism", "test_losses", "test_optim",
-           "test_gru")
+           "test_gru", "test_below_float32")
 PLANS = ("test_kernels", "test_gru", "test_determinism", "test_recurrent", "test_api",
-         "test_layers", "test_losses")
+         "test_layers", "test_losses", "test_below_float32")
 CALLS = ("test_api", "test_checks", "test_recurrent", "test_layers", "test_losses",
-         "test_arguments", "test_optim", "test_gru")
+         "test_arguments", "test_optim", "test_precision", "test_gru")
 FILES = ("test_files", "test_formats_disk", "test_formats_state_dict", "test_formats_onnx",
-         "test_formats_hostile")
+         "test_formats_hostile", "test_precision_models")
 NOTICE = {
     "csrc/team.c": (("barrier", "region"), ("test_threads",)),
     "csrc/": (("check",), KERNELS),
@@ -44,6 +44,7 @@ NOTICE = {
     "lstmcore/_products": ((), (*PLANS, "test_threads")),
     "lstmcore/_": ((), PLANS),
     "lstmcore/reference": ((), ("test_reference",)),
+    "lstmcore/precision": ((), ("test_precision", "test_below_float32")),
     "lstmcore/threads": ((), ("test_threads",)),
     "lstmcore/checks": ((), ("test_checks", *CALLS)),
     "lstmcore/dense": ((), ("test_losses", "test_optim", *CALLS)),
