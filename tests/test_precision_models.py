@@ -164,9 +164,9 @@ def trained_model(**options):
         return model.fit(TEXT, lr=0.02, seq_length=20, batch_size=8, progress=False, **fit)
 
 
-@pytest.mark.parametrize("embed_size", [0, 12])
-def test_a_language_model_in_int8(embed_size, tmp_path):
-    model = trained_model(embed_size=embed_size)
+@pytest.mark.parametrize("cell, embed_size", [("lstm", 0), ("lstm", 12), ("gru", 0), ("gru", 12)])
+def test_a_language_model_in_int8(cell, embed_size, tmp_path):
+    model = trained_model(cell=cell, embed_size=embed_size)
     exact = model.perplexity(TEXT)
     assert model.freeze("int8") is model
     low, written = model.perplexity(TEXT), model.sample("she ", 30, seed=1)
