@@ -18,8 +18,8 @@ from lstmcore.recurrent import GRU, LSTM, RNN, GRUTrace, LSTMTrace, RNNTrace, St
 from lstmcore.stack import Stack
 
 __all__ = ["Module", "LSTM", "GRU", "RNN", "LSTMTrace", "GRUTrace", "RNNTrace", "Stream", "Stack",
-           "Embedding", "Linear", "Dropout", "Tanh", "Sigmoid", "ReLU", "Sequential", "LastStep", "MeanOverTime",
-           "MaxOverTime", "sequence_mask", "sigmoid"]
+           "Embedding", "Linear", "Dropout", "Tanh", "Sigmoid", "ReLU", "Sequential", "LastStep",
+           "MeanOverTime", "MaxOverTime", "sequence_mask", "sigmoid"]
 
 
 class Embedding(Module):
