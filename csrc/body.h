@@ -30,6 +30,9 @@ static const lstm_cell F(cells)[] = {
     {.name = "relu", .gates = 1, .step = F(relu_step), .back_step = TRAINED(relu_back_step)},
     {.name = "gru", .gates = 4, .apart = 1, .keeps_gates = 1, .reads_h = 1, .step = F(gru_step),
      .back_step = TRAINED(gru_back_step)},
+    {.name = "gru_before", .gates = 3, .later = 1, .keeps_gates = 1, .reads_h = 1,
+     .step = F(gru_before_step), .back_step = TRAINED(gru_before_back_step),
+     .later_step = F(gru_later_step), .later_back_step = TRAINED(gru_later_back_step)},
     {.name = NULL},
 };
 

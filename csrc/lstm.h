@@ -27,7 +27,8 @@
 /* The weights of a step, packed for the units from j0 on. */
 typedef struct {
     ptrdiff_t I, K, H;   /* I = 0: gates hold x W_ihᵀ + b already; K = 0: the recurrent part is zero */
-    const void *ih, *hh; /* forward both packed with the cell's gates; backward hh alone, K wide, with 1 */
+    const void *ih, *hh; /* forward both packed with the gates that they feed; backward hh alone, K
+                            wide, with 1 */
     const void *bias;    /* a row of gates or NULL; read if I > 0 */
     const void *peepholes; /* (3, H) or NULL; of cells that have them */
 } lstm_weights;
@@ -42,6 +43,7 @@ typedef struct {
                                   that keep them; of others it may be the same row as h */
     void *c;             /* (H)   out: c_t, of cells with c */
     void *h;             /* (H)   out: h_t, before any projection */
+    void *m;             /* (H)   out: what the later product multiplies, of cells with one */
 } lstm_row;
 
 /* Where one sequence's backward step lives. */
@@ -57,6 +59,7 @@ typedef struct {
     void *dh;            /* (H)   of cells that read h; in: what reaches h_t beside dy and the product;
                                   out: the same for h_{t-1} */
     void *dc;            /* (H)   of cells with c; in: what reaches c_t from step t+1; out: c_{t-1} */
+    void *m;             /* (H)   out: what the later product multiplied, of cells with one */
 } lstm_back_row;
 
 /* A cell: everything that a plan asks of it. */
@@ -65,6 +68,8 @@ typedef struct {
     int gates;           /* numbers of a row of gates for one unit, gate after gate */
     int apart;           /* of these, x alone feeds the first so many, h alone the last so many: W_ih and
                             W_hh have gates - apart rows for one unit.  0 if it keeps no gates */
+    int later;           /* 1 if the last gate's product is with m, which the step makes of h_{t-1},
+                            and so has a step of its own */
     int keeps_gates;     /* whether the tape keeps them, for da to take their place */
     int has_c;           /* whether a state c goes from step to step beside h; the tape keeps it too */
     int reads_h;         /* whether a unit reads its own h_{t-1} too; it has no projection then */
@@ -78,6 +83,14 @@ typedef struct {
     /* One time step backward: dh = dy + da_next W_hh, then the gradient of the cell. */
     void (*back_step)(const lstm_weights *w, int descending, ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1,
                       const lstm_back_row *rows);
+
+    /* Of cells with a later product, what follows once all units are done.  Rows' gates then begin
+       with the last one; h_low is m, lowered, and hh one gate.  Back, da_next are those gates, dy is
+       zero, and hh is H wide. */
+    void (*later_step)(const lstm_weights *w, int descending, ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1,
+                       const lstm_row *rows);
+    void (*later_back_step)(const lstm_weights *w, int descending, ptrdiff_t n, ptrdiff_t j0,
+                            ptrdiff_t j1, const lstm_back_row *rows);
 
     /* h (before projection) again, from the gates and c: what a projection's gradient needs.  NULL if
        the cell has no projection. */
@@ -103,6 +116,7 @@ typedef struct {
     ptrdiff_t k_stride, col_stride;
     void *packed;
     const float *scales;            /* of each column, where W is of int8_t: the format int8 */
+    int turn;                       /* vector v of a panel is of gate v + turn, modulo gates */
 } lstm_operand;
 
 /* What an output row holds before the sum is added. */

@@ -52,7 +52,7 @@ static void F(pack)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, ptrdiff_t
         F(panel) g = F(panel_at)(w->gates, p, w->N, j0, j1);
         PACKED *panel = (PACKED *)F(packed_panel)(w->gates, w->packed, w->K, p);
         for (int v = 0; v < g.nv; v++)
-            F(pack_vector)(w, g.col + v * g.stride, F(lanes)(&g, v), g.nv, v, panel);
+            F(pack_vector)(w, g.col + (v + w->turn) % g.nv * g.stride, F(lanes)(&g, v), g.nv, v, panel);
     }
 }
 

@@ -4,6 +4,7 @@
        CELL(name)  the cell's own names
        GATES       how many gates a unit has: 1 to 4
        APART       if any: how many of them x feeds alone, the first ones, and h, the last ones
+       LATER       1 if the last gate waits for a product of its own, in a step that follows
    and, for the units j..j+n of one row, where n <= VL,
        void CELL(forward)(const lstm_weights *w, const lstm_row *row, ptrdiff_t j, ptrdiff_t n,
                           const vec *a)         a[gate]: the pre-activations
@@ -15,9 +16,13 @@
 #ifndef APART
 #define APART 0
 #endif
-#define FED (GATES - APART)  /* by each product */
+#ifndef LATER
+#define LATER 0
+#endif
+#define FED (GATES - APART)    /* by x */
+#define HEARD (FED - LATER)    /* by h */
 #ifdef __GNUC__
-_Static_assert(2 * APART <= GATES && (FED > 1 || GATES == 1), "panels of one gate are another kind");
+_Static_assert(2 * APART <= GATES && (HEARD > 1 || GATES == 1), "panels of one gate are another kind");
 #endif
 
 static void CELL(step)(const lstm_weights *weights, int descending, ptrdiff_t n, ptrdiff_t j0,
@@ -32,7 +37,7 @@ static void CELL(step)(const lstm_weights *weights, int descending, ptrdiff_t n,
         ptrdiff_t p = descending ? panels - 1 - q : q, next = descending ? MAX(p - 1, 0) : p + 1;
         F(panel) g = F(panel_at)(GATES, p, w.H, j0, j1);
         const PACKED *ih = F(packed_panel)(FED, w.ih, w.I, p);
-        const PACKED *hh = F(packed_panel)(FED, w.hh, w.K, p);
+        const PACKED *hh = F(packed_panel)(HEARD, w.hh, w.K, p);
         for (ptrdiff_t r0 = 0; r0 < n; r0 += size) {
             ptrdiff_t m = MIN(size, n - r0);
             const lstm_row *row = rows + r0;
@@ -45,8 +50,8 @@ static void CELL(step)(const lstm_weights *weights, int descending, ptrdiff_t n,
             }
             /* a = start + x W_ihᵀ + h_prev W_hhᵀ       (m,I) (I,nv·VL), (m,K) (K,nv·VL) */
             F(group)(m, w.I, g.nv - APART, x, ih, hh, acc);
-            F(group)(m, w.K, g.nv - APART, h, hh, w.I ? F(packed_panel)(FED, w.ih, w.I, next)
-                                                      : F(packed_panel)(FED, w.hh, w.K, next),
+            F(group)(m, w.K, g.nv - APART - LATER, h, hh, w.I ? F(packed_panel)(FED, w.ih, w.I, next)
+                                                              : F(packed_panel)(HEARD, w.hh, w.K, next),
                      (F(row4) *)&acc[0][APART]);
             for (ptrdiff_t r = 0; r < m; r++)
                 for (int u = 0; u < (GATES == 1 ? g.nv : 1); u++) {
@@ -96,4 +101,6 @@ static void CELL(back_step)(const lstm_weights *weights, int descending, ptrdiff
 #undef CELL
 #undef GATES
 #undef APART
+#undef LATER
 #undef FED
+#undef HEARD

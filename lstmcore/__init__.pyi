@@ -15,11 +15,14 @@ from lstmcore import torch as torch
 from lstmcore.files import convert as convert
 from lstmcore.files import load as load
 from lstmcore.files import save as save
+from lstmcore.functional import gru_backward as gru_backward
+from lstmcore.functional import gru_forward as gru_forward
 from lstmcore.functional import info as info
 from lstmcore.functional import lstm_backward as lstm_backward
 from lstmcore.functional import lstm_forward as lstm_forward
 from lstmcore.functional import rnn_backward as rnn_backward
 from lstmcore.functional import rnn_forward as rnn_forward
+from lstmcore.layers import GRU as GRU
 from lstmcore.layers import LSTM as LSTM
 from lstmcore.layers import RNN as RNN
 from lstmcore.layers import Dropout as Dropout

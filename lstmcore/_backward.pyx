@@ -24,6 +24,7 @@ cdef struct Backward:
     Problem p
     bint apart                     # whether a step's product and cell are not one tile
     Operand ih, hh, hr
+    Operand alone                  # the rows of W_ih for gates that x feeds alone; ih holds the others
     const char *dy
     const char *dy_last            # (B, K): dy of each row's last step, plus dh_n
     char *dx
@@ -41,6 +42,7 @@ cdef struct Backward:
     const void **a                 # row pointers for products, (B) of each thread
     void **C
     const void **da                # row pointers of all tokens, in the order of steps
+    const void **da_of_h           # the same, from the gates that h feeds on
     const void **x_rows
     const void **h_prev
     const void **c_prev
@@ -62,10 +64,11 @@ cdef void lay_out(Plan *plan, Arena *arena) noexcept nogil:
     widths.row, widths.M = max(max(p.G, p.H), max(p.I, p.K)), max(p.G, p.K)
     lay_out_problem(p, arena, widths)
     f.rows = <lstm_back_row *>take(arena, threads * B * sizeof(lstm_back_row))
-    f.low = take(arena, threads * B * lowered_stride(plan.e.k, p.fed))
+    f.low = take(arena, threads * B * lowered_stride(plan.e.k, p.heard))
     f.a = <const void **>take(arena, threads * B * sizeof(void *))
     f.C = <void **>take(arena, threads * B * sizeof(void *))
     f.da = <const void **>take(arena, pointers)
+    f.da_of_h = <const void **>take(arena, pointers)
     f.x_rows = <const void **>take(arena, pointers)
     f.h_prev = <const void **>take(arena, pointers)
     if f.dx != NULL:
@@ -74,15 +77,17 @@ cdef void lay_out(Plan *plan, Arena *arena) noexcept nogil:
         f.c_prev = <const void **>take(arena, pointers)
         f.c_rows = <const void **>take(arena, pointers)
     lay_out_operand(plan, arena, &f.ih)
+    lay_out_operand(plan, arena, &f.alone)
     lay_out_operand(plan, arena, &f.hh)
     lay_out_operand(plan, arena, &f.hr)
     if not p.cell.keeps_gates:
         p.gates = take(arena, tokens * p.G * p.item)
-    if p.projected:
+    if p.projected or p.cell.later:
         f.m = take(arena, tokens * p.H * p.item)
         f.m_rows = <const void **>take(arena, pointers)
-        f.dh_rows = <const void **>take(arena, pointers)
         f.dm = take(arena, B * p.H * p.item)
+    if p.projected:
+        f.dh_rows = <const void **>take(arena, pointers)
     if f.apart:
         f.dh = take(arena, (tokens if p.projected else B) * p.K * p.item)
 
@@ -105,11 +110,12 @@ cdef void backward(void *arg, int me, int team) noexcept nogil:
         p.plan.e.by.pack(p.plan.e.k, &f.hh, &m.slab, group, grid.rows)
         p.plan.e.by.pack(p.plan.e.k, &f.hr, &m.slab, group, grid.rows)
     p.plan.e.by.pack(p.plan.e.k, &f.ih, &whole, me, team)
+    p.plan.e.by.pack(p.plan.e.k, &f.alone, &whole, me, team)
     wait(&p.shared.barriers[0], team)
     if not idle:
         m.own, m.barrier = rows_of(&p.steps, group, grid.rows), &p.shared.barriers[1 + group]
         m.products.a, m.products.C = f.a + me * p.steps.B, f.C + me * p.steps.B
-        m.products.bias, m.low = NULL, f.low + me * p.steps.B * lowered_stride(p.plan.e.k, p.fed)
+        m.products.bias, m.low = NULL, f.low + me * p.steps.B * lowered_stride(p.plan.e.k, p.heard)
         backward_rows(f, &m, f.rows + me * p.steps.B)
     wait(&p.shared.barriers[0], team)
     if f.dx != NULL:
@@ -133,13 +139,14 @@ cdef void list_tokens(Backward *f, int me, int team) noexcept nogil:
                     f.x_rows[k + r] = p.x + at * p.I * p.item
                 else:
                     f.x_rows[k + r] = f.dtable + p.ids[at] * p.G * p.item
-                f.da[k + r] = p.gates + token * p.G * p.item
+                f.da[k + r], f.da_of_h[k + r] = p.gates + token * p.G * p.item, fed_by_h(p, token)
                 f.h_prev[k + r] = h_before(p, s, r)
                 if p.cell.has_c:
                     f.c_rows[k + r] = p.c + token * row_c
                     f.c_prev[k + r] = c_before(p, s, r)
-                if p.projected:
+                if p.projected or p.cell.later:
                     f.m_rows[k + r] = f.m + (k + r) * row_c
+                if p.projected:
                     f.dh_rows[k + r] = f.dh + (k + r) * row_h
         k += n
 
@@ -174,9 +181,12 @@ cdef void backward_rows(Backward *f, Member *m, lstm_back_row *rows) noexcept no
             step(f, s, n, 0, m, rows)
         else:
             step(f, s, n, going_on, m, rows)
+        if p.cell.later:
+            wait(m.barrier, m.slab.parts)
+            later_step(f, s, n, m, rows)
         going_on = n
         wait(m.barrier, m.slab.parts)
-    # dh0 = da_0 W_hh        (n,fed) (fed,K), to which a cell that reads h has added already
+    # dh0 = da_0 W_hh        (n,heard) (heard,K), to which a cell that reads h has added already
     for q in range(going_on):
         r = m.own.first + q * m.own.stride
         m.products.a[q] = fed_by_h(p, steps.start[0] + r)
@@ -186,7 +196,7 @@ cdef void backward_rows(Backward *f, Member *m, lstm_back_row *rows) noexcept no
 
 
 cdef inline const char *fed_by_h(const Problem *p, Py_ssize_t token) noexcept nogil:
-    """The gates of a token that W_hh feeds, the last ones."""
+    """The gates of a token from the first that h feeds on."""
     return p.gates + (token * p.G + p.G - p.fed) * p.item
 
 
@@ -219,13 +229,39 @@ cdef inline void step(const Backward *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t 
     cdef lstm_weights w
     unit_range(p.H, p.plan.e.k.VL, m.slab.part, m.slab.parts, &j0, &j1)
     for q in range(multiplied):
-        rows[q].da_next = lowered(p.plan.e.k, p.fed, rows[q].da_next, m.low, q)
+        rows[q].da_next = lowered(p.plan.e.k, p.heard, rows[q].da_next, m.low, q)
     w.I, w.H, w.ih, w.bias, w.peepholes = 0, p.H, NULL, NULL, p.peepholes
     if multiplied:
-        w.K, w.hh = p.fed, packed_at(p.plan.e.k, &f.hh, j0)
+        w.K, w.hh = p.heard, packed_at(p.plan.e.k, &f.hh, j0)
         p.cell.back_step(&w, s & 1, multiplied, j0, j1, rows)
     w.K, w.hh = 0, NULL
     p.cell.back_step(&w, s & 1, n - multiplied, j0, j1, rows + multiplied)
+
+
+cdef void later_step(Backward *f, Py_ssize_t s, Py_ssize_t n, Member *m,
+                     lstm_back_row *rows) noexcept nogil:
+    """dm = da W_hh of the last gate        (n,H) (H,H), then the rest of the cell's gradient."""
+    cdef const Problem *p = &f.p
+    cdef Py_ssize_t q, r, j0, j1
+    cdef lstm_weights w
+    unit_range(p.H, f.hr.cut, m.slab.part, m.slab.parts, &j0, &j1)
+    w.I, w.K, w.H, w.ih, w.bias, w.peepholes = 0, p.H, p.H, NULL, NULL, NULL
+    w.hh = packed_at(p.plan.e.k, &f.hr, j0)
+    for q in range(n):
+        r = m.own.first + q * m.own.stride
+        rows[q].gates = <char *>rows[q].gates + (p.G - p.H) * p.item
+        rows[q].m = <void *>f.m_rows[p.steps.first[s] + r]
+        rows[q].dy = p.shared.zeros
+        m.products.a[q], m.products.C[q] = rows[q].gates, f.dm + r * p.H * p.item
+        if p.plan.e.by.in_step:
+            rows[q].da_next = lowered(p.plan.e.k, p.H, rows[q].gates, m.low, q)
+        else:
+            rows[q].dy = m.products.C[q]
+    if not p.plan.e.by.in_step:
+        w.K = 0
+        m.products.start, m.products.n = START_ZERO, n
+        p.plan.e.by.multiply(p.plan.e.k, &f.hr, &m.slab, &m.products)
+    p.cell.later_back_step(&w, s & 1, n, j0, j1, rows)
 
 
 cdef void multiply_apart(Backward *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t going_on, Member *m,
@@ -234,7 +270,7 @@ cdef void multiply_apart(Backward *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t goi
     cdef Problem *p = &f.p
     cdef Py_ssize_t q, r, p0, p1, j0, j1, row_h = p.K * p.item
     unit_range(p.K, f.hh.cut, m.slab.part, m.slab.parts, &p0, &p1)
-    for q in range(n):  # dh = dy + da_next W_hh        (n,fed) (fed,K)
+    for q in range(n):  # dh = dy + da_next W_hh        (n,heard) (heard,K)
         r = m.own.first + q * m.own.stride
         m.products.a[q] = rows[q].da_next
         m.products.C[q] = f.dh + (p.steps.first[s] + r if p.projected else r) * row_h
@@ -261,7 +297,7 @@ cdef void multiply_apart(Backward *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t goi
 # ---- what has no recurrence --------------------------------------------------------------------------
 
 cdef void input_gradient(Backward *f, const Part *share) noexcept nogil:
-    """dx = da W_ih        (n,fed) (fed,I), for a share of the tokens."""
+    """dx = da W_ih        (n,fed) (fed,I), for a share of the tokens; what x feeds alone comes last."""
     cdef Problem *p = &f.p
     cdef Py_ssize_t k, k0, k1
     cdef Part whole
@@ -270,8 +306,12 @@ cdef void input_gradient(Backward *f, const Part *share) noexcept nogil:
     for k in range(k0, k1):
         f.dx_rows[k] = f.dx + (<const char *>f.x_rows[k] - p.x)
     whole.part, whole.parts, whole.scratch = 0, 1, share.scratch
-    rows.start, rows.n, rows.a, rows.bias, rows.C = START_ZERO, k1 - k0, f.da + k0, NULL, f.dx_rows + k0
+    rows.n, rows.bias, rows.C = k1 - k0, NULL, f.dx_rows + k0
+    rows.start, rows.a = START_ZERO, f.da_of_h + k0
     p.plan.e.by.multiply(p.plan.e.k, &f.ih, &whole, &rows)
+    if p.cell.apart:
+        rows.start, rows.a = START_ADD, f.da + k0
+        p.plan.e.by.multiply(p.plan.e.k, &f.alone, &whole, &rows)
 
 
 cdef void add_up_gradients(Backward *f, const Part *share) noexcept nogil:
@@ -280,18 +320,26 @@ cdef void add_up_gradients(Backward *f, const Part *share) noexcept nogil:
     cdef Py_ssize_t j0, j1, apart = p.G - p.fed
     cdef lstm_product products[2]
     cdef Sums sums
-    sums.tokens, sums.da, sums.db, sums.products = p.steps.tokens, f.da, f.db, products
+    sums.tokens, sums.da, sums.products = p.steps.tokens, f.da, products
     sums.add = False
     products[0].x, products[0].N = f.h_prev, p.K
-    products[0].dW = f.dW_hh - apart * p.K * p.item  # rows are counted as those of da
-    products[1].x, products[1].N, products[1].dW = f.x_rows, p.I, f.dW_ih
-    sums.first, sums.last, sums.n_products = apart, p.fed, 2 if p.ids == NULL else 1
+    products[1].x, products[1].N = f.x_rows, p.I
+    # rows are counted as those of da, which begin with what x feeds alone; in W it comes last
+    products[0].dW = f.dW_hh - apart * p.K * p.item
+    products[1].dW, sums.db = f.dW_ih - apart * p.I * p.item, f.db - apart * p.item
+    sums.first, sums.last = apart, min(p.fed, apart + p.heard)
+    sums.n_products = 2 if p.ids == NULL else 1
     p.plan.e.by.add_up(p.plan.e.k, &sums, share)
-    if apart:  # what h feeds alone, then what x feeds alone
-        sums.first, sums.last, sums.n_products = p.fed, p.G, 1
+    if p.cell.later:
+        products[0].x = f.m_rows
+        sums.first, sums.last = p.heard, p.fed
         p.plan.e.by.add_up(p.plan.e.k, &sums, share)
+    if apart:  # what h feeds alone, then what x feeds alone
+        sums.first, sums.last, sums.n_products, sums.db = p.fed, p.G, 1, f.db
+        p.plan.e.by.add_up(p.plan.e.k, &sums, share)
+        products[1].dW = f.dW_ih + (p.fed - apart) * p.I * p.item
         sums.first, sums.last, sums.products = 0, apart, products + 1
-        sums.n_products = 1 if p.ids == NULL else 0
+        sums.n_products, sums.db = 1 if p.ids == NULL else 0, f.db + (p.fed - apart) * p.item
         p.plan.e.by.add_up(p.plan.e.k, &sums, share)
     if p.ids != NULL:  # dtable[id] += da
         unit_range(p.G, p.plan.e.k.VL, share.part, share.parts, &j0, &j1)
@@ -326,8 +374,13 @@ def run(cell, weights, batch, tape, upstream, g, *, n_threads, dtable=None):
     f.dtable, f.dW_ih, f.dW_hh = address(dtable), address(g.dW_ih), address(g.dW_hh)
     f.dW_hr, f.db, f.dpeepholes = address(g.dW_hr), address(g.db), address(g.dpeepholes)
     f.dh0, f.dc0 = address(g.dh0), address(g.dc0)
-    f.ih = operand(e.k, 1, None if g.dx is None else weights.W_ih, True)
-    f.hh = operand(e.k, 1, weights.W_hh, True)
-    f.hr = operand(e.k, 1, weights.W_hr, True)
+    W_ih, W_hh = None if g.dx is None else weights.W_ih, weights.W_hh
+    f.alone = operand(e.k, 1, None, True)
+    if W_ih is not None and f.p.cell.apart:
+        f.alone = operand(e.k, 1, W_ih[cell.turn * f.p.H:], True)
+        W_ih = W_ih[:cell.turn * f.p.H]
+    f.ih = operand(e.k, 1, W_ih, True)
+    f.hh = operand(e.k, 1, W_hh[:f.p.heard], True)
+    f.hr = operand(e.k, 1, W_hh[f.p.heard:] if cell.later else weights.W_hr, True)
     run_plan(<Plan *>&f)
     note_plan(&f.p, False)

@@ -25,7 +25,8 @@ cdef struct Forward:
     bint fused                     # whether a step multiplies x
     bint descending                # whether step 0 goes through the panels last first
     Py_ssize_t chunk               # steps per input projection
-    Operand ih, hh, hr
+    Operand ih, hh
+    Operand hr                     # of the product with m: W_hr, or the last gate's rows of W_hh
     const char *b
     const char *table              # (V, G): what each token id projects to, bias included
     char *h_n
@@ -35,7 +36,7 @@ cdef struct Forward:
     char *low                      # (B) lowered rows of h and, if fused, x, of each thread
     const void **a                 # row pointers for products, (chunk·B) of each thread
     void **C
-    char *m                        # (B, H): o ∘ tanh(c), with a projection
+    char *m                        # (B, H): o ∘ tanh(c), with a projection; or of a later product
 
 
 cdef void lay_out(Plan *plan, Arena *arena) noexcept nogil:
@@ -52,7 +53,7 @@ cdef void lay_out(Plan *plan, Arena *arena) noexcept nogil:
     lay_out_operand(plan, arena, &f.ih)
     lay_out_operand(plan, arena, &f.hh)
     lay_out_operand(plan, arena, &f.hr)
-    if p.projected:
+    if p.projected or p.cell.later:
         f.m = take(arena, B * p.H * p.item)
     if p.cell.keeps_gates and not f.keep:
         p.gates = take(arena, f.chunk * B * p.G * p.item)
@@ -103,6 +104,9 @@ cdef void forward_rows(Forward *f, Member *m, lstm_row *rows) noexcept nogil:
             for q in range(running):
                 place_row(f, s, s0, m.own.first + q * m.own.stride, &rows[q])
             step(f, s, running, m, rows)
+            if p.cell.later:
+                wait(m.barrier, m.slab.parts)
+                later_step(f, s, running, m, rows)
             if p.projected:
                 wait(m.barrier, m.slab.parts)
                 project_outputs(f, s, running, m, rows)
@@ -124,6 +128,8 @@ cdef inline void place_row(const Forward *f, Py_ssize_t s, Py_ssize_t s0, Py_ssi
     cdef Py_ssize_t at = place(&p.steps, s, r)
     row.h = f.m + r * p.H * p.item if p.projected else p.y + at * p.K * p.item
     row.gates = gates_at(f, s, s0, r) if p.cell.keeps_gates else row.h
+    if p.cell.later:
+        row.m = f.m + r * p.H * p.item
     if p.ids == NULL:
         row.x = p.x + at * p.I * p.item
     if p.cell.has_c:
@@ -199,6 +205,26 @@ cdef inline void step(const Forward *f, Py_ssize_t s, Py_ssize_t n, Member *m,
     p.cell.step(&w, (s & 1) != f.descending, n, j0, j1, rows)
 
 
+cdef void later_step(const Forward *f, Py_ssize_t s, Py_ssize_t n, Member *m,
+                     lstm_row *rows) noexcept nogil:
+    """a += m W_hhᵀ of the last gate, then the rest of the cell        (n,H) (H,H)"""
+    cdef const Problem *p = &f.p
+    cdef bint in_step = p.plan.e.by.in_step, from_zero = s == 0 and p.h0 == NULL
+    cdef Py_ssize_t q, j0, j1
+    cdef lstm_weights w
+    unit_range(p.H, f.hr.cut, m.slab.part, m.slab.parts, &j0, &j1)
+    w.I, w.K, w.H = 0, 0 if from_zero or not in_step else p.H, p.H
+    w.ih, w.hh, w.bias, w.peepholes = NULL, packed_at(p.plan.e.k, &f.hr, j0), NULL, NULL
+    for q in range(n):
+        rows[q].gates = <char *>rows[q].gates + (p.G - p.H) * p.item
+        rows[q].h_low = lowered(p.plan.e.k, w.K, rows[q].m, m.low, q)
+        m.products.a[q], m.products.C[q] = rows[q].m, rows[q].gates
+    if not in_step and not from_zero:
+        m.products.start, m.products.n = START_ADD, n
+        p.plan.e.by.multiply(p.plan.e.k, &f.hr, &m.slab, &m.products)
+    p.cell.later_step(&w, (s & 1) != f.descending, n, j0, j1, rows)
+
+
 cdef void project_outputs(const Forward *f, Py_ssize_t s, Py_ssize_t n, Member *m,
                           lstm_row *rows) noexcept nogil:
     """h = (o ∘ tanh(c)) W_hrᵀ        (n,H) (H,P)"""
@@ -230,8 +256,9 @@ cdef int fill(Forward *f, cell, weights, batch, room, Packed packed, int n_threa
     else:
         # token ids look their products up: W_ih is not read
         f.ih = operand(e.k, cell.fed, weights.W_ih if f.p.ids == NULL else None, False)
-        f.hh = operand(e.k, cell.fed, weights.W_hh, False)
-        f.hr = operand(e.k, 1, weights.W_hr, False)
+        f.ih.w.turn = cell.turn
+        f.hh = operand(e.k, cell.heard, weights.W_hh[:f.p.heard], False)
+        f.hr = operand(e.k, 1, weights.W_hh[f.p.heard:] if cell.later else weights.W_hr, False)
     f.fused = f.p.ids == NULL and f.p.plan.e.by.in_step
     if f.fused:
         forced = forced_plan()

@@ -30,6 +30,7 @@ cdef extern from "lstm.h" nogil:
         void *gates
         void *c
         void *h
+        void *m
     ctypedef struct lstm_back_row:
         const void *da_next
         void *gates
@@ -40,10 +41,12 @@ cdef extern from "lstm.h" nogil:
         const void *h_prev
         void *dh
         void *dc
+        void *m
     ctypedef struct lstm_cell:
         const char *name
         int gates
         int apart
+        int later
         bint keeps_gates
         bint has_c
         bint reads_h
@@ -51,6 +54,10 @@ cdef extern from "lstm.h" nogil:
                      Py_ssize_t j1, const lstm_row *rows) noexcept nogil
         void (*back_step)(const lstm_weights *w, bint descending, Py_ssize_t n, Py_ssize_t j0,
                           Py_ssize_t j1, const lstm_back_row *rows) noexcept nogil
+        void (*later_step)(const lstm_weights *w, bint descending, Py_ssize_t n, Py_ssize_t j0,
+                           Py_ssize_t j1, const lstm_row *rows) noexcept nogil
+        void (*later_back_step)(const lstm_weights *w, bint descending, Py_ssize_t n, Py_ssize_t j0,
+                                Py_ssize_t j1, const lstm_back_row *rows) noexcept nogil
         void (*output)(Py_ssize_t n, Py_ssize_t H, Py_ssize_t j0, Py_ssize_t j1, const void **gates,
                        const void **c, void **h) noexcept nogil
         void (*peephole_gradient)(Py_ssize_t K, Py_ssize_t H, Py_ssize_t j0, Py_ssize_t j1,
@@ -64,6 +71,7 @@ cdef extern from "lstm.h" nogil:
         Py_ssize_t k_stride
         Py_ssize_t col_stride
         const float *scales
+        int turn
         void *packed
     ctypedef struct lstm_rows:
         int start

@@ -71,7 +71,7 @@ cdef class Packed:
     cdef bint descending           # which way the next single step goes through them
     cdef readonly str cell, format
     cdef readonly tuple origin, shapes
-    cdef readonly tuple quantized  # of format int8: W_ih, W_hh, W_hr
+    cdef readonly tuple quantized  # of format int8: the weights that it was made of
 
 
 cdef inline void unit_range(Py_ssize_t N, Py_ssize_t cut, int part, int parts, Py_ssize_t *j0,

@@ -182,9 +182,10 @@ cdef Py_ssize_t blas_packed_bytes(const lstm_kernels *k, const Operand *w) noexc
 
 cdef void blas_pack(const lstm_kernels *k, const Operand *w, const Part *mine, int share,
                     int shares) noexcept nogil:
-    """Every shares-th block of columns, with its edges: (width, K) if W lies so, or (K, width)."""
+    """Every shares-th block of columns, with its edges: (width, K) if W lies so, or (K, width), which
+    has no turn."""
     cdef Py_ssize_t N = w.w.gates * w.w.N, K = w.w.K, item = k.item, edge = blas_edge(item)
-    cdef Py_ssize_t j = share * BLAS_WIDTH, n, width, t
+    cdef Py_ssize_t j = share * BLAS_WIDTH, n, width, t, first = w.w.turn * w.w.N
     cdef const char *W = <const char *>w.w.W
     cdef char *block
     if W == NULL:
@@ -196,7 +197,8 @@ cdef void blas_pack(const lstm_kernels *k, const Operand *w, const Part *mine, i
         memset(block, 0, width * K * item)
         if lies_transposed(w):
             for t in range(n):
-                memcpy(block + (edge + t) * K * item, W + (j + t) * w.w.col_stride * item, K * item)
+                memcpy(block + (edge + t) * K * item, W + (j + t + first) % N * w.w.col_stride * item,
+                       K * item)
         else:
             for t in range(K):
                 memcpy(block + (t * width + edge) * item, W + (t * w.w.k_stride + j) * item, n * item)
@@ -337,9 +339,10 @@ cdef class Packed:
     calls to compare.
     """
 
-    def __init__(self, str cell, int gates, str format, weights, origin):
-        """weights: W_ih, W_hh, W_hr, contiguous or None, of int8 as `operand` takes it; origin: the
-        arrays of the caller."""
+    def __init__(self, str cell, gates, str format, weights, origin, int turn=0):
+        """weights: W_ih, W_hh and W_hr or the rows of a later product, contiguous or None, of int8 as
+        `operand` takes it, with so many gates; origin: the arrays of the caller; turn: of W_ih, see
+        lstm_operand."""
         cdef Part whole
         cdef Arena arena
         cdef int q
@@ -349,8 +352,8 @@ cdef class Packed:
         self.e.k, self.e.by, self.format = kernels_of(format), &tiles, format
         self.quantized = tuple(weights) if format == "int8" else None
         for q in range(3):
-            # of W_hr (P, H) the columns are the P projected units, without gates
-            self.operands[q] = operand(self.e.k, gates if q < 2 else 1, weights[q], False)
+            self.operands[q] = operand(self.e.k, gates[q], weights[q], False)
+        self.operands[0].w.turn = turn
         arena.base, arena.used = NULL, 0
         for q in range(3):
             take(&arena, self.e.by.packed_bytes(self.e.k, &self.operands[q]))

@@ -29,7 +29,8 @@ cdef struct Problem:               # one layer in one direction; the arrays are 
     Plan plan
     const lstm_cell *cell
     Py_ssize_t I, H, K, G, item    # K: width of h; G: width of a row of gates; item: bytes of a number
-    Py_ssize_t fed                 # numbers of a row of gates, the first, that x feeds; h, the last
+    Py_ssize_t fed                 # numbers of a row of gates that x feeds: the first ones
+    Py_ssize_t heard               # numbers of a row of gates that h feeds, from number G - fed on
     bint projected                 # whether h is (o ∘ tanh(c)) W_hrᵀ
     Steps steps
     const char *x

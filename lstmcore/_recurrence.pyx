@@ -14,7 +14,9 @@ ragged one holds the real tokens only.
 
 Letters are those of lstmcore/reference.py, and: K is the width of h, over which the recurrent product
 sums (H, or P with a projection); G is the width of a row of gates, as many times H as the cell has, of
-which W_ih and W_hh feed `fed` each.
+which x feeds `fed` and h `heard`; W_ih and W_hh have `fed` rows each, and if h feeds fewer, the last
+ones of W_hh are those of the later product, with m. The rows of both begin with the gates that both
+feed, but a row of gates begins with what x feeds alone: so W_ih is packed from its gate `turn` on.
 """
 
 from collections import namedtuple
@@ -33,7 +35,8 @@ from lstmcore._products cimport Engine, Plan, Widths
 
 cnp.import_array()
 
-Cell = namedtuple("Cell", "name gates fed keeps_gates has_c reads_h has_projection has_peepholes",
+Cell = namedtuple("Cell", "name gates fed heard later turn keeps_gates has_c reads_h "
+                          "has_projection has_peepholes",
                   module=__name__)  # which a compiled module's frame does not tell
 cells = {}                         # name -> Cell, of those that were asked for
 
@@ -47,8 +50,10 @@ def cell(name):
         row = cell_of(kernels_of("float64"), name)
         if row == NULL:
             raise ValueError(f"no cell is named {name!r}")
-        cells[name] = Cell(name, row.gates, row.gates - row.apart, bool(row.keeps_gates),
-                           bool(row.has_c), bool(row.reads_h), row.output != NULL,
+        fed = row.gates - row.apart
+        cells[name] = Cell(name, row.gates, fed, fed - row.later, bool(row.later),
+                           (fed - row.apart) % fed, bool(row.keeps_gates), bool(row.has_c),
+                           bool(row.reads_h), row.output != NULL,
                            row.peephole_gradient != NULL)
     return cells[name]
 
@@ -68,7 +73,7 @@ cdef int fill_problem(Problem *p, Engine e, cell, weights, batch, tape) except -
     p.item = p.plan.e.k.item
     p.fed, p.K = cnp.PyArray_DIM(W_hh, 0), cnp.PyArray_DIM(W_hh, 1)
     p.H, p.projected = p.fed // cell.fed, weights.W_hr is not None
-    p.G = p.H * cell.gates
+    p.G, p.heard = p.H * cell.gates, p.H * cell.heard
     if cnp.PyArray_NDIM(x) == 2:
         p.ids = <int64_t *>address(x)
     else:

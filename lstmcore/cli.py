@@ -124,7 +124,7 @@ def _add_train(commands):
 
     g = p.add_argument_group("model (that of M if resumed)")
     g.add_argument("--level", choices=("char", "byte", "word"), help="(default: char)")
-    g.add_argument("--cell", choices=("lstm", "rnn"), help="(default: lstm)")
+    g.add_argument("--cell", choices=("lstm", "gru", "rnn"), help="(default: lstm)")
     g.add_argument("--hidden", type=int, metavar="N", help=f"(default: {DEFAULT_HIDDEN})")
     g.add_argument("--layers", type=int, metavar="N", help="(default: 2)")
     g.add_argument("--embed", type=int, metavar="N",

@@ -28,7 +28,7 @@ OPTIONS = (*description.OPTIONS, "dtype", "activation", "recurrent_activation")
 
 
 def load(path: Path, name: str | None = None, *, into: Any = None, **options: Any) -> Any:
-    """The LSTM or RNN in a file, in evaluation mode.
+    """The LSTM, GRU or RNN in a file, in evaluation mode.
 
     Parameters
     ----------
@@ -40,24 +40,25 @@ def load(path: Path, name: str | None = None, *, into: Any = None, **options: An
         - PyTorch's zip archives (.pt, .pth) of a state_dict, of dicts that hold one, of a whole
           module, and of TorchScript
         - Keras 3 (.keras, .weights.h5) and older Keras (.h5), CuDNNLSTM included
-        - ONNX (.onnx): what `save` wrote; or LSTM and RNN nodes; needs onnx
+        - ONNX (.onnx): what `save` wrote; or LSTM, GRU and RNN nodes; needs onnx
     name : which recurrent layer, where a file holds several: the prefix of its tensors in a
         state_dict, the layer's name in Keras, the node's name in ONNX. A list of names is loaded as
         one stack, each fed by the one before it.
     into : a `Module` whose parameters, by their names, are set to the file's arrays; it is
         returned. `name` is then the prefix of its tensors in the file
-    batch_first, dropout, nonlinearity : what a file of weights does not say, as for `lstmcore.LSTM`
+    batch_first, dropout, nonlinearity, reset_after : what a file of weights does not say, as for
+        `lstmcore.LSTM`, `RNN` and `GRU`; the biases of a GRU say reset_after
     activation, recurrent_activation : what Keras's files of weights alone do not say
     dtype : "float32" or "float64", of the layers; by default float64 for float64 alone
 
-    Returns an `lstmcore.LSTM` or `RNN`, an `lstmcore.Stack` where layers differ in width,
+    Returns an `lstmcore.LSTM`, `GRU` or `RNN`, an `lstmcore.Stack` where layers differ in width,
     one reads from the end only, or Keras's return_sequences=False asks for the last output alone,
     or the module or model that lstmcore saved. What else a file holds (an
     embedding, a head) is named in a warning, unless `name` is given; `formats.read_arrays` returns
     its arrays. What only acts in training (initializers, regularizers, dropout) is not kept.
 
     Raises ValueError for a file that is damaged, or that asks for what lstmcore does not have, with
-    its name (hard_sigmoid, clip, merge_mode='sum', GRU, ...).
+    its name (hard_sigmoid, clip, merge_mode='sum', ...).
 
     >>> import os, tempfile
     >>> import lstmcore
@@ -184,7 +185,7 @@ def _chosen(path, content, name):
     names = [found for chain in chains for found, _ in chain]
     if not names:
         hint = content.hint and f": {content.hint}"
-        raise ValueError(f"{path} holds no LSTM or RNN, only "
+        raise ValueError(f"{path} holds no LSTM, GRU or RNN, only "
                          f"{description.some(others) or 'nothing'}{hint}")
     if name is not None:
         wanted = [name] if isinstance(name, str) else list(name)
@@ -342,12 +343,13 @@ _MAKERS = {"Linear": _linear, "Embedding": _embedding, "Stack": layers.Stack,
 
 
 def assemble(found: Any, batch_first: bool = False, dropout: float = 0.0,
-             nonlinearity: str | None = None, dtype: Any = None, compute: Any = None) -> Any:
+             nonlinearity: str | None = None, dtype: Any = None, compute: Any = None,
+             reset_after: bool | None = None) -> Any:
     """Descriptions of layers, each fed by the one before it, as one module in evaluation mode.
 
-    They make one `LSTM` or `RNN` where it can say the same, and a `Stack` elsewhere.
+    They make one `LSTM`, `GRU` or `RNN` where it can say the same, and a `Stack` elsewhere.
     """
-    found = [description.checked(layer, nonlinearity) for layer in found]
+    found = [description.checked(layer, nonlinearity, reset_after) for layer in found]
     width = found[0].directions[0]["weight_ih"].shape[1]
     for layer in found:
         if layer.last_step and layer is not found[-1]:
@@ -381,9 +383,11 @@ def _build(found, dtype, **options):
     if first.kind == "LSTM":
         options["peepholes"] = "weight_peephole" in names
         options["proj_size"] = first.output_size if "weight_hr" in names else 0
+    elif first.kind == "GRU":
+        options["reset_after"] = first.reset_after
     else:
         options["nonlinearity"] = first.nonlinearity
-    module = (layers.LSTM if first.kind == "LSTM" else layers.RNN)(
+    module = getattr(layers, first.kind)(
         names["weight_ih"].shape[1], first.hidden_size, len(found), bias="bias" in names,
         bidirectional=len(first.directions) == 2, dtype=dtype, seed=0, **options)
     module.load_state_dict({f"{weight}_l{n}{suffix}": a for n, layer in enumerate(found)

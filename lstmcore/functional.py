@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections import namedtuple
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -20,12 +20,13 @@ from lstmcore._recurrence import cell as cell_row  # the row of a cell, by name
 from lstmcore._types import Array, ArrayLike, Compute, Floats, Ints, Lengths, Precision
 from lstmcore.checks import F32, F64
 from lstmcore.precision import Quantized, format_of_call, format_of_weights, lowered
-from lstmcore.reference import Gradients, RNNGradients
+from lstmcore.reference import Gradients, GRUGradients, RNNGradients
 from lstmcore.threads import get_num_threads, resolve
 
 _SERIAL_WORK = 1_000_000  # multiply-adds that are done before a second thread pays: about 20 µs
 
-Cell: TypeAlias = Literal["lstm", "tanh", "relu"]
+Self = TypeVar("Self", bound="_GateTape")
+Cell: TypeAlias = Literal["lstm", "tanh", "relu", "gru", "gru_before"]
 
 # What goes to the plans, by name.
 Sizes = namedtuple("Sizes", "T B I H K dtype")
@@ -72,7 +73,7 @@ class TokenIds:
 class TokenTable:
     """What each of V tokens projects to, bias included: rows (V, 4H), in place of W_ih and b.
 
-    In the backward pass dW_ih is then the gradient of the rows.
+    In the backward pass dW_ih is then the gradient of the rows. They are as wide as b, in its order.
     """
 
     __slots__ = ("rows",)
@@ -81,24 +82,35 @@ class TokenTable:
         self.rows = rows
 
 
-def _looked_up(ids, W_ih, b, G, quantized=None):
+def _looked_up(cell, ids, W_ih, b, quantized=None):
     """Token ids and the table that they look up, what each projects to.
 
     The table is W_ihᵀ + b (I, G) or, if it has more rows than there are tokens, the rows in use.
     """
     if isinstance(W_ih, TokenTable):
-        return ids.array, W_ih.rows
+        return ids.array, _turned(cell, W_ih.rows)
     W_ih = quantized[0].floats() if quantized else W_ih
     if ids.array.size >= W_ih.shape[1]:
-        return ids.array, _projected(W_ih.T, b, G)
+        return ids.array, _projected(cell, W_ih.T, b)
     used, places = ids.used()
-    return places, _projected(W_ih.T[used], b, G)
+    return places, _projected(cell, W_ih.T[used], b)
 
 
-def _projected(rows, b, G):
-    if rows.shape[1] < G:          # h alone feeds the other gates: they start from the bias
-        rows = np.pad(rows, ((0, 0), (0, G - rows.shape[1])))
-    return np.ascontiguousarray(rows if b is None else rows + b)
+def _projected(cell, rows, b):
+    apart = cell.gates - cell.fed
+    if apart:          # h alone feeds the last gates: they start from the bias
+        rows = np.pad(rows, ((0, 0), (0, rows.shape[1] // cell.fed * apart)))
+    return np.ascontiguousarray(_turned(cell, rows if b is None else rows + b))
+
+
+def _turned(cell, a, back=False):
+    """a (..., G), in the order of b, in that of the kernels' rows of gates, which begin with the gates
+    that x feeds alone; or back. It is a itself if the cell has none."""
+    if not cell.turn or a is None:
+        return a
+    H = a.shape[-1] // cell.gates
+    cut, end = (cell.fed - cell.turn if back else cell.turn) * H, cell.fed * H
+    return np.concatenate([a[..., cut:end], a[..., :cut], a[..., end:]], axis=-1)
 
 
 # ---- checks ------------------------------------------------------------------------------------------
@@ -278,18 +290,13 @@ class _Tape:
         return ()
 
 
-class Tape(_Tape):
-    """What the forward pass keeps for the backward pass: 5H numbers per token, beside x and y.
-
-    `gates` (T, B, 4H) in the order i, f, g, o and `c` (T, B, H) are views of a dense tape and, of a
-    ragged one, which holds its real tokens only, copies that are zero past the end. `lstm_backward`
-    uses the memory of the gates, so a tape can be used once and shows no gates afterwards.
-    """
+class _GateTape(_Tape):
+    """A tape with gates: `raw_gates` (tokens, G), whose memory the backward pass uses, and c if any."""
 
     __slots__ = ("raw_gates", "raw_c", "_turn")
 
     def __init__(self, cell: Any, sizes: Sizes, weights: Weights, batch: Batch, tokens: int, y: Floats,
-                 raw_gates: Floats, raw_c: Floats) -> None:
+                 raw_gates: Floats, raw_c: Floats | None) -> None:
         self.cell, self.sizes, self.weights, self.batch = cell, sizes, weights, batch
         self.tokens, self.y, self.raw_gates, self.raw_c = tokens, y, raw_gates, raw_c
         self._turn = [True]        # popping it is one step, for threads that race for the tape too
@@ -298,16 +305,12 @@ class Tape(_Tape):
     def gates(self) -> Floats:
         if not self._turn:
             self._refuse()
-        return self._padded(self.raw_gates)
-
-    @property
-    def c(self) -> Floats:
-        return self._padded(self.raw_c)
+        return _turned(self.cell, self._padded(self.raw_gates), back=True)
 
     @property
     def nbytes(self) -> int:
         """Bytes kept beside x and y."""
-        return self.raw_gates.nbytes + self.raw_c.nbytes
+        return sum(a.nbytes for a in (self.raw_gates, self.raw_c) if a is not None)
 
     def check(self) -> None:
         if not self._turn:
@@ -318,7 +321,8 @@ class Tape(_Tape):
 
     def _kept(self):
         N, H = self.tokens, self.sizes.H
-        return (("raw_gates", self.raw_gates, (N, self.cell.gates * H)), ("raw_c", self.raw_c, (N, H)))
+        kept = [("raw_gates", self.raw_gates, (N, self.cell.gates * H))]
+        return kept if self.raw_c is None else [*kept, ("raw_c", self.raw_c, (N, H))]
 
     def take(self) -> None:
         """The tape is used now; an error if it was before."""
@@ -327,10 +331,10 @@ class Tape(_Tape):
         except IndexError:
             self._refuse()
 
-    def again(self) -> Tape:
+    def again(self: Self) -> Self:
         """This tape with gates of its own, to be used one time more."""
-        return Tape(self.cell, self.sizes, self.weights, self.batch, self.tokens, self.y,
-                    self.raw_gates.copy(), self.raw_c)
+        return type(self)(self.cell, self.sizes, self.weights, self.batch, self.tokens, self.y,
+                          self.raw_gates.copy(), self.raw_c)
 
     def _refuse(self):
         raise ValueError("this tape was used by an earlier backward pass, which overwrote its "
@@ -348,6 +352,32 @@ class Tape(_Tape):
             out[t, order[:n]] = raw[first:first + n]
             first += n
         return out
+
+
+class Tape(_GateTape):
+    """What the forward pass keeps for the backward pass: 5H numbers per token, beside x and y.
+
+    `gates` (T, B, 4H) in the order i, f, g, o and `c` (T, B, H) are views of a dense tape and, of a
+    ragged one, which holds its real tokens only, copies that are zero past the end. `lstm_backward`
+    uses the memory of the gates, so a tape can be used once and shows no gates afterwards.
+    """
+
+    __slots__ = ()
+    raw_c: Floats
+
+    @property
+    def c(self) -> Floats:
+        return self._padded(self.raw_c)
+
+
+class GRUTape(_GateTape):
+    """What `gru_forward` keeps for `gru_backward`: 4H numbers per token, beside x and y.
+
+    `gates` (T, B, 4H) is in the order r, z, n, q, where q = W_hn h_{t-1} + b_hn; without reset_after
+    it is (T, B, 3H), r, z, n. Otherwise as `Tape`, but `gates` is a copy.
+    """
+
+    __slots__ = ()
 
 
 class RNNTape(_Tape):
@@ -414,10 +444,10 @@ def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, l
     if tokens:
         run = batch
         if looked_up:
-            ids, table = _looked_up(x, weights.W_ih, weights.b, cell.gates * H,
-                                    packed and packed.quantized)
+            ids, table = _looked_up(cell, x, weights.W_ih, weights.b, packed and packed.quantized)
             run = batch._replace(x=ids, table=table)
-        _forward.run(cell, weights, run, Room(y, h_n, c_n, gates, c), packed=packed,
+        turned = weights._replace(b=_turned(cell, weights.b)) if cell.turn else weights
+        _forward.run(cell, turned, run, Room(y, h_n, c_n, gates, c), packed=packed,
                      n_threads=n_threads)
     else:
         for final, initial in (h_n, h0), (c_n, c0):
@@ -437,7 +467,6 @@ def _run_backward(tape, dy, dh_n, dc_n, n_threads, gates=None, c=None):
     if looked_up:
         dtable = empty((I, G), dtype)
         dtable.fill(0)
-        dW_ih = dtable if type(weights.W_ih) is TokenTable else dtable[:, :rows].T
     else:
         dx, dW_ih = (np.zeros if ragged else empty)((T, B, I), dtype), empty((rows, I), dtype)
     g = Gradients(
@@ -456,6 +485,9 @@ def _run_backward(tape, dy, dh_n, dc_n, n_threads, gates=None, c=None):
         for d in g.dW_ih, g.dW_hh, g.db, g.dpeepholes, g.dW_hr:
             if d is not None:
                 d[...] = 0
+    if looked_up:
+        dtable = _turned(cell, dtable, back=True)
+        g = g._replace(dW_ih=dtable if type(weights.W_ih) is TokenTable else dtable[:, :rows].T)
     return g
 
 
@@ -632,6 +664,77 @@ def rnn_backward(tape: RNNTape, dy: Floats, dh_n: Floats | None = None, *,
     return RNNGradients(g.dx, g.dW_ih, g.dW_hh, g.db, g.dh0)
 
 
+# ---- GRU ---------------------------------------------------------------------------------------------
+
+def gru_forward(x: Array, W_ih: Floats, W_hh: Floats, b: Floats | None = None,
+                h0: Floats | None = None, *, reset_after: bool = True, lengths: Lengths = None,
+                reverse: bool = False, keep_tape: bool = True, n_threads: int | None = None,
+                packed: _products.Packed | None = None, compute: Compute | None = None,
+                ) -> tuple[Floats, Floats, GRUTape | Any]:
+    """Run one GRU layer over a batch of sequences.
+
+    Parameters
+    ----------
+    x, h0, lengths, reverse, keep_tape, n_threads, packed, compute : as for `lstm_forward`
+    W_ih, W_hh : (3H, I), (3H, H), rows in the order r, z, n
+    b : (4H,), optional: b_r, b_z, b_n and b_hn, the one that is reset. PyTorch's two biases are
+        b_ir + b_hr, b_iz + b_hz, b_in and b_hn. Without reset_after (3H,): b_r, b_z, b_n
+    reset_after : True: the reset gate multiplies W_hn h_{t-1} + b_hn, as in PyTorch, in Keras by
+        default, and in ONNX with linear_before_reset = 1. False: it multiplies h_{t-1}
+
+    Returns
+    -------
+    y (T, B, H), h_n (B, H), tape for `gru_backward`, with `tape.gates`
+
+    Raises
+    ------
+    TypeError, ValueError : with the expected and the given type or shape
+
+    Notes
+    -----
+    The equations are in `lstmcore.reference`: Cho et al. (2014), where the reset gate comes before the
+    product.
+
+    Examples
+    --------
+    >>> import numpy as np, lstmcore
+    >>> rng = np.random.default_rng(0)
+    >>> x, W_ih, W_hh = (rng.standard_normal(shape) for shape in ((5, 2, 3), (12, 3), (12, 4)))
+    >>> y, h_n, tape = lstmcore.gru_forward(x, W_ih, W_hh)
+    >>> y.shape, bool((y[-1] == h_n).all())
+    ((5, 2, 4), True)
+    """
+    y, h_n, _, made, kept = _run_forward(
+        "gru" if reset_after else "gru_before", x, W_ih, W_hh, b, h0, None, lengths=lengths,
+        reverse=reverse, keep_tape=keep_tape, n_threads=n_threads, packed=packed, compute=compute)
+    return y, h_n, GRUTape(*made, *kept) if keep_tape else None
+
+
+def gru_backward(tape: GRUTape, dy: Floats, dh_n: Floats | None = None, *,
+                 n_threads: int | None = None) -> GRUGradients:
+    """Gradients through `gru_forward`: dy (T, B, H), dh_n (B, H); a tape can be used once.
+
+    Returns GRUGradients(dx, dW_ih, dW_hh, db, dh0), a named tuple; dx is None for token ids.
+
+    Examples
+    --------
+    >>> import numpy as np, lstmcore
+    >>> rng = np.random.default_rng(0)
+    >>> x, W_ih, W_hh = (rng.standard_normal(shape) for shape in ((5, 2, 3), (12, 3), (12, 4)))
+    >>> y, h_n, tape = lstmcore.gru_forward(x, W_ih, W_hh, reset_after=False)
+    >>> lstmcore.gru_backward(tape, np.ones_like(y)).dW_hh.shape
+    (12, 4)
+    """
+    if not isinstance(tape, GRUTape):
+        raise TypeError(f"tape must be one of gru_forward, got {type(tape).__qualname__}")
+    dy, dh_n, _ = _checked_upstream(tape, dy, dh_n, None)
+    if n_threads is not None:
+        resolve(n_threads)
+    tape.take()
+    g = _run_backward(tape, dy, dh_n, None, n_threads, tape.raw_gates)
+    return GRUGradients(g.dx, g.dW_ih, g.dW_hh, g.db, g.dh0)
+
+
 # ---- weights packed for many calls -------------------------------------------------------------------
 
 def pack(cell: Cell | Literal["linear"], W_ih: Floats, W_hh: Floats | None = None,
@@ -643,8 +746,9 @@ def pack(cell: Cell | Literal["linear"], W_ih: Floats, W_hh: Floats | None = Non
     "int8", of float32 weights, which are rounded to `Quantized` ones, or to those in quantized
     (of W_ih, W_hh, W_hr), if given.
 
-    cell: "lstm", "tanh" or "relu", or "linear" for a dense layer's W_ih alone. `Module.freeze` does
-    this for a model. A call compares: the weights that it is given must be these very arrays.
+    cell: "lstm", "tanh", "relu", "gru" or, without reset_after, "gru_before"; or "linear" for a dense
+    layer's W_ih alone. `Module.freeze` does this for a model. A call compares: the weights that it is
+    given must be these very arrays.
 
     >>> import numpy as np
     >>> from lstmcore import lstm_forward
@@ -664,8 +768,8 @@ def pack(cell: Cell | Literal["linear"], W_ih: Floats, W_hh: Floats | None = Non
         format = format_of_weights(precision, W.dtype)
         if format != "int8":
             W = checks.array(W, "W_ih", "(O, I)", W.shape, F64 if W.dtype == F64 else F32)
-        return _products.Packed("linear", 1, format, lowered((W, None, None), format, quantized),
-                                origin)
+        return _products.Packed("linear", (1, 1, 1), format,
+                                lowered((W, None, None), format, quantized), origin)
     row = cell_row(cell)
     if W_hr is not None and not row.has_projection:
         raise ValueError(f"a {cell} cell has no projection, got W_hr")
@@ -674,8 +778,20 @@ def pack(cell: Cell | Literal["linear"], W_ih: Floats, W_hh: Floats | None = Non
     x, sizes = _sizes(row, x, W_ih, W_hh, W_hr)
     format = format_of_weights(precision, sizes.dtype)
     w = _weights(row, sizes, W_ih, W_hh, None, None, W_hr, format=format)
-    return _products.Packed(cell, row.fed, format,
-                            lowered((w.W_ih, w.W_hh, w.W_hr), format, quantized), origin)
+    return _packed(row, format, lowered((w.W_ih, w.W_hh, w.W_hr), format, quantized), origin)
+
+
+def _packed(cell, format, weights, origin):
+    W_ih, W_hh, W_hr = weights
+    if cell.later:                 # the last gate's rows of W_hh multiply by themselves
+        if format == "int8":
+            cut = len(W_hh.q) // cell.fed * cell.heard
+            W_hh, W_hr = (Quantized(*(a[part] for a in W_hh))
+                          for part in (slice(cut), slice(cut, None)))
+        else:
+            W_hh, W_hr = np.split(W_hh, [len(W_hh) // cell.fed * cell.heard])
+    return _products.Packed(cell.name, (cell.fed, cell.heard, 1), format, (W_ih, W_hh, W_hr), origin,
+                            cell.turn)
 
 
 def _found_packed(packed, cell, weights, looked_up=False):
@@ -742,14 +858,13 @@ class Step:
     def _prepare(self):
         """Pack the weights, and all else that is made and not kept."""
         _, B, I, H, K, dtype = self._sizes
-        W_ih, W_hh, _, _, W_hr, format = self._weights
+        W_ih, W_hh, b, _, W_hr, format = self._weights
         self._x_shape, self._y_shape, self._is_double = (B, I), (B, K), dtype == F64
         self._table = None
-        packed = _products.Packed(self._cell.name, self._cell.fed, format,
-                                  self._quantized or (W_ih, W_hh, W_hr), ())
+        packed = _packed(self._cell, format, self._quantized or (W_ih, W_hh, W_hr), ())
         batch = Batch(np.zeros((1, B, I), dtype), None, None, None, None, False, None)
         room = Room(np.zeros((B, K), dtype), self._h, self._c, None, None)
-        shapes = self._weights
+        shapes = self._weights._replace(b=_turned(self._cell, b))
         if self._quantized:         # the kernels ask W_hh for its shape, and whether W_hr is there
             shapes = shapes._replace(W_hh=self._quantized[1].q, W_hr=self._quantized[2])
         self._run = _forward.Stepper(self._cell, shapes, batch, room, packed)
@@ -807,8 +922,7 @@ class Step:
         x_t = checks.ids(x_t, "token ids", I)
         if self._table is None:
             W_ih = self._quantized[0].floats() if self._quantized else self._weights.W_ih
-            self._table = _projected(W_ih.T, self._weights.b,
-                                     self._cell.gates * self._sizes.H)
+            self._table = _projected(self._cell, W_ih.T, self._weights.b)
         return x_t, self._table
 
 

@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 SMALLEST = 1e-30  # what is smaller is drawn here: a logarithmic axis has no zero
 
 
-def gradient_flow(layer: layers.LSTM | layers.RNN, x: ArrayLike, *, seed: int = 0) -> Floats:
+def gradient_flow(layer: layers.LSTM | layers.GRU | layers.RNN, x: ArrayLike, *,
+                  seed: int = 0) -> Floats:
     """The norm of ∂L/∂h_{t-k} for k = 0..T, where L = rᵀh_t, t is the last step and r of norm 1.
 
     Parameters
     ----------
-    layer : LSTM or RNN in one direction, with any number of layers; it is not changed
+    layer : LSTM, GRU or RNN in one direction, with any number of layers; it is not changed
     x : (T, B, I), or (B, T, I) for a batch_first layer, of the layer's dtype; or token ids
     seed : of the random direction r, one for every row
 
@@ -44,8 +45,8 @@ def gradient_flow(layer: layers.LSTM | layers.RNN, x: ArrayLike, *, seed: int = 
     >>> flow.shape, round(float(flow[0, 0]), 6)
     ((51, 1), 1.0)
     """
-    if not isinstance(layer, (layers.LSTM, layers.RNN)):
-        raise TypeError(f"layer must be an LSTM or an RNN, got {type(layer).__name__}")
+    if not isinstance(layer, (layers.LSTM, layers.GRU, layers.RNN)):
+        raise TypeError(f"layer must be an LSTM, a GRU or an RNN, got {type(layer).__name__}")
     if layer.bidirectional:
         raise ValueError("layer must have one direction: where there are two, no step is the last")
     x = np.asarray(checks.unmasked("x", x))

@@ -45,8 +45,9 @@ class Selective(NamedTuple):
 
 
 MEANINGS = {"h": "hidden state h", "c": "cell state c (its tanh)", "i": "input gate i",
-            "f": "forget gate f", "o": "output gate o", "g": "candidate g"}
-GATES = "ifo"           # in 0..1; the other signals are shown in -1..1
+            "f": "forget gate f", "o": "output gate o", "g": "candidate g",
+            "r": "reset gate r", "z": "update gate z", "n": "candidate n"}
+GATES = "iforz"           # in 0..1; the other signals are shown in -1..1
 DARK = 0.62             # above this the color is so dark that letters are white
 RARE = 5                # a feature seen (or missing) less often than this explains nothing
 OPENING, CLOSING = "([{<", ")]}>"
@@ -63,7 +64,8 @@ def activations(model: Model, text: str) -> Activations:
     Returns
     -------
     Activations: tokens, a list of T strs; places, a name per layer and direction; signals, per
-    place a dict of "h", "c", "i", "f", "o", "g" -> (T, H) arrays (of a vanilla RNN, "h" alone)
+    place a dict of "h", "c", "i", "f", "o", "g" -> (T, H) arrays; of a GRU "h", "r", "z",
+    "n", of a vanilla RNN "h" alone
     """
     if not isinstance(text, str) or not text:
         raise ValueError("text must be a str that is not empty")
@@ -147,7 +149,7 @@ def rank(found: Activations, place: int = 0, signal: str = "h",
     ----------
     found : Activations
     place : which layer and direction, an index into found.places
-    signal : "h", "c", "i", "f", "o" or "g"
+    signal : "h", "c", "i", "f", "o" or "g"; of a GRU "h", "r", "z" or "n"
 
     Returns
     -------

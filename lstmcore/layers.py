@@ -1,7 +1,7 @@
 """The layers around the recurrent ones: Embedding, Linear, Dropout, activations, pooling over time.
 
-`LSTM` and `RNN` live in lstmcore/recurrent.py and are named here too, so that one place has every
-layer. Sizes: T steps, B batch, V vocabulary, W width of whatever comes in.
+`LSTM`, `GRU` and `RNN` live in lstmcore/recurrent.py and are named here too, so that one place has
+every layer. Sizes: T steps, B batch, V vocabulary, W width of whatever comes in.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from lstmcore import checks, dense, functional
 from lstmcore._types import Array, ArrayLike, Bools, Compute, Dtype, Floats, Lengths, Seed
 from lstmcore.module import Module, dropout_mask, products
 from lstmcore.precision import Quantized
-from lstmcore.recurrent import LSTM, RNN, LSTMTrace, RNNTrace, Stream
+from lstmcore.recurrent import GRU, LSTM, RNN, GRUTrace, LSTMTrace, RNNTrace, Stream
 from lstmcore.stack import Stack
 
-__all__ = ["Module", "LSTM", "RNN", "LSTMTrace", "RNNTrace", "Stream", "Stack", "Embedding",
-           "Linear", "Dropout", "Tanh", "Sigmoid", "ReLU", "Sequential", "LastStep", "MeanOverTime",
-           "MaxOverTime", "sequence_mask", "sigmoid"]
+__all__ = ["Module", "LSTM", "GRU", "RNN", "LSTMTrace", "GRUTrace", "RNNTrace", "Stream", "Stack",
+           "Embedding", "Linear", "Dropout", "Tanh", "Sigmoid", "ReLU", "Sequential", "LastStep",
+           "MeanOverTime", "MaxOverTime", "sequence_mask", "sigmoid"]
 
 
 class Embedding(Module):

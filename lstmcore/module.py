@@ -156,7 +156,7 @@ class Module:
 
         `state` maps names to arrays, or is a PyTorch state_dict. Its names and shapes must be this
         module's. PyTorch's two biases count as the one they act as:
-        bias_l0 = bias_ih_l0 + bias_hh_l0.
+        bias_l0 = bias_ih_l0 + bias_hh_l0, but for b_hn of a GRU.
         """
         self._check_not_frozen("load a state")
         state = _fold_bias_pairs({name: np.asarray(checks.unmasked(name, value))
@@ -406,7 +406,9 @@ def dropout_mask(rng: np.random.Generator, p: float, shape: tuple[int, ...],
 
 
 def _fold_bias_pairs(state):
-    """PyTorch's bias_ih_* and bias_hh_*, which act only as their sum, as one bias_*."""
+    """PyTorch's bias_ih_* and bias_hh_* as the one bias_* that they act as."""
+    from lstmcore.formats.description import one_bias       # arrays alone: it knows no layer
+
     folded = dict(state)
     for name in state:
         match = re.fullmatch(r"(.*)bias_ih_(l\d+(?:_reverse)?)", name)
@@ -414,5 +416,6 @@ def _fold_bias_pairs(state):
             if state[name].shape != state[other].shape:
                 raise ValueError(f"{other} must be {state[name].shape} as {name}, "
                                  f"got {state[other].shape}")
-            folded[f"{match[1]}bias_{match[2]}"] = folded.pop(name) + folded.pop(other)
+            folded[f"{match[1]}bias_{match[2]}"] = one_bias(
+                folded.pop(name), folded.pop(other), state.get(f"{match[1]}weight_hh_{match[2]}"))
     return folded

@@ -1,4 +1,4 @@
-"""Recurrent layers: stacks of LSTM or RNN in one or two directions, their streams and traces.
+"""Recurrent layers: stacks of LSTM, GRU or RNN in one or two directions, their streams and traces.
 
 The equations are `lstmcore.functional`'s; here is what stands around them: parameters by name,
 layers upon each other, both directions, dropout between layers, and the states of all of them.
@@ -33,14 +33,23 @@ class LSTMTrace(NamedTuple):
     h: Floats
 
 
+class GRUTrace(NamedTuple):
+    """What a GRU computed: the gates r and z, the candidate n, and h, each (T, B, H)."""
+
+    r: Floats
+    z: Floats
+    n: Floats
+    h: Floats
+
+
 class RNNTrace(NamedTuple):
     """What an RNN computed: h (T, B, H)."""
 
     h: Floats
 
 
-State = TypeVar("State")                        # (h, c) of an LSTM, h of an RNN
-Trace = TypeVar("Trace", LSTMTrace, RNNTrace)
+State = TypeVar("State")                        # (h, c) of an LSTM, h of a GRU or RNN
+Trace = TypeVar("Trace", LSTMTrace, GRUTrace, RNNTrace)
 Pair: TypeAlias = tuple[Floats, Floats]
 
 NAMES = dict(W_ih="weight_ih", W_hh="weight_hh", b="bias", peepholes="weight_peephole",
@@ -50,9 +59,14 @@ NAMES = dict(W_ih="weight_ih", W_hh="weight_hh", b="bias", peepholes="weight_pee
 class _Recurrent(Module, Generic[State, Trace]):
     """A stack of recurrent layers: everything but the cell.
 
-    A cell says how many gates it has (`_gates`), how wide the parts of its state are (`_widths`),
-    its name for `functional.Step` (`_cell`), and how to run, run backward and trace one layer.
+    A cell says how many gates it has (`_gates`, in the bias `_biases`), how wide the parts of its
+    state are (`_widths`), its name for `functional.Step` (`_cell`), and how to run, run backward and
+    trace one layer.
     """
+
+    @property
+    def _biases(self):
+        return self._gates
 
     def _build(self, input_size, hidden_size, num_layers, bias, batch_first, dropout,
                bidirectional, init, dtype, compute, seed):
@@ -110,7 +124,7 @@ class _Recurrent(Module, Generic[State, Trace]):
         H, P = self.hidden_size, self._widths[0]
         inputs = P * self.directions if layer else self.input_size
         shapes = {"W_ih": (self._gates, H, inputs), "W_hh": (self._gates, H, P)}
-        return {**shapes, "b": (self._gates, H)} if self.bias else shapes
+        return {**shapes, "b": (self._biases, H)} if self.bias else shapes
 
     def __call__(self, x: Array, state: State | None = None, lengths: Lengths = None, *,
                  embedding: Module | None = None) -> tuple[Floats, State]:
@@ -130,7 +144,7 @@ class _Recurrent(Module, Generic[State, Trace]):
         Returns
         -------
         y : (T, B, D·P), or (B, T, D·P)
-        state : the final state: (h_n, c_n) of an LSTM, h_n of an RNN, never batch-first
+        state : the final state: (h_n, c_n) of an LSTM, else h_n, never batch-first
         """
         x, weights = self._look_up(x, embedding)
         x, initial = self._inputs(x, state)
@@ -177,13 +191,13 @@ class _Recurrent(Module, Generic[State, Trace]):
         """Everything the layer computes for x, for looking inside.
 
         Returns a list in the order of the states: for each layer and direction an LSTMTrace
-        (i, f, g, o, c, h), or an RNNTrace (h), of arrays (T, B, H), or (B, T, H) with batch_first;
-        h is (T, B, P). There is no dropout, and a tape kept for backward stays. A layer frozen in
-        int8 keeps no gates: ValueError.
+        (i, f, g, o, c, h), a GRUTrace (r, z, n, h) or an RNNTrace (h), of arrays (T, B, H), or
+        (B, T, H) with batch_first; h is (T, B, P). There is no dropout, and a tape kept for backward
+        stays. A layer frozen in int8 keeps no gates: ValueError.
         """
         if self._frozen_in == "int8":
-            raise ValueError(f"{'an' if self._cell == 'lstm' else 'a'} {type(self).__name__} frozen in "
-                             "int8 keeps nothing to look at: unfreeze() it first")
+            raise ValueError(f"{'an' if self._gates != 3 else 'a'} {type(self).__name__} frozen in int8 "
+                             "keeps nothing to look at: unfreeze() it first")
         x, initial = self._inputs(x, state)
         _, _, tapes = self._run(x, self._weights, initial, lengths, True, False)
         return [self._traced(y, tape) for _, runs in tapes for y, tape in runs]
@@ -226,11 +240,16 @@ class _Recurrent(Module, Generic[State, Trace]):
         table, D = embedding._rows(), self.directions
         first = []
         for w, quantized in zip(self._weights[:D], self._lowered):
-            packed = functional.pack("linear", w["W_ih"], precision=self._frozen_in,
+            W_ih, b, alone = w["W_ih"], w.get("b"), (self._biases - self._gates) * self.hidden_size
+            packed = functional.pack("linear", W_ih, precision=self._frozen_in,
                                      quantized=(quantized[0], None, None)) if self._frozen_in else None
             # E W_ihᵀ + b        (V,E) (E,4H) -> (V,4H)
-            rows = dense.linear_forward(table, w["W_ih"], w.get("b"), n_threads=self.n_threads,
-                                        packed=packed, compute=self._products)
+            rows = dense.linear_forward(table, W_ih, None if b is None else b[:len(W_ih)],
+                                        n_threads=self.n_threads, packed=packed,
+                                        compute=self._products)
+            if alone:                   # h alone feeds the last gates: they start from the bias
+                rest = np.zeros(alone, self.dtype) if b is None else b[-alone:]
+                rows = np.hstack([rows, np.broadcast_to(rest, (len(rows), alone))])
             first.append({**w, "W_ih": functional.TokenTable(rows), "b": None})
         ids = functional.TokenIds(self._swap(x), embedding.num_embeddings)
         return ids, first + self._weights[D:]
@@ -238,7 +257,8 @@ class _Recurrent(Module, Generic[State, Trace]):
     def _through_table(self, n, g, embedding):
         """The gradients g with those by W_ih Eᵀ taken apart: into W_ih's, and into the table's."""
         table, dtable = (of()["weight"] for of in (embedding.parameters, embedding.gradients))
-        dE, dW_ih, _ = dense.linear_backward(table, self._weights[n]["W_ih"], g.dW_ih,
+        W_ih = self._weights[n]["W_ih"]
+        dE, dW_ih, _ = dense.linear_backward(table, W_ih, g.dW_ih[:, :len(W_ih)],
                                              n_threads=self.n_threads, compute=self.compute)
         dtable += dE
         return g._replace(dW_ih=dW_ih)
@@ -369,6 +389,59 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
     def _traced(self, y, tape):
         gates = np.split(tape.gates, 4, axis=2)
         return LSTMTrace(*(self._swap(a.copy()) for a in (*gates, tape.c, y)))
+
+
+class GRU(_Recurrent[Floats, GRUTrace]):
+    """A stack of gated recurrent units (Cho et al. 2014): three gates, and no cell beside h.
+
+    As `LSTM`, without projection and peepholes; the state is h alone, (L·D, B, H).
+
+    reset_after : True: the reset gate multiplies W_hn h + b_hn, as in torch.nn.GRU and, by default, in
+        Keras; False: it multiplies h, as in the paper
+
+    Its parameters in layer 0: weight_ih_l0 (3H, I) and weight_hh_l0 (3H, H), their rows ordered r, z, n,
+    and bias_l0 (4H,), ordered b_r, b_z, b_n, b_hn; without reset_after (3H,), without b_hn.
+
+    >>> m = GRU(3, 5, seed=0)
+    >>> y, h_n = m(np.zeros((7, 4, 3), "float32"))
+    >>> y.shape, h_n.shape, m.parameters()["bias_l0"].shape
+    ((7, 4, 5), (1, 4, 5), (20,))
+    """
+
+    _gates = 3
+    _says = "batch_first", "dropout", "reset_after"
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, *,
+                 reset_after: bool = True, bias: bool = True, batch_first: bool = False,
+                 dropout: float = 0.0, bidirectional: bool = False, init: Init = "uniform",
+                 dtype: Dtype = "float32", compute: Compute | None = None,
+                 seed: Seed = None) -> None:
+        self.reset_after = bool(reset_after)
+        self._cell = "gru" if self.reset_after else "gru_before"
+        self._build(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+                    init, dtype, compute, seed)
+
+    @property
+    def _biases(self):
+        return 3 + self.reset_after
+
+    @property
+    def _widths(self):
+        return (self.hidden_size,)
+
+    def _cell_forward(self, weights, x, state, lengths, reverse, keep_tape):
+        y, h_n, tape = functional.gru_forward(
+            x, **weights, h0=state[0], reset_after=self.reset_after, lengths=lengths,
+            reverse=reverse, keep_tape=keep_tape, n_threads=self.n_threads, compute=self._products)
+        return y, (h_n,), tape
+
+    def _cell_backward(self, tape, dy, dfinal):
+        g = functional.gru_backward(tape, dy, *dfinal, n_threads=self.n_threads)
+        return g, (g.dh0,)
+
+    def _traced(self, y, tape):
+        r, z, n, *_ = np.split(tape.gates, self._biases, axis=2)
+        return GRUTrace(*(self._swap(a.copy()) for a in (r, z, n, y)))
 
 
 class RNN(_Recurrent[Floats, RNNTrace]):

@@ -1,4 +1,4 @@
-"""The specification: LSTM and vanilla RNN, forward and backward through time, in NumPy.
+"""The specification: LSTM, GRU and vanilla RNN, forward and backward through time, in NumPy.
 
     a_t = x_t W_ihᵀ + h_{t-1} W_hhᵀ + b        a: (B, 4H), split into a_i, a_f, a_g, a_o
     i_t = σ(a_i + p_i ∘ c_{t-1})               p_i, p_f, p_o: peepholes (H,), zero unless given
@@ -11,6 +11,14 @@
 The gradient through c is multiplied by f_t alone: that is why an LSTM remembers (Hochreiter and
 Schmidhuber 1997; forget gate: Gers, Schmidhuber and Cummins 2000; peepholes: Gers, Schraudolph and
 Schmidhuber 2002; projection: Sak, Senior and Beaufays 2014).
+
+The GRU (Cho et al. 2014) has no c, and two forms, whose reset gate comes before or after the product:
+
+    r_t = σ(x_t W_irᵀ + h_{t-1} W_hrᵀ + b_r)
+    z_t = σ(x_t W_izᵀ + h_{t-1} W_hzᵀ + b_z)
+    n_t = tanh(x_t W_inᵀ + b_n + r_t ∘ q_t)    reset_after: q_t = h_{t-1} W_hnᵀ + b_hn
+    n_t = tanh(x_t W_inᵀ + b_n + m_t W_hnᵀ)    or not: m_t = r_t ∘ h_{t-1}
+    h_t = (1 - z_t) ∘ n_t + z_t ∘ h_{t-1}
 
 `compute` names the number format of the operands of every product, forward and backward: None (as
 they are), "bfloat16", or "int8" (forward only). All else, and so c, gates, bias and every sum, stays
@@ -63,6 +71,21 @@ class RNNTape(NamedTuple):
     y: Floats
 
 
+class GRUTape(NamedTuple):
+    """What gru_forward keeps for gru_backward: gates (T, B, 4H), r, z, n, q, or (T, B, 3H), r, z, n."""
+
+    x: Floats
+    W_ih: Floats
+    W_hh: Floats
+    h0: Floats
+    lengths: Lengths
+    reverse: bool
+    compute: str | None
+    reset_after: bool
+    y: Floats
+    gates: Floats
+
+
 class Gradients(NamedTuple):
     """Of lstm_backward, each shaped as what it belongs to; dx is None for the kernels' token ids."""
 
@@ -78,6 +101,16 @@ class Gradients(NamedTuple):
 
 class RNNGradients(NamedTuple):
     """Of rnn_backward, likewise."""
+
+    dx: Any
+    dW_ih: Floats
+    dW_hh: Floats
+    db: Floats
+    dh0: Floats
+
+
+class GRUGradients(NamedTuple):
+    """Of gru_backward, likewise."""
 
     dx: Any
     dW_ih: Floats
@@ -254,3 +287,69 @@ def rnn_backward(tape: RNNTape, dy: Floats, dh_n: Floats | None = None, *,
         dW_hh += product(da.T, h_prev, compute)
         db += da.sum(axis=0)
     return RNNGradients(dx, dW_ih, dW_hh, db, dh)
+
+
+def gru_forward(x: Floats, W_ih: Floats, W_hh: Floats, b: Floats | None = None,
+                h0: Floats | None = None, *, reset_after: bool = True, lengths: Lengths = None,
+                reverse: bool = False, keep_tape: bool = True, compute: str | None = None,
+                n_threads: int | None = None,
+                ) -> tuple[Floats, Floats, GRUTape | Any]:
+    """x (T,B,I), W_ih (3H,I), W_hh (3H,H) in r, z, n -> y (T,B,H), h_n (B,H), tape.
+
+    b is b_r, b_z, b_n and, with reset_after, b_hn.
+    """
+    T, B, _ = x.shape
+    H = W_hh.shape[1]
+    h0 = np.zeros((B, H), x.dtype) if h0 is None else h0
+    y, gates = np.zeros((T, B, H), x.dtype), np.zeros((T, B, 3 * H + reset_after * H), x.dtype)
+    b_a, b_q = (0, 0) if b is None else (b[:3 * H], b[3 * H:])
+    W_hrz, W_hn = W_hh[:2 * H], W_hh[2 * H:]
+    h = h0.copy()
+    for rows, t, _ in steps(T, B, lengths, reverse):
+        a_rz, a_n = np.split(product(x[t, rows], W_ih.T, compute) + b_a, [2 * H], axis=1)
+        r, z = np.split(sigmoid(a_rz + product(h[rows], W_hrz.T, compute)), 2, axis=1)
+        if reset_after:
+            q = product(h[rows], W_hn.T, compute) + b_q
+            n = np.tanh(a_n + r * q)
+            gates[t, rows, 3 * H:] = q
+        else:
+            n = np.tanh(a_n + product(r * h[rows], W_hn.T, compute))
+        y[t, rows] = h[rows] = (1 - z) * n + z * h[rows]
+        gates[t, rows, :3 * H] = np.concatenate([r, z, n], axis=1)
+    tape = GRUTape(x, W_ih, W_hh, h0, lengths, reverse, compute, reset_after, y, gates)
+    return y, h, tape if keep_tape else None
+
+
+def gru_backward(tape: GRUTape, dy: Floats, dh_n: Floats | None = None, *,
+                 n_threads: int | None = None) -> GRUGradients:
+    """dy (T,B,H), dh_n (B,H) -> GRUGradients: what z lets through is not multiplied by W_hh."""
+    x, W_ih, W_hh, h0, lengths, reverse, compute, reset_after, y, gates = tape
+    T, B, _ = x.shape
+    H = W_hh.shape[1]
+    dx, dW_ih, dW_hh = np.zeros_like(x), np.zeros_like(W_ih), np.zeros_like(W_hh)
+    db, W_hrz, W_hn = np.zeros(gates.shape[2], x.dtype), W_hh[:2 * H], W_hh[2 * H:]
+    dh = np.zeros_like(h0) if dh_n is None else dh_n.copy()
+    for rows, t, t_prev in reversed(list(steps(T, B, lengths, reverse))):
+        h_prev = h0[rows] if t_prev is None else y[t_prev, rows]
+        r, z, n, *q = np.split(gates[t, rows], 3 + reset_after, axis=1)
+        dh_t = dh[rows] + dy[t, rows]
+        da_z = dh_t * (h_prev - n) * z * (1 - z)
+        da_n = dh_t * (1 - z) * (1 - n**2)
+        if reset_after:
+            dq = da_n * r
+            da_r = da_n * q[0] * r * (1 - r)
+            dh[rows] = dh_t * z + product(np.concatenate([da_r, da_z, dq], axis=1), W_hh, compute)
+            dW_hh[2 * H:] += product(dq.T, h_prev, compute)
+            db[3 * H:] += dq.sum(axis=0)
+        else:
+            dm = product(da_n, W_hn, compute)
+            da_r = dm * h_prev * r * (1 - r)
+            dh[rows] = (dh_t * z + dm * r
+                        + product(np.concatenate([da_r, da_z], axis=1), W_hrz, compute))
+            dW_hh[2 * H:] += product(da_n.T, r * h_prev, compute)
+        da = np.concatenate([da_r, da_z, da_n], axis=1)
+        dx[t, rows] = product(da, W_ih, compute)
+        dW_ih += product(da.T, x[t, rows], compute)
+        dW_hh[:2 * H] += product(da[:, :2 * H].T, h_prev, compute)
+        db[:3 * H] += da.sum(axis=0)
+    return GRUGradients(dx, dW_ih, dW_hh, db, dh)

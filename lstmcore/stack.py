@@ -1,4 +1,4 @@
-"""Stack: recurrent layers in a row that one LSTM or RNN cannot express, as files hold them."""
+"""Stack: recurrent layers in a row that one LSTM, GRU or RNN cannot express, as files hold them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lstmcore.module import Module
 
 
 class Stack(Module):
-    """LSTM and RNN layers in a row: of different widths or kinds, or read from the end.
+    """LSTM, GRU and RNN layers in a row: of different widths or kinds, or read from the end.
 
     Parameters
     ----------
-    layers : list of LSTM or RNN, time-major, each as wide as the output of the one before
+    layers : list of LSTM, GRU or RNN, time-major, each as wide as the output of the one before
     reverse : list of bool: this layer reads each sequence from its own end to its start, and its
         y is in the order of x all the same; none by default
     batch_first : x and y are (B, T, ·); states never are

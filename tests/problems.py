@@ -45,17 +45,18 @@ def rnn_problem(T, B, I, H, *, nonlinearity="tanh", bias=True, states=True, leng
     return SimpleNamespace(kind="rnn", inputs=inputs, upstream=upstream, options=options)
 
 
-def gru_problem(T, B, I, H, *, bias=True, states=True, lengths=None, reverse=False, dtype="float64",
-                seed=0):
-    """A GRU problem, like lstm_problem: W_ih in the order n, r, z, W_hh in r, z, q, b in n, r, z, q."""
+def gru_problem(T, B, I, H, *, reset_after=True, bias=True, states=True, lengths=None, reverse=False,
+                dtype="float64", seed=0):
+    """A GRU problem, like lstm_problem."""
     draw = _drawer(seed, dtype)
     inputs = dict(
         x=draw(T, B, I), W_ih=draw(3 * H, I, scale=1.5 / np.sqrt(I + 1)),
-        W_hh=draw(3 * H, H, scale=1.5 / np.sqrt(H + 1)), b=draw(4 * H) if bias else None,
+        W_hh=draw(3 * H, H, scale=1.5 / np.sqrt(H + 1)),
+        b=draw((3 + reset_after) * H) if bias else None,
         h0=draw(B, H) if states else None)
     upstream = dict(dy=draw(T, B, H), dh_n=draw(B, H))
-    return SimpleNamespace(kind="gru", inputs=inputs, upstream=upstream,
-                           options=dict(lengths=_lengths(lengths, T, B, seed), reverse=reverse))
+    options = dict(lengths=_lengths(lengths, T, B, seed), reverse=reverse, reset_after=reset_after)
+    return SimpleNamespace(kind="gru", inputs=inputs, upstream=upstream, options=options)
 
 
 def forward(module, problem, **options):

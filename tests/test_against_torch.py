@@ -1,8 +1,8 @@
-"""PyTorch as a second oracle: torch.nn.LSTM and RNN, dense and packed, against the kernels."""
+"""PyTorch as a second oracle: torch.nn.LSTM, GRU and RNN, dense and packed, against the kernels."""
 
 import numpy as np
 import pytest
-from problems import lstm_problem, rnn_problem
+from problems import gru_problem, lstm_problem, rnn_problem
 
 from lstmcore import functional
 
@@ -17,10 +17,13 @@ def shapes(seed, count):
 
 
 def torch_layer(layer, problem):
-    """The layer with the problem's weights; PyTorch's second bias is zero."""
+    """The layer with the problem's weights; PyTorch's second bias is zero, but for b_hn of a GRU."""
     inputs, dtype = problem.inputs, problem.inputs["x"].dtype
     weights = {"weight_ih_l0": inputs["W_ih"], "weight_hh_l0": inputs["W_hh"],
-               "bias_ih_l0": inputs["b"], "bias_hh_l0": np.zeros_like(inputs["b"])}
+               "bias_ih_l0": inputs["b"][:len(inputs["W_ih"])]}
+    weights["bias_hh_l0"] = np.zeros_like(weights["bias_ih_l0"])
+    if problem.kind == "gru":
+        weights["bias_hh_l0"][-len(inputs["W_hh"][0]):] = inputs["b"][len(inputs["W_ih"]):]
     if inputs.get("W_hr") is not None:
         weights["weight_hr_l0"] = inputs["W_hr"]
     layer = layer.to(getattr(torch, str(dtype)))
@@ -51,6 +54,8 @@ def run_torch(layer, problem):
              **dict(zip(("dh0", "dc0"), [s.grad[0] for s in states])),
              "dW_ih": layer.weight_ih_l0.grad, "dW_hh": layer.weight_hh_l0.grad,
              "db": layer.bias_ih_l0.grad}
+    if problem.kind == "gru":
+        found["db"] = torch.cat([found["db"], layer.bias_hh_l0.grad[2 * layer.hidden_size:]])
     if getattr(layer, "proj_size", 0):
         found["dW_hr"] = layer.weight_hr_l0.grad
     return {n: v.detach().numpy() for n, v in found.items()}
@@ -103,6 +108,15 @@ def test_rnn(shape, ragged, nonlinearity, dtype, close):
     problem = rnn_problem(T, B, I, H, lengths=lengths_for(shape, ragged, 47), dtype=dtype,
                           nonlinearity=nonlinearity, seed=48)
     compare(torch.nn.RNN(I, H, nonlinearity=nonlinearity), problem, close)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
+@pytest.mark.parametrize("shape", shapes(51, 6), ids=lambda s: "x".join(map(str, s)))
+def test_gru(shape, ragged, dtype, close):
+    T, B, I, H = shape
+    problem = gru_problem(T, B, I, H, lengths=lengths_for(shape, ragged, 52), dtype=dtype, seed=53)
+    compare(torch.nn.GRU(I, H), problem, close)
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])

@@ -75,6 +75,13 @@ CALLS = {
         ("x", "floats", f(T, B, I), lambda a: lstm().trace(a)),
         ("weight_hh_l0", "any", W_hh,
          lambda a: lstm().load_state_dict({**lstm().state_dict(), "weight_hh_l0": a}))],
+    "GRU": [
+        ("x", "floats", f(T, B, I), lambda a: layers.GRU(I, H)(a)),
+        ("(token ids|x)", "ids", IDS, lambda a: layers.GRU(I, H)(a)),
+        ("h of state", "floats", state(), lambda a: layers.GRU(I, H)(f(T, B, I), a)),
+        ("lengths", "ids", LENGTHS, lambda a: layers.GRU(I, H)(f(T, B, I), lengths=a)),
+        ("dy", "floats", f(T, B, H), lambda a: called(layers.GRU(I, H), f(T, B, I)).backward(a)),
+        ("x", "floats", f(T, B, I), lambda a: layers.GRU(I, H).trace(a))],
     "RNN": [
         ("x", "floats", f(T, B, I), lambda a: layers.RNN(I, H)(a)),
         ("h of state", "floats", state(), lambda a: layers.RNN(I, H)(f(T, B, I), a)),
@@ -152,6 +159,26 @@ CALLS = {
         ("dy", "floats", f(T, B, H), lambda a: lstmcore.lstm_backward(tape(), a)),
         ("dh_n", "floats", f(B, H), lambda a: lstmcore.lstm_backward(tape(), f(T, B, H), a)),
         ("dc_n", "floats", f(B, H), lambda a: lstmcore.lstm_backward(tape(), f(T, B, H), None, a))],
+    "gru_forward": [
+        ("x", "floats", f(T, B, I), lambda a: lstmcore.gru_forward(a, f(3 * H, I), f(3 * H, H))),
+        ("token ids", "ids", IDS, lambda a: lstmcore.gru_forward(a, f(3 * H, I), f(3 * H, H))),
+        ("W_ih", "floats", f(3 * H, I),
+         lambda a: lstmcore.gru_forward(f(T, B, I), a, f(3 * H, H))),
+        ("W_hh", "floats", f(3 * H, H),
+         lambda a: lstmcore.gru_forward(f(T, B, I), f(3 * H, I), a)),
+        ("b", "floats", f(4 * H),
+         lambda a: lstmcore.gru_forward(f(T, B, I), f(3 * H, I), f(3 * H, H), a)),
+        ("b", "floats", f(3 * H),
+         lambda a: lstmcore.gru_forward(f(T, B, I), f(3 * H, I), f(3 * H, H), a, reset_after=False)),
+        ("h0", "floats", f(B, H),
+         lambda a: lstmcore.gru_forward(f(T, B, I), f(3 * H, I), f(3 * H, H), h0=a)),
+        ("lengths", "ids", LENGTHS,
+         lambda a: lstmcore.gru_forward(f(T, B, I), f(3 * H, I), f(3 * H, H), lengths=a))],
+    "gru_backward": [
+        ("dy", "floats", f(T, B, H),
+         lambda a: lstmcore.gru_backward(tape(lstmcore.gru_forward, 3), a)),
+        ("dh_n", "floats", f(B, H),
+         lambda a: lstmcore.gru_backward(tape(lstmcore.gru_forward, 3), f(T, B, H), a))],
     "rnn_forward": [
         ("x", "floats", f(T, B, I), lambda a: lstmcore.rnn_forward(a, f(H, I), f(H, H))),
         ("W_hh", "floats", f(H, H), lambda a: lstmcore.rnn_forward(f(T, B, I), f(H, I), a))],
@@ -219,7 +246,7 @@ WITHOUT_ARRAYS = {
     "load", "save", "convert",      # of files and texts
     "optim",                        # a module: see "optimizers"
     "reference",                    # a module that checks nothing
-    "LSTMTrace", "RNNTrace"}        # results
+    "LSTMTrace", "GRUTrace", "RNNTrace"}        # results
 
 ALL = [(name, *entry) for name, entries in CALLS.items() for entry in entries]
 

@@ -8,7 +8,8 @@ import contextlib
 
 import numpy as np
 import pytest
-from problems import backward, forward, in_float64, lstm_problem, rnn_problem, with_products
+from problems import (backward, forward, gru_problem, in_float64, lstm_problem, rnn_problem,
+                      with_products)
 from test_determinism import MAKE, bits, everything, rows_of
 
 from lstmcore import _kernels, functional, reference
@@ -85,6 +86,24 @@ def test_an_int8_step_is_the_specification(shape, options, isa, close):
     close(run(problem, "int8"), want[:2], "one int8 step", "y and state")
 
 
+@pytest.mark.parametrize("reset_after", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_gru_s_bfloat16_step_has_the_bits_of_float32(shape, reset_after, plan, isa):
+    """The gates that need no other gate's product, and h after a reset that follows the product."""
+    if _kernels.plan == "blas":
+        pytest.skip("BLAS has an order of sums of its own")
+    B, I, H = shape
+    problem = of_rounded(gru_problem(1, B, I, H, dtype="float32", reset_after=reset_after, seed=H),
+                         ("h0",))       # h_{t-1} stands in h as it is, too
+    y, h_n, tape = forward(functional, with_products(problem, "bfloat16"))
+    with fused(isa):
+        want = forward(functional, of_rounded(problem, ("x", *WEIGHTS)))
+    gates = slice(None, None if reset_after else 2 * H)
+    assert bits(tape.gates[..., gates].copy()) == bits(want[2].gates[..., gates].copy())
+    if reset_after:
+        assert bits((y, h_n)) == bits(want[:2])
+
+
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
 def test_a_vanilla_rnn_below_float32(nonlinearity, isa, close):
     problem = rnn_problem(1, 7, 33, 19, dtype="float32", nonlinearity=nonlinearity)
@@ -133,7 +152,7 @@ def test_a_stream_has_the_bits_of_the_batch(precision, P, isa):
     assert bits((step.h.copy(), step.c.copy())) == bits((h_n, c_n))
 
 
-@pytest.mark.parametrize("kind", ["lstm", "rnn"])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
 def test_bfloat16_training_does_not_depend_on_threads(kind, plan, isa, share_small_work):
     problem = with_products(MAKE[kind](31, 11, 9, 70, dtype="float32", lengths="ragged"), "bfloat16")
     once = everything(problem, 1)

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from problems import backward, forward, lstm_problem, rnn_problem
+from problems import backward, forward, gru_problem, lstm_problem, rnn_problem
 
 from lstmcore import _kernels, functional
 
-MAKE = {"lstm": lstm_problem, "rnn": rnn_problem}
+MAKE = {"lstm": lstm_problem, "gru": gru_problem, "rnn": rnn_problem}
 BY_ROW = {"x": 1, "dy": 1, "h0": 0, "c0": 0, "dh_n": 0, "dc_n": 0}  # name: the axis of the batch
 
 # More than 256 tokens, so that the sums over time are cut; H beyond one panel of every width.
@@ -20,6 +20,8 @@ CASES = {
     "everything": ("lstm", dict(T=9, B=14, I=5, H=70, P=36, peepholes=True, lengths="ragged",
                                 reverse=True)),
     "few rows": ("lstm", dict(T=9, B=2, I=5, H=130)),
+    "gru": ("gru", dict(T=31, B=11, I=9, H=70)),
+    "gru before, ragged": ("gru", dict(T=12, B=13, I=9, H=70, reset_after=False, lengths="ragged")),
     "rnn": ("rnn", dict(T=31, B=11, I=9, H=70)),
     "rnn ragged relu": ("rnn", dict(T=12, B=13, I=9, H=35, lengths="ragged", nonlinearity="relu")),
 }
@@ -46,7 +48,8 @@ def bits(result):
 def everything(problem, n_threads):
     """The bits of the outputs, the tape and all the gradients."""
     y, state, tape = forward(functional, problem, n_threads=n_threads)
-    saved = (tape.gates, tape.c) if problem.kind == "lstm" else ()
+    saved = {"lstm": ("gates", "c"), "gru": ("gates",), "rnn": ()}[problem.kind]
+    saved = tuple(getattr(tape, name) for name in saved)
     return bits((y, state, saved, backward(functional, problem, n_threads=n_threads)))
 
 

@@ -51,7 +51,7 @@ def small(kind=LSTMRegressor, **options):
 
 @pytest.mark.parametrize("options", [
     {}, dict(bidirectional=True), dict(pooling="mean"), dict(pooling="max", num_layers=2),
-    dict(cell="rnn"), dict(peepholes=True), dict(bidirectional=True, pooling="mean")])
+    dict(cell="gru"), dict(cell="rnn"), dict(peepholes=True), dict(bidirectional=True, pooling="mean")])
 def test_prediction_of_a_sequence_does_not_depend_on_its_company(options):
     X, y = ragged(40, 2)
     model = small(**options).fit(X, y)
@@ -183,7 +183,7 @@ def test_pipeline_and_grid_search():
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(pooling="first"), "pooling must be one of"), (dict(cell="gru"), "cell must be one of"),
+    (dict(pooling="first"), "pooling must be one of"), (dict(cell="qrnn"), "cell must be one of"),
     (dict(optimizer="lbfgs"), "optimizer must be one of"), (dict(epochs=0), "epochs must be"),
     (dict(validation_fraction=1.0), "validation_fraction must be"),
     (dict(cell="rnn", peepholes=True), "peepholes are an LSTM's"),

@@ -78,7 +78,7 @@ def test_a_module_of_known_layers_comes_back_and_another_is_filled(tmp_path, end
         lstmcore.load(path)
     with pytest.raises(ValueError, match="the state does not fit Linear: missing"):
         lstmcore.load(path, into=lstmcore.Linear(3, 4))
-    with pytest.raises(TypeError, match="must be an LSTM, RNN or Stack, got .*Tagger"):
+    with pytest.raises(TypeError, match="must be an LSTM, GRU, RNN or Stack, got .*Tagger"):
         pytest.importorskip("h5py")
         m.save(tmp_path / "m.weights.h5")
 
@@ -273,9 +273,22 @@ def test_torch_modules_scripts_and_cells(tmp_path):
     y, (_, c_n) = m(x[0][None].numpy())
     np.testing.assert_allclose(y[0], h.detach().numpy(), rtol=0, atol=1e-6)
     np.testing.assert_allclose(c_n[0], c.detach().numpy(), rtol=0, atol=1e-6)
-    torch.save(torch.nn.GRUCell(4, 5).state_dict(), tmp_path / "g.pt")
-    with pytest.raises(ValueError, match="is a GRU"):
-        lstmcore.load(tmp_path / "g.pt")
+    for options in {}, dict(bias=False):
+        cell = torch.nn.GRUCell(4, 5, **options)
+        torch.save(cell.state_dict(), tmp_path / "g.pt")
+        y, _ = lstmcore.load(tmp_path / "g.pt")(x[0][None].numpy())
+        np.testing.assert_allclose(y[0], cell(x[0]).detach().numpy(), rtol=0, atol=1e-6)
+    gru = torch.nn.GRU(4, 5, 2, bidirectional=True, batch_first=True, dropout=0.25).eval()
+    torch.save(gru, tmp_path / "g.pt")
+    m = lstmcore.load(tmp_path / "g.pt")
+    assert repr(m) == "GRU(4, 5, num_layers=2, batch_first=True, dropout=0.25, bidirectional=True)"
+    np.testing.assert_allclose(m(x.numpy())[0], gru(x)[0].detach().numpy(), rtol=0, atol=1e-6)
+    m.save(tmp_path / "g.safetensors")
+    from safetensors.torch import load_file
+    gru.load_state_dict({n: a + 0 for n, a in load_file(tmp_path / "g.safetensors").items()})
+    np.testing.assert_allclose(m(x.numpy())[0], gru(x)[0].detach().numpy(), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="with reset_after=True, and reset_after=False is asked for"):
+        lstmcore.load(tmp_path / "g.pt", reset_after=False)
 
 
 @pytest.mark.filterwarnings("ignore")

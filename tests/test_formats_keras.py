@@ -75,6 +75,37 @@ def test_keras_models_compute_the_same(tmp_path, keras, n, functional):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reset_after", [True, False])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_keras_grus_compute_the_same(tmp_path, keras, reset_after, use_bias):
+    """A last bit may differ: Keras adds its two biases one after the other."""
+    L, options = keras.layers, dict(reset_after=reset_after, use_bias=use_bias, return_sequences=True)
+    model = build(keras, L.Bidirectional(L.GRU(4, **options)), L.RNN(L.GRUCell(
+        3, reset_after=reset_after, use_bias=use_bias), return_sequences=True))
+    x = np.random.default_rng(9).normal(size=(3, 7, 5)).astype("float32")
+    want = model.predict(x, verbose=0)
+    for ending in (".keras", ".h5"):
+        model.save(tmp_path / f"m{ending}")
+        m = lstmcore.load(tmp_path / f"m{ending}")
+        assert m.layers[0].reset_after == m.layers[1].reset_after == reset_after
+        np.testing.assert_allclose(m(x)[0], want, rtol=0, atol=1e-6)
+    m.save(tmp_path / "back.weights.h5")
+    assert repr(lstmcore.load(tmp_path / "back.weights.h5")) == repr(m)
+    twin = build(keras, L.Bidirectional(L.GRU(4, **options)), L.GRU(3, **options))
+    for fill in (lambda: twin.load_weights(tmp_path / "back.weights.h5"),
+                 lambda: twin.set_weights([a for layer in keras_files.arrays(m) for a in layer])):
+        twin.set_weights([np.zeros_like(w) for w in twin.get_weights()])
+        fill()
+        np.testing.assert_allclose(twin.predict(x, verbose=0), want, rtol=0, atol=1e-6)
+    alone = build(keras, L.GRU(4, name="gru", **options))
+    alone.save_weights(tmp_path / "m.weights.h5")
+    with pytest.warns(UserWarning, match="weights alone"):
+        m = lstmcore.load(tmp_path / "m.weights.h5", **({} if use_bias else dict.fromkeys(
+            ["reset_after"], reset_after)))
+    np.testing.assert_allclose(m(x)[0], alone.predict(x, verbose=0), rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_weights_alone_need_their_order(tmp_path, keras):
     L = keras.layers
     model = build(keras, L.Bidirectional(L.LSTM(4, return_sequences=True), name="first"),
@@ -96,7 +127,7 @@ def test_what_keras_asks_for_is_refused_by_name(tmp_path, keras):
             "recurrent_activation='hard_sigmoid'": L.LSTM(3, recurrent_activation="hard_sigmoid"),
             "go_backwards=True": L.LSTM(3, go_backwards=True, return_sequences=True),
             "merge_mode='sum'": L.Bidirectional(L.LSTM(3), merge_mode="sum"),
-            r"'a \(GRU\)'": L.GRU(3, name="a")}.items():
+            "activation='relu'.*a": L.GRU(3, activation="relu")}.items():
         build(keras, layer).save(tmp_path / "m.keras")
         with pytest.raises(ValueError, match=message):
             lstmcore.load(tmp_path / "m.keras")
@@ -126,7 +157,7 @@ def test_a_last_step_feeds_no_layer(tmp_path, keras):
     assert lstmcore.load(tmp_path / "m.keras", "a").last_step
 
 
-L, R = lstmcore.LSTM, lstmcore.RNN
+L, R, G = lstmcore.LSTM, lstmcore.RNN, lstmcore.GRU
 
 
 @pytest.mark.parametrize("make", [
@@ -134,7 +165,8 @@ L, R = lstmcore.LSTM, lstmcore.RNN
     lambda: L(3, 4, bias=False, dtype="float64", seed=1),
     lambda: R(3, 4, 2, nonlinearity="relu", seed=1), lambda: R(3, 4, bidirectional=True, seed=1),
     lambda: formats.Stack([R(3, 4, seed=1), L(4, 6, 2, seed=2), L(6, 2, bidirectional=True, seed=3),
-                           R(4, 5, nonlinearity="relu", seed=4)]),
+                           R(4, 5, nonlinearity="relu", seed=4), G(5, 3, bidirectional=True, seed=5),
+                           G(6, 3, reset_after=False, seed=6), G(3, 3, bias=False, seed=7)]),
     lambda: formats.Stack([L(3, 4, seed=1)], batch_first=True, last_step=True)])
 def test_weights_that_we_write_come_back(tmp_path, make):
     m = make().eval()

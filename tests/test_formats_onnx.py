@@ -44,7 +44,7 @@ def model(nodes, inputs, outputs, constants):
 def recurrent(op, direction, *, bias=True, peepholes=False, seed=0, inputs=I, hidden=H):
     """Constants of a node: W, R, and B and P where wanted."""
     rng, D = np.random.default_rng(seed), 1 + (direction == "bidirectional")
-    n = 4 if op == "LSTM" else 1
+    n = {"LSTM": 4, "GRU": 3, "RNN": 1}[op]
     shapes = {"W": (D, n * hidden, inputs), "R": (D, n * hidden, hidden)}
     shapes.update({"B": (D, 2 * n * hidden)} if bias else {})
     shapes.update({"P": (D, 3 * hidden)} if peepholes else {})
@@ -53,6 +53,8 @@ def recurrent(op, direction, *, bias=True, peepholes=False, seed=0, inputs=I, hi
 
 def node_model(op, direction, *, bias=True, peepholes=False, lengths=False, states=False,
                layout=0, **attributes):
+    op, _, after = op.partition(" ")
+    attributes.update({"linear_before_reset": 1} if after else {})
     constants = recurrent(op, direction, bias=bias, peepholes=peepholes)
     D = len(constants["W"])
     inputs = {"x": [None, None, I]}
@@ -74,7 +76,9 @@ def node_model(op, direction, *, bias=True, peepholes=False, lengths=False, stat
 
 
 CASES = [("LSTM", *case) for case in itertools.product(DIRECTIONS, *[(False, True)] * 4)]
-CASES += [("RNN", *case, False) for case in itertools.product(DIRECTIONS, *[(False, True)] * 3)]
+GRUS = "GRU", "GRU after"
+CASES += [(op, *case, False) for op in ("RNN", *GRUS)
+          for case in itertools.product(DIRECTIONS, *[(False, True)] * 3)]
 
 
 @pytest.mark.parametrize("op, direction, lengths, states, bias, peepholes", CASES)
@@ -99,7 +103,7 @@ def test_nodes_agree_with_onnxruntime(tmp_path, op, direction, lengths, states, 
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("op", ["LSTM", "RNN"])
+@pytest.mark.parametrize("op", ["LSTM", "RNN", *GRUS])
 def test_layout_1_is_layout_0_with_the_batch_first(tmp_path, op, direction):
     path = str(tmp_path / "m.onnx")
     made, feeds = node_model(op, direction, lengths=True, states=True)
@@ -133,6 +137,10 @@ def test_relu_and_what_is_refused_by_name(tmp_path):
             lstmcore.load(path)
         with pytest.raises(ValueError, match=message):
             Graph(made).run(feeds)
+    made, feeds = node_model("GRU", "forward", activations=["HardSigmoid", "Tanh"])
+    onnx.save(made, path)
+    with pytest.raises(ValueError, match="hardsigmoid"):
+        lstmcore.load(path)
 
 
 def stacked(plumbing, first=DIRECTIONS[2], widths=(H, H), second=DIRECTIONS[2]):
@@ -201,16 +209,17 @@ def test_constant_initial_state_is_honored(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("options", [dict(num_layers=2, bidirectional=True),
                                      dict(num_layers=3, batch_first=True), dict(bias=False)])
-def test_graphs_from_torch(tmp_path, options):
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_graphs_from_torch(tmp_path, kind, options):
     torch = pytest.importorskip("torch")
-    source, x = torch.nn.LSTM(I, H, **options).eval(), torch.randn(T, B, I)
+    source, x = getattr(torch.nn, kind)(I, H, **options).eval(), torch.randn(T, B, I)
     with torch.no_grad():
         want = source(x)[0].numpy()
     for axes in (None, {"x": {0: "a", 1: "b"}}):
         torch.onnx.export(source, (x,), str(tmp_path / "m.onnx"), dynamo=False, input_names=["x"],
                           output_names=["y"], dynamic_axes=axes)
         m = lstmcore.load(tmp_path / "m.onnx")
-        assert type(m) is lstmcore.LSTM and m.batch_first == ("batch_first" in options)
+        assert type(m) is getattr(lstmcore, kind) and m.batch_first == ("batch_first" in options)
         np.testing.assert_allclose(m(x.numpy())[0], want, rtol=0, atol=1e-6)
         got = Graph(str(tmp_path / "m.onnx")).run({"x": x.numpy()})["y"]
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
@@ -220,6 +229,10 @@ EXPORTS = [lambda dtype, **o: lstmcore.LSTM(I, H, 2, dtype=dtype, seed=1, **o),
            lambda dtype, **o: lstmcore.LSTM(I, H, 2, dtype=dtype, seed=1, peepholes=True, **o),
            lambda dtype, **o: lstmcore.LSTM(I, H, 2, dtype=dtype, seed=1, proj_size=3, bias=False,
                                             batch_first=True, **o),
+           lambda dtype, **o: lstmcore.GRU(I, H, 2, dtype=dtype, seed=1, **o),
+           lambda dtype, **o: lstmcore.GRU(I, H, 2, dtype=dtype, seed=1, reset_after=False, **o),
+           lambda dtype, **o: lstmcore.GRU(I, H, 2, dtype=dtype, seed=1, bias=False, batch_first=True,
+                                           **o),
            lambda dtype, **o: lstmcore.RNN(I, H, 2, dtype=dtype, seed=1, nonlinearity="relu", **o)]
 
 
@@ -502,11 +515,10 @@ def test_a_download_cache_links_model_and_data(tmp_path):
 
 
 def test_what_is_not_read_is_named(tmp_path):
-    for op in ("GRU", "Loop"):
-        with pytest.raises(ValueError, match=f"lstmcore reads LSTM and RNN, not {op}"):
-            shaped([helper.make_node(op, ["x", "W", "R"], ["Y"])], {}, tmp_path=tmp_path)
+    with pytest.raises(ValueError, match="lstmcore reads LSTM, GRU and RNN, not Loop"):
+        shaped([helper.make_node("Loop", ["x", "W", "R"], ["Y"])], {}, tmp_path=tmp_path)
     body = helper.make_graph([lstm(y="b")], "body", [], [])
-    with pytest.raises(ValueError, match="lstmcore reads LSTM and RNN, not Loop"):
+    with pytest.raises(ValueError, match="lstmcore reads LSTM, GRU and RNN, not Loop"):
         shaped([helper.make_node("Loop", ["W"], ["Y"], body=body)], {}, tmp_path=tmp_path)
     with pytest.raises(ValueError, match="may have written a recurrence out"):
         shaped([helper.make_node("MatMul", ["x", "x"], ["Y"])], {}, tmp_path=tmp_path)

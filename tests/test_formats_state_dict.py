@@ -56,7 +56,9 @@ def test_saved_rnn_and_stack_come_back(tmp_path):
     layers = [lstmcore.LSTM(4, 6, 2, seed=1), lstmcore.LSTM(6, 5, seed=2)]
     stack = formats.Stack(layers, reverse=[False, True], batch_first=True)
     last = formats.Stack(layers, last_step=True)
-    for m in (rnn, stack, last):
+    grus = [lstmcore.GRU(4, 3, 2, bidirectional=True, seed=1), lstmcore.GRU(4, 3, reset_after=False),
+            lstmcore.GRU(4, 3, reset_after=False, bias=False, batch_first=True)]
+    for m in (rnn, *grus, formats.Stack([lstmcore.GRU(4, 3), rnn.__class__(3, 2)]), stack, last):
         m.save(tmp_path / "m.safetensors")
         got = lstmcore.load(tmp_path / "m.safetensors")
         assert repr(got) == repr(m)
@@ -188,7 +190,11 @@ def test_prefix_chooses_and_the_rest_is_named(tmp_path):
 def test_what_is_not_there_is_refused_by_name(tmp_path):
     path, state = tmp_path / "m.safetensors", random_state_dict(4, 6, 2, 1)
     cases = {
-        "GRU": {"weight_ih_l0": np.ones((18, 4), "f4"), "weight_hh_l0": np.ones((18, 6), "f4")},
+        r"bias of l0 must be \(18,\)": {"weight_ih_l0": np.ones((18, 4), "f4"), "bias_l0": np.ones(7, "f4"),
+                                      "weight_hh_l0": np.ones((18, 6), "f4")},
+        "shape of a GRU and the weights": {
+            "weight_ih_l0": np.ones((18, 4), "f4"), "weight_hh_l0": np.ones((18, 6), "f4"),
+            "weight_peephole_l0": np.ones((3, 6), "f4")},
         "nonlinearity": {"weight_ih_l0": np.ones((6, 4), "f4"),
                          "weight_hh_l0": np.ones((6, 6), "f4")},
         "bias_hh": {k: v for k, v in state.items() if k != "bias_hh_l1"},

@@ -5,7 +5,7 @@ import pytest
 
 import lstmcore
 from lstmcore import gradflow
-from lstmcore.layers import LSTM, RNN
+from lstmcore.layers import GRU, LSTM, RNN
 
 
 def noise(T, B, I, seed=3):
@@ -31,17 +31,18 @@ def test_flow_of_rnn_is_product_of_jacobians():
     np.testing.assert_allclose(flow[:, 0], want, rtol=1e-12)  # the same sums in float64
 
 
-@pytest.mark.parametrize("options", [{}, dict(num_layers=2, peepholes=True),
-                                     dict(num_layers=2, proj_size=3)])
-def test_flow_of_lstm_agrees_with_differences_of_the_initial_state(options):
+@pytest.mark.parametrize("kind, options", [
+    (LSTM, {}), (LSTM, dict(num_layers=2, peepholes=True)), (LSTM, dict(num_layers=2, proj_size=3)),
+    (GRU, dict(num_layers=2)), (GRU, dict(reset_after=False))])
+def test_flow_agrees_with_differences_of_the_initial_state(kind, options):
     T, B, H, step = 5, 2, 4, 1e-5
-    layer = LSTM(3, H, dtype="float64", seed=1, **options).eval()
+    layer = kind(3, H, dtype="float64", seed=1, **options).eval()
     x = noise(T, B, 3)
     L, P = layer.num_layers, options.get("proj_size", H)
     r = direction(B, P)
 
     def losses(h0):
-        y, _ = layer(x, (h0, np.zeros((L, B, H))))
+        y, _ = layer(x, (h0, np.zeros((L, B, H))) if kind is LSTM else h0)
         return (y[-1] * r).sum(axis=1)
 
     dh0 = np.empty((L, B, P))

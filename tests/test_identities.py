@@ -1,9 +1,9 @@
-"""What must hold for any LSTM and RNN, whatever the numbers: identities on random problems."""
+"""What must hold for any LSTM, GRU and RNN, whatever the numbers: identities on random problems."""
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import backward, forward, lstm_problem, rnn_problem
+from problems import backward, forward, gru_problem, lstm_problem, rnn_problem
 
 from lstmcore import functional
 
@@ -12,8 +12,8 @@ BATCH_AXIS = {"x": 1, "dy": 1, "h0": 0, "c0": 0, "dh_n": 0, "dc_n": 0}
 
 @st.composite
 def problems(draw, make=None, **fixed):
-    """A random LSTM or RNN problem of random sizes; `fixed` are options that are not random."""
-    make = make or draw(st.sampled_from([lstm_problem, rnn_problem]))
+    """A random LSTM, GRU or RNN problem of random sizes; `fixed` are options that are not random."""
+    make = make or draw(st.sampled_from([lstm_problem, gru_problem, rnn_problem]))
     options = dict(
         T=draw(st.integers(1, 7)), B=draw(st.integers(1, 8)), I=draw(st.integers(1, 9)),
         H=draw(st.integers(1, 20)), bias=draw(st.booleans()), seed=draw(st.integers(0, 2**32 - 1)),
@@ -21,6 +21,8 @@ def problems(draw, make=None, **fixed):
     if make is lstm_problem:
         options.update(peepholes=draw(st.booleans()),
                        P=draw(st.none() | st.integers(1, 11)))
+    elif make is gru_problem:
+        options.update(reset_after=draw(st.booleans()))
     else:
         options.update(nonlinearity=draw(st.sampled_from(["tanh", "relu"])))
     return make(**{**options, **fixed})

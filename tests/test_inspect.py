@@ -45,6 +45,12 @@ def test_activations_of_a_vanilla_rnn_and_of_bytes():
     found = inspect.activations(made, "naïve")
     assert "".join(found.tokens) == "naïve" and len(found.tokens) == 6
     assert [set(signals) for signals in found.signals] == [{"h"}]
+    made = LanguageModel(cell="gru", hidden_size=4, num_layers=2, seed=1)
+    made.fit(TEXT * 4, steps=1, progress=False, batch_size=2, seq_length=16)
+    found = inspect.activations(made, "tree")
+    assert [set(signals) for signals in found.signals] == [set("hrzn")] * 2
+    r, h = found.signals[0]["r"], found.signals[0]["h"]
+    assert r.shape == (4, 4) and (0 < r).all() and (r < 1).all() and (h < 0).any()
 
 
 @pytest.mark.parametrize("level, count", [("char", 23), ("word", 6), ("byte", 32)])

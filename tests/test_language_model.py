@@ -107,6 +107,7 @@ def test_bytes_are_decoded_when_a_character_is_complete():
 @pytest.mark.parametrize("options", [
     dict(cell="lstm", embed_size=0, peepholes=True),
     dict(cell="lstm", embed_size=3, peepholes=False),
+    dict(cell="gru", embed_size=3, peepholes=False),
     dict(cell="rnn", embed_size=0, peepholes=False)])
 def test_network_gradients_match_differences(options):
     V = 6

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import lstmcore
-from lstmcore import (LSTM, RNN, Dropout, Embedding, Linear, Module, Sequential, Stack, Tanh, dense,
+from lstmcore import (GRU, LSTM, RNN, Dropout, Embedding, Linear, Module, Sequential, Stack, Tanh, dense,
                       reference)
 from lstmcore.functional import Quantized
 
@@ -26,6 +26,10 @@ LAYERS = {
     "projected": lambda **o: LSTM(I, H, proj_size=6, seed=1, **o),
     "stack": lambda **o: LSTM(I, H, 2, bidirectional=True, peepholes=True, proj_size=6, seed=1, **o),
     "batch first": lambda **o: LSTM(I, H, 2, batch_first=True, seed=1, **o),
+    "gru": lambda **o: GRU(I, H, 2, bidirectional=True, seed=1, **o),
+    "gru, one way": lambda **o: GRU(I, H, seed=1, **o),
+    "gru, reset before": lambda **o: GRU(I, H, reset_after=False, seed=1, **o),
+    "gru, no bias": lambda **o: GRU(I, H, bias=False, seed=1, **o),
     "tanh": lambda **o: RNN(I, H, 2, seed=1, **o),
     "relu": lambda **o: RNN(I, H, nonlinearity="relu", seed=1, **o),
 }
@@ -50,7 +54,8 @@ def pair(state):
 
 
 @both
-@pytest.mark.parametrize("name", ["lstm", "without bias", "peepholes", "projected", "relu"])
+@pytest.mark.parametrize("name", ["lstm", "without bias", "peepholes", "projected", "relu",
+                                  "gru, one way", "gru, reset before"])
 def test_one_step_is_the_reference_s(name, precision, close):
     layer = spread(LAYERS[name]()).freeze(precision)
     w = {k: p.astype("float64") for k, p in layer.parameters().items()}
@@ -62,13 +67,16 @@ def test_one_step_is_the_reference_s(name, precision, close):
     if lstm:
         options.update(c0=c[0].astype("float64"), peepholes=w.get("weight_peephole_l0"),
                        W_hr=w.get("weight_hr_l0"))
+    elif isinstance(layer, GRU):
+        options["reset_after"] = layer.reset_after
     else:
         options["nonlinearity"] = "relu"
-    call = reference.lstm_forward if lstm else reference.rnn_forward
+    call = getattr(reference, type(layer).__name__.lower() + "_forward")
     args = x.astype("float64"), w["weight_ih_l0"], w["weight_hh_l0"]
     want = call(*args, h0=h[0].astype("float64"), **options)
-    # m = o tanh(c) may be rounded to another neighbor before W_hr than the reference's
-    close(y, want[0], precision if name == "projected" else "kernel")
+    # m = o tanh(c) before W_hr, and r h before W_hn, may be rounded to other neighbors than there
+    again = name in ("projected", "gru, reset before")
+    close(y, want[0], precision if again else "kernel")
     if lstm:
         close(final[1][0], want[1][1], "kernel")
     exact = layer.unfreeze()(x, (h, c) if lstm else h)[0]
@@ -109,7 +117,8 @@ def test_bits_do_not_depend_on_threads_or_batch(name, precision, share_small_wor
 
 @both
 @pytest.mark.parametrize("name", ["lstm", "without bias", "peepholes", "projected", "batch first",
-                                  "tanh", "relu"])
+                                  "gru, one way", "gru, reset before", "gru, no bias", "tanh",
+                                  "relu"])
 def test_a_stream_gives_the_batch_s_bits(name, precision):
     layer = spread(LAYERS[name]())
     x, ids = normal(T, B, I), np.random.default_rng(1).integers(0, I, (T, B))
@@ -125,21 +134,23 @@ def test_a_stream_gives_the_batch_s_bits(name, precision):
 
 
 @both
+@pytest.mark.parametrize("name", ["stack", "gru", "gru, reset before", "gru, no bias"])
 @pytest.mark.parametrize("frozen_table", [False, True])
-def test_a_table_of_tokens_gives_the_rows_bits(precision, frozen_table):
-    layer, table = spread(LAYERS["stack"]()).freeze(precision), Embedding(9, I, seed=3)
+def test_a_table_of_tokens_gives_the_rows_bits(name, precision, frozen_table):
+    layer, table = spread(LAYERS[name]()).freeze(precision), Embedding(9, I, seed=3)
     if frozen_table:
         table.freeze(precision)
     ids = np.random.default_rng(2).integers(0, 9, (T, B))
     assert ids.size > 9             # so that the table is projected, not the rows
     layers = [layer]
     if precision == "bfloat16":
-        layers.append(spread(LAYERS["stack"](compute="bfloat16")).eval())
+        layers.append(spread(LAYERS[name](compute="bfloat16")).eval())
     for layer in layers:
         assert (layer(ids, embedding=table)[0] == layer(table(ids))[0]).all()
 
 
-def test_training_on_a_table_gives_the_rows_gradients_in_bfloat16(close, monkeypatch):
+@pytest.mark.parametrize("kind", [LSTM, GRU])
+def test_training_on_a_table_gives_the_rows_gradients_in_bfloat16(kind, close, monkeypatch):
     seen, backward = [], dense.linear_backward
     monkeypatch.setattr(dense, "linear_backward",
                         lambda *args, **options: (seen.append(options["compute"]),
@@ -147,7 +158,7 @@ def test_training_on_a_table_gives_the_rows_gradients_in_bfloat16(close, monkeyp
     ids, dy = np.random.default_rng(2).integers(0, 9, (T, B)), normal(T, B, H)
     found = []
     for tabled in True, False:
-        layer, table = LSTM(I, H, compute="bfloat16", seed=1), Embedding(9, I, seed=3)
+        layer, table = kind(I, H, compute="bfloat16", seed=1), Embedding(9, I, seed=3)
         if tabled:
             layer(ids, embedding=table)
             layer.backward(dy)
@@ -260,10 +271,11 @@ class Net(Module):
         return self.head(self.recurrent(ids, embedding=self.table)[0])
 
 
-def test_compute_is_what_freezing_in_it_gives():
+@pytest.mark.parametrize("kind", [LSTM, GRU])
+def test_compute_is_what_freezing_in_it_gives(kind):
     x = normal(T, B, I)
-    low = LSTM(I, H, 2, bidirectional=True, compute="bfloat16", seed=1)
-    exact = LSTM(I, H, 2, bidirectional=True, seed=1).eval()
+    low = kind(I, H, 2, bidirectional=True, compute="bfloat16", seed=1)
+    exact = kind(I, H, 2, bidirectional=True, seed=1).eval()
     want = exact(x)[0]
     y = low(x)[0]
     assert (y == exact.freeze("bfloat16")(x)[0]).all() and (y != want).any()
@@ -272,9 +284,11 @@ def test_compute_is_what_freezing_in_it_gives():
     assert (copy.deepcopy(low)(x)[0] == want).all()
 
 
-def test_training_in_bfloat16_gives_gradients_near_those_of_float32(close):
+@pytest.mark.parametrize("kind, options", [(LSTM, dict(peepholes=True)), (GRU, {}),
+                                           (GRU, dict(reset_after=False))])
+def test_training_in_bfloat16_gives_gradients_near_those_of_float32(kind, options, close):
     x, dy = normal(T, B, I), normal(T, B, H)
-    layers = [LSTM(I, H, 2, peepholes=True, compute=compute, seed=1) for compute in (None, "bfloat16")]
+    layers = [kind(I, H, 2, compute=compute, seed=1, **options) for compute in (None, "bfloat16")]
     for layer in layers:
         layer(x)
         layer.backward(dy)
@@ -285,7 +299,8 @@ def test_training_in_bfloat16_gives_gradients_near_those_of_float32(close):
 
 
 def test_layers_say_in_what_they_compute(tmp_path):
-    said = [LSTM(3, 4, compute="bfloat16"), RNN(3, 4, compute="bfloat16"), Linear(3, 4, compute="bfloat16"),
+    said = [LSTM(3, 4, compute="bfloat16"), RNN(3, 4, compute="bfloat16"),
+            GRU(3, 4, reset_after=False, compute="bfloat16"), Linear(3, 4, compute="bfloat16"),
             Sequential(Linear(3, 4, compute="bfloat16"), Linear(4, 2)),
             Stack([LSTM(3, 4, compute="bfloat16"), RNN(4, 2)])]
     for module in said:
@@ -311,13 +326,14 @@ def test_a_precision_that_cannot_be_is_refused_before_anything_freezes():
         mixed.train()
     with pytest.raises(ValueError, match="precision must be one of"):
         Tanh().freeze("float16")
-    for make in LSTM, RNN, Linear:
+    for make in LSTM, GRU, RNN, Linear:
         with pytest.raises(ValueError, match=r"'bfloat16', got 'int8': .*freeze\('int8'\)"):
             make(3, 4, compute="int8")
         with pytest.raises(ValueError, match="compute must be .*, got 'half'"):
             make(3, 4, compute="half")
         with pytest.raises(TypeError, match="compute='bfloat16' needs float32 arrays, got float64"):
             make(3, 4, compute="bfloat16", dtype="float64")
-    with pytest.raises(ValueError, match=r"an LSTM frozen in int8 keeps nothing .* unfreeze\(\)"):
-        LSTM(3, 4).freeze("int8").trace(normal(2, 1, 3))
-    assert LSTM(3, 4).freeze("bfloat16").trace(normal(2, 1, 3))[0].h.shape == (2, 1, 4)
+    for make, named in (LSTM, "an LSTM"), (GRU, "a GRU"), (RNN, "an RNN"):
+        with pytest.raises(ValueError, match=rf"{named} frozen in int8 keeps nothing .* unfreeze\(\)"):
+            make(3, 4).freeze("int8").trace(normal(2, 1, 3))
+        assert make(3, 4).freeze("bfloat16").trace(normal(2, 1, 3))[0].h.shape == (2, 1, 4)

@@ -166,9 +166,9 @@ def trained_model(**options):
         return model.fit(TEXT, lr=0.02, seq_length=20, batch_size=8, progress=False, **fit)
 
 
-@pytest.mark.parametrize("embed_size", [0, 12])
-def test_a_language_model_in_int8(embed_size, tmp_path):
-    model = trained_model(embed_size=embed_size)
+@pytest.mark.parametrize("cell, embed_size", [("lstm", 0), ("lstm", 12), ("gru", 0), ("gru", 12)])
+def test_a_language_model_in_int8(cell, embed_size, tmp_path):
+    model = trained_model(cell=cell, embed_size=embed_size)
     exact = model.perplexity(TEXT)
     assert model.freeze("int8") is model
     low, written = model.perplexity(TEXT), model.sample("she ", 30, seed=1)
@@ -190,8 +190,9 @@ def test_a_language_model_in_int8(embed_size, tmp_path):
     assert part.hidden_size == 24
 
 
-def test_a_reader_of_tokens_gives_the_network_s_bits():
-    model = trained_model()
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_reader_of_tokens_gives_the_network_s_bits(cell):
+    model = trained_model(cell=cell)
     ids = np.random.default_rng(0).integers(0, len(model.vocabulary), 9)
     for precision in (None, *LOW):
         network = model.network.freeze(precision)
@@ -200,15 +201,17 @@ def test_a_reader_of_tokens_gives_the_network_s_bits():
         assert (np.array([read(token) for token in ids]) == want[:, 0]).all()
 
 
-def test_training_in_bfloat16_learns_the_same_bits_for_any_threads(share_small_work):
-    models = [trained_model(compute="bfloat16", n_threads=n) for n in (1, 2, 3)]
-    exact = trained_model()
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_training_in_bfloat16_learns_the_same_bits_for_any_threads(cell, share_small_work):
+    models = [trained_model(cell=cell, compute="bfloat16", n_threads=n) for n in (1, 2, 3)]
+    exact = trained_model(cell=cell)
     first = models[0].network.state_dict()
     for model in models[1:]:
         assert all((p == first[name]).all() for name, p in model.network.parameters().items())
     assert any((p != first[name]).any() for name, p in exact.network.parameters().items())
-    assert models[0].perplexity(TEXT) < 1.5 < LanguageModel(
-        hidden_size=24, num_layers=2, compute="bfloat16").fit(TEXT, steps=1, progress=False).perplexity(TEXT)
+    untrained = LanguageModel(cell=cell, hidden_size=24, num_layers=2, compute="bfloat16")
+    assert models[0].perplexity(TEXT) < 1.5
+    assert untrained.fit(TEXT, steps=1, progress=False).perplexity(TEXT) > 1.5
 
 
 def test_training_computes_its_loss_in_bfloat16():
@@ -271,9 +274,11 @@ class TestEstimators:
         self.X = np.random.default_rng(0).standard_normal((120, 8))
         self.y = (self.X[:, :4].sum(axis=1) > 0).astype(int)
 
-    def test_a_classifier_learns_and_predicts_in_every_precision(self):
-        model = lstmcore.LSTMClassifier(12, epochs=40, random_state=0, dtype="float32").fit(self.X, self.y)
-        low = lstmcore.LSTMClassifier(12, epochs=40, random_state=0, compute="bfloat16").fit(self.X, self.y)
+    @pytest.mark.parametrize("cell", ["lstm", "gru"])
+    def test_a_classifier_learns_and_predicts_in_every_precision(self, cell):
+        model, low = (lstmcore.LSTMClassifier(12, cell=cell, epochs=40, random_state=0, **options)
+                      .fit(self.X, self.y) for options in (dict(dtype="float32"),
+                                                           dict(compute="bfloat16")))
         assert low.network_.recurrent.compute == low.network_.head.compute == "bfloat16"
         assert low.network_.recurrent.dtype == "float32" and low.score(self.X, self.y) > 0.9
         want = model.predict_proba(self.X)

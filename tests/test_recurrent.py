@@ -1,4 +1,4 @@
-"""LSTM and RNN: gradients by finite differences and against PyTorch; states, streams, traces."""
+"""LSTM, GRU and RNN: gradients by finite differences and against PyTorch; states, streams, traces."""
 
 import copy
 import pickle
@@ -9,7 +9,7 @@ import pytest
 from slopes import assert_copied, assert_gradients, by_name, normal
 
 import lstmcore
-from lstmcore import LSTM, RNN, Embedding, LastStep, _kernels, sequence_mask
+from lstmcore import GRU, LSTM, RNN, Embedding, LastStep, _kernels, sequence_mask
 
 RAGGED = [4, 0, 6, 1, 3]        # of T = 6: unsorted, with an empty and a full sequence
 
@@ -24,6 +24,11 @@ RECURRENT = {
     "LSTM glorot": lambda: LSTM(3, 4, 2, init="glorot", dtype="float64", seed=1),
     "LSTM everything": lambda: LSTM(3, 5, 2, batch_first=True, dropout=0.4, bidirectional=True,
                                     proj_size=4, peepholes=True, dtype="float64", seed=1),
+    "GRU": lambda: GRU(3, 4, dtype="float64", seed=1),
+    "GRU without bias": lambda: GRU(3, 4, 2, bias=False, dtype="float64", seed=1),
+    "GRU before": lambda: GRU(3, 4, 2, reset_after=False, init="glorot", dtype="float64", seed=1),
+    "GRU everything": lambda: GRU(3, 4, 2, batch_first=True, dropout=0.4, bidirectional=True,
+                                  dtype="float64", seed=1),
     "RNN": lambda: RNN(3, 4, dtype="float64", seed=1),
     "RNN relu": lambda: RNN(3, 4, 2, nonlinearity="relu", bias=False, dtype="float64", seed=1),
     "RNN everything": lambda: RNN(3, 4, 2, batch_first=True, dropout=0.4, bidirectional=True,
@@ -72,23 +77,34 @@ def test_recurrent_gradients_are_slopes(make, lengths, close):
 # ---- against PyTorch ----------------------------------------------------------------------------
 
 def torch_twin(torch, layer):
-    """torch.nn.LSTM or RNN with the weights of `layer`, its second bias zero."""
+    """torch.nn.LSTM, GRU or RNN with the weights of `layer`, its second bias zero, but for b_hn."""
     options = dict(num_layers=layer.num_layers, bias=layer.bias, batch_first=layer.batch_first,
                    bidirectional=layer.bidirectional, dtype=getattr(torch, str(layer.dtype)))
     if isinstance(layer, LSTM):
         twin = torch.nn.LSTM(layer.input_size, layer.hidden_size,
                              proj_size=layer.proj_size, **options)
+    elif isinstance(layer, GRU):
+        twin = torch.nn.GRU(layer.input_size, layer.hidden_size, **options)
     else:
         twin = torch.nn.RNN(layer.input_size, layer.hidden_size,
                             nonlinearity=layer.nonlinearity, **options)
     ours = layer.parameters()
     with torch.no_grad():
         for name, p in twin.named_parameters():
-            if name.startswith("bias_hh"):
-                p.zero_()
-            else:
-                p.copy_(torch.from_numpy(ours[name.replace("bias_ih", "bias")]))
+            p.copy_(torch.from_numpy(torch_part(name, ours)))
     return twin
+
+
+def torch_part(name, ours):
+    """What a parameter of the twin holds, or its gradient, if `ours` are gradients."""
+    if not name.startswith("bias"):
+        return ours[name]
+    end = name.removeprefix("bias_ih").removeprefix("bias_hh")
+    b, rows = ours["bias" + end], len(ours["weight_hh" + end])
+    rest = b[rows:]                         # b_hn of a GRU
+    if name.startswith("bias_hh"):
+        return np.concatenate([np.zeros(rows - len(rest), b.dtype), rest])
+    return b[:rows]
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")      # torch: it will be slow
@@ -98,6 +114,7 @@ def torch_twin(torch, layer):
     (LSTM, {}), (LSTM, dict(num_layers=3)), (LSTM, dict(num_layers=2, bidirectional=True)),
     (LSTM, dict(num_layers=2, proj_size=3, bidirectional=True, batch_first=True)),
     (LSTM, dict(bias=False)),
+    (GRU, {}), (GRU, dict(num_layers=2, bidirectional=True, batch_first=True)), (GRU, dict(bias=False)),
     (RNN, {}), (RNN, dict(num_layers=2, bidirectional=True, batch_first=True)),
     (RNN, dict(nonlinearity="relu", num_layers=2)),
 ], ids=str)
@@ -128,8 +145,12 @@ def test_recurrent_equals_torch(make, options, dtype, lengths, close):
     for name, got, leaf in zip(("dx", "dh0", "dc0"), (dx, *as_tuple(dinitial)), leaves):
         close(got, leaf.grad, "torch", name)
     for name, p in twin.named_parameters():
-        if not name.startswith("bias_hh"):
-            close(layer.gradients()[name.replace("bias_ih", "bias")], p.grad, "torch", name)
+        got, want = torch_part(name, layer.gradients()), p.grad
+        if name.startswith("bias_hh"):      # but for b_hn it is that of bias_ih
+            got, want = (a[2 * layer.hidden_size:] for a in (got, want))
+            if not isinstance(layer, GRU):
+                continue
+        close(got, want, "torch", name)
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
@@ -140,6 +161,17 @@ def test_torch_state_dict_goes_in(close):
     layer.load_state_dict(twin.state_dict())
     x = normal(4, 2, 3, dtype="float32")
     close(layer(x)[0], twin(torch.from_numpy(x))[0].detach(), "torch")
+
+
+def test_torch_gru_state_dict_goes_in(close):
+    """Its two biases act as one but for the last third, which the reset gate multiplies."""
+    torch = pytest.importorskip("torch")
+    twin = torch.nn.GRU(3, 5, 2, bidirectional=True)
+    layer, x = GRU(3, 5, 2, bidirectional=True), normal(4, 2, 3, dtype="float32")
+    layer.load_state_dict(twin.state_dict())
+    close(layer(x)[0], twin(torch.from_numpy(x))[0].detach(), "torch")
+    with pytest.raises(ValueError, match=r"bias_l0 must be \(15,\), got \(20,\)"):
+        GRU(3, 5, 2, bidirectional=True, reset_after=False).load_state_dict(twin.state_dict())
 
 
 # ---- what a call gives --------------------------------------------------------------------------
@@ -255,7 +287,7 @@ def test_one_model_serves_several_threads():
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-@by_name({"LSTM": LSTM, "RNN": RNN})
+@by_name({"LSTM": LSTM, "GRU": GRU, "RNN": RNN})
 def test_token_ids_are_one_hot_rows(make, bidirectional, close):
     layer = make(6, 4, 2, bidirectional=bidirectional, dtype="float64", seed=0)
     tokens = np.random.default_rng(0).integers(0, 6, (5, 3))
@@ -374,6 +406,8 @@ def test_parameter_names_and_shapes():
         "weight_ih_l1_reverse": (20, 4), "weight_hh_l1_reverse": (20, 2), "bias_l1_reverse": (20,),
         "weight_peephole_l1_reverse": (3, 5), "weight_hr_l1_reverse": (2, 5)}
     assert len(p) == 20
+    assert [a.shape for a in GRU(3, 5).parameters().values()] == [(15, 3), (15, 5), (20,)]
+    assert GRU(3, 5, reset_after=False).parameters()["bias_l0"].shape == (15,)
     assert list(RNN(3, 5, bias=False).parameters()) == ["weight_ih_l0", "weight_hh_l0"]
 
 
@@ -548,7 +582,7 @@ def test_stream_says_what_it_wants():
         s.state = np.zeros((2, 4), "float32"), np.zeros((1, 2, 4), "float32")
 
 
-@by_name({"LSTM": LSTM, "RNN": RNN})
+@by_name({"LSTM": LSTM, "GRU": GRU, "RNN": RNN})
 def test_stream_takes_token_ids(make, close):
     layer = make(6, 4, 2, dtype="float64", seed=0)
     tokens = np.random.default_rng(0).integers(0, 6, (5, 3))
@@ -582,6 +616,29 @@ def test_trace_is_the_equations(make, close):
         assert not h[~sequence_mask(RAGGED, 6)].any()
     top = np.concatenate([trace.h for trace in traces[-layer.directions:]], axis=2)
     assert (top == y).all()
+
+
+@by_name({name: make for name, make in RECURRENT.items() if name.startswith("GRU")})
+def test_gru_trace_is_the_equations(make, close):
+    layer = make()
+    x, state, _, _ = recurrent_case(layer)
+    traces = layer.trace(x, state, RAGGED)
+    y, h_n = layer.eval()(x, state, RAGGED)
+    for n, trace in enumerate(traces):
+        r, z, candidate, h = (np.moveaxis(a, 1 if layer.batch_first else 0, 0) for a in trace)
+        assert ((0 <= r) & (r < 1)).all() and (r[0, 0] != z[0, 0]).all()
+        h_prev = state[n]
+        for t in range(6) if n % layer.directions == 0 else ():
+            there = np.array(RAGGED) > t
+            close(h[t, there], ((1 - z[t]) * candidate[t] + z[t] * h_prev)[there], "kernel")
+            h_prev = np.where(there[:, None], h[t], h_prev)
+        if n % layer.directions == 0:
+            close(h_prev, h_n[n], "identity")
+    top = np.concatenate([trace.h for trace in traces[-layer.directions:]], axis=2)
+    assert (top == y).all()
+    p, first = layer.parameters(), np.moveaxis(traces[0].r, 1 if layer.batch_first else 0, 0)[0, 0]
+    a_r = sum(p[f"weight_{w}_l0"][:4] @ a for w, a in (("ih", x[0, 0]), ("hh", state[0, 0])))
+    close(first, 1 / (1 + np.exp(-a_r - (p["bias_l0"][:4] if layer.bias else 0))), "kernel")
 
 
 def test_rnn_trace_is_every_h():

@@ -5,7 +5,8 @@ from math import log
 
 import numpy as np
 import pytest
-from problems import backward, forward, lstm_problem, rnn_problem, with_products
+from problems import (backward, forward, gru_problem, lstm_problem, rnn_problem,
+                      with_products)
 
 from lstmcore import reference
 
@@ -32,6 +33,12 @@ RNN_CASES = {
         "ragged reverse": dict(T=5, B=6, I=3, H=4, lengths="ragged", reverse=True),
     }.items()
 }
+GRU_CASES = {f"{name}, reset {'after' if reset_after else 'before'}": dict(
+    reset_after=reset_after, **{n: v for n, v in case.items() if n != "nonlinearity"})
+    for reset_after in (True, False)
+    for name, case in RNN_CASES.items() if name.startswith("tanh")}
+GRUS = {"gru": gru_problem, "gru before": partial(gru_problem, reset_after=False)}
+ALL = {"lstm": lstm_problem, "rnn": rnn_problem, **GRUS}
 
 
 def by_name(cases):
@@ -93,7 +100,13 @@ def test_rnn_gradients_are_the_slopes(case, only, close):
     check_gradients(rnn_problem(**case, seed=2), only, close)
 
 
-@by_name({"lstm": lstm_problem, "rnn": rnn_problem})
+@by_name(GRU_CASES)
+@pytest.mark.parametrize("only", [("dy",), ("dh_n",), ("dy", "dh_n")], ids="+".join)
+def test_gru_gradients_are_the_slopes(case, only, close):
+    check_gradients(gru_problem(**case, seed=2), only, close)
+
+
+@by_name(ALL)
 def test_bias_and_states_left_out_mean_zeros(case):
     absent, zeros = (case(3, 4, 2, 3, states=False, bias=False, seed=3) for _ in range(2))
     gradients = backward(reference, absent)
@@ -148,6 +161,39 @@ def test_rnn_two_steps_by_hand(close):
         dh0=np.array([[da_1 * 2 * log(2)]])), "by hand")
 
 
+@pytest.mark.parametrize("reset_after", [True, False], ids=["after", "before"])
+def test_gru_step_by_hand(reset_after, close):
+    """r = σ(ln 3) = 3/4, z = σ(-ln 3) = 1/4, n = tanh(ln 2) = 3/5: h = 3/4 · 3/5 + 1/4 · 1/2 = 23/40.
+
+    a_n is ln 2, of which r ∘ q, q = 6 · 1/2 + 2, is 15/4; or 6 m, m = 3/4 · 1/2, is 9/4.
+    """
+    q_bias = [2.0] if reset_after else []
+    b_n = log(2) - (15 / 4 if reset_after else 9 / 4) - 1 / 4
+    arrays = dict(x=[[[1 / 4]]], W_ih=[[2.0], [3.0], [1.0]], W_hh=[[4.0], [5.0], [6.0]],
+                  b=[log(3) - 2 / 4 - 4 / 2, -log(3) - 3 / 4 - 5 / 2, b_n, *q_bias], h0=[[1 / 2]])
+    y, h_n, tape = reference.gru_forward(**{n: np.array(v) for n, v in arrays.items()},
+                                         reset_after=reset_after)
+    close((y, h_n), (np.array([[[23 / 40]]]), np.array([[23 / 40]])), "by hand")
+    close(tape.gates[0, 0], np.array([3 / 4, 1 / 4, 3 / 5] + [5.0] * reset_after), "by hand")
+
+    g = reference.gru_backward(tape, dy=np.array([[[1.0]]]), dh_n=np.array([[1.0]]))
+    da_n = 2 * 3 / 4 * 16 / 25                     # dh = 1 + 1, 1 - z, 1 - n²
+    da_z = 2 * (1 / 2 - 3 / 5) * 3 / 16
+    if reset_after:
+        dq, da_r = da_n * 3 / 4, da_n * 5 * 3 / 16
+        dh0 = 2 / 4 + 4 * da_r + 5 * da_z + 6 * dq
+        dW_hn, db = dq / 2, [da_r, da_z, da_n, dq]
+    else:
+        dm, da_r = 6 * da_n, 6 * da_n / 2 * 3 / 16
+        dh0 = 2 / 4 + 4 * da_r + 5 * da_z + dm * 3 / 4
+        dW_hn, db = da_n * 3 / 8, [da_r, da_z, da_n]
+    da = np.array([[da_r], [da_z], [da_n]])
+    close(g, reference.GRUGradients(
+        dx=np.array([[[2 * da_r + 3 * da_z + da_n]]]), dW_ih=da / 4,
+        dW_hh=np.array([[da_r / 2], [da_z / 2], [dW_hn]]), db=np.array(db),
+        dh0=np.array([[dh0]])), "by hand")
+
+
 def test_rnn_relu_by_hand():
     x = np.array([[[2.0, -3.0]]])
     y, h_n, tape = reference.rnn_forward(x, np.eye(2), np.zeros((2, 2)), nonlinearity="relu")
@@ -156,7 +202,7 @@ def test_rnn_relu_by_hand():
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@by_name({"lstm": lstm_problem, "rnn": rnn_problem})
+@by_name(ALL)
 def test_ragged_row_equals_the_row_alone(case, reverse, close):
     """The meaning of lengths: each row as if run alone, cut to its length; y is 0 beyond it."""
     lengths = [2, 0, 5, 3]
@@ -184,7 +230,7 @@ def row_alone(problem, r, n):
     return type(problem)(kind=problem.kind, options={**problem.options, "lengths": None}, **alone)
 
 
-@by_name({"lstm": lstm_problem, "rnn": rnn_problem})
+@by_name(ALL)
 def test_length_zero_row_returns_its_initial_state(case):
     problem = case(3, 3, 2, 4, lengths=np.array([2, 0, 3]), seed=8)
     _, state, _ = forward(reference, problem)
@@ -295,12 +341,13 @@ def as_operands(problem, compute):
 
 
 LOW = pytest.mark.parametrize("compute", ["bfloat16", "int8"])
-KINDS = by_name({"lstm": lstm_problem, "rnn": rnn_problem, "relu": partial(
-    rnn_problem, nonlinearity="relu"), "peepholes": partial(lstm_problem, peepholes=True)})
+FED = {"lstm": lstm_problem, "rnn": rnn_problem, "relu": partial(rnn_problem, nonlinearity="relu"),
+       "peepholes": partial(lstm_problem, peepholes=True)}    # that read h_{t-1} in products alone
+KINDS = by_name({**FED, **GRUS})
 
 
 @LOW
-@KINDS
+@by_name(FED)
 def test_a_low_step_is_a_step_on_the_operands(case, compute, close):
     """x, W_ih, h_{t-1} and W_hh are rounded; b, c, peepholes, gates and states are not."""
     problem = case(1, 5, 7, 6, dtype="float32", seed=9)
@@ -337,7 +384,7 @@ def test_a_low_projection_rounds_what_it_projects(compute, close):
         close(y[t], reference.product(m[t], problem.inputs["W_hr"].T, compute), "identity")
 
 
-@KINDS
+@by_name(FED)
 def test_a_low_step_back_rounds_da(case, close):
     """With one row db is da, and all else is a product of it, rounded, with a rounded operand."""
     problem = case(1, 1, 7, 6, seed=12)
@@ -354,6 +401,47 @@ def test_a_low_step_back_rounds_da(case, close):
         assert np.abs(getattr(g, name) - getattr(want, name)).max() > 0
 
 
+@LOW
+@by_name(GRUS)
+def test_a_low_gru_step_rounds_what_it_multiplies(case, compute, close):
+    """The gates are those of rounded operands, m among them; z lets h_{t-1} through as it is."""
+    problem = case(1, 5, 7, 6, dtype="float32", seed=9)
+    y, _, tape = forward(reference, problem, compute=compute)
+    low, h_prev = as_operands(problem, compute), problem.inputs["h0"]
+    want = forward(reference, low)[-1].gates[0]
+    r, z, n = np.split(tape.gates[0, :, :18], 3, axis=1)
+    if not tape.reset_after:
+        a_n = low.inputs["x"][0] @ low.inputs["W_ih"][12:].T + low.inputs["b"][12:]
+        m = reference.product(r * h_prev, problem.inputs["W_hh"][12:].T, compute)
+        want[:, 12:] = np.tanh(a_n + m)
+    close(tape.gates[0], want, "identity")
+    close(y[0], (1 - z) * n + z * h_prev, "identity")
+    assert np.abs(y - forward(reference, problem)[0]).max() > 1e-4
+
+
+@by_name(GRUS)
+def test_a_low_gru_step_back_rounds_da(case, close):
+    """With one row db is da, and of q; all else is a product of it, or what z and r let through."""
+    problem = case(1, 1, 7, 6, seed=12)
+    tape = forward(reference, with_products(problem, "bfloat16"))[-1]
+    g = reference.gru_backward(tape, **problem.upstream)
+    x, W_ih, W_hh, _, h_prev = problem.inputs.values()
+    r, z = np.split(tape.gates[0, :, :12], 2, axis=1)
+    product = partial(reference.product, compute="bfloat16")
+    da, dh = g.db[None], (problem.upstream["dy"][0] + problem.upstream["dh_n"]) * z
+    if tape.reset_after:
+        da_h = np.delete(da, range(12, 18), axis=1)
+        dh, dW_hh = dh + product(da_h, W_hh), product(da_h.T, h_prev)
+        close(da_h[:, 12:], da[:, 12:18] * r, "identity")
+    else:
+        dm = product(da[:, 12:], W_hh[12:])
+        dh = dh + dm * r + product(da[:, :12], W_hh[:12])
+        dW_hh = np.concatenate([product(da[:, :12].T, h_prev), product(da[:, 12:].T, r * h_prev)])
+        close(da[:, :6], dm * h_prev * r * (1 - r), "identity")
+    close(g, reference.GRUGradients(product(da[:, :18], W_ih)[None], product(da[:, :18].T, x[0]), dW_hh,
+                                    g.db, dh), "identity")
+
+
 def test_a_low_projection_back_rounds_dh(close):
     """dm is rounded dh times rounded W_hr, and dW_hr rounded dh times rounded m."""
     problem = lstm_problem(1, 1, 3, 6, P=2, states=False, seed=13)
@@ -366,9 +454,10 @@ def test_a_low_projection_back_rounds_dh(close):
     close(g.dW_hr, reference.rounded(dh).T.astype("float64") @ reference.rounded(m), "identity")
 
 
-@by_name({**LSTM_CASES, "tanh": dict(T=4, B=3, I=5, H=2, nonlinearity="tanh")})
+@by_name({**LSTM_CASES, **GRU_CASES, "tanh": dict(T=4, B=3, I=5, H=2, nonlinearity="tanh")})
 def test_low_gradients_are_the_gradients_up_to_rounding(case, close):
     """Not so for relu: where rounding takes a sum across its kink, a whole slope goes."""
-    problem = (rnn_problem if "nonlinearity" in case else lstm_problem)(**case, seed=14)
+    problem = (rnn_problem if "nonlinearity" in case else gru_problem if "reset_after" in case
+               else lstm_problem)(**case, seed=14)
     low = backward(reference, with_products(problem, "bfloat16"))
     close(low, backward(reference, problem), "bfloat16")

@@ -13,8 +13,9 @@ import numpy as np
 from lstmcore.precision import Quantized
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+_A = {"GRU": "a GRU", "RNN": "an RNN"}
 WEIGHTS = ("weight_ih", "weight_hh", "bias", "weight_peephole", "weight_hr")
-OPTIONS = ("batch_first", "dropout", "nonlinearity")
+OPTIONS = ("batch_first", "dropout", "nonlinearity", "reset_after")
 VERSION = 1             # of the descriptions in our own files
 SCALE = ".scale"        # ends the name of the scales of int8 numbers
 LAYER, MODEL = "lstmcore.layer", "lstmcore.language_model"      # their names there
@@ -39,16 +40,18 @@ class Layer(NamedTuple):
 
     directions: one or two dicts of arrays, named and shaped as an LSTM's parameters without their
     `_l0`: weight_ih (4H, I), weight_hh (4H, P), and where there are any bias (4H,),
-    weight_peephole (3, H), weight_hr (P, H); rows ordered i, f, g, o. For an RNN H rows.
+    weight_peephole (3, H), weight_hr (P, H); rows ordered i, f, g, o. For an RNN H rows; for a GRU
+    3H, ordered r, z, n, and with reset_after a bias (4H,), its last b_hn.
     """
 
     name: str
-    kind: str                           # "LSTM" or "RNN"
+    kind: str                           # one of GATES
     directions: list
     nonlinearity: "str | None" = None   # of an RNN
     reverse: bool = False               # its only direction reads from the end
     initial: "tuple | None" = None      # the initial state, where the file fixes one
     last_step: bool = False             # y is the last output only
+    reset_after: "bool | None" = None   # of a GRU, where its biases do not say it
 
     @property
     def hidden_size(self):
@@ -84,7 +87,7 @@ def group(arrays):
 
 
 def is_weight(name):
-    """Whether a parameter of an LSTM, RNN or Stack could be named so."""
+    """Whether a parameter of an LSTM, GRU, RNN or Stack could be named so."""
     match = _TORCH_NAME.fullmatch(name)
     return match is not None and match[3] is not None
 
@@ -106,7 +109,7 @@ def from_torch_names(prefix, cells):
 
 
 def _kind(name, arrays):
-    """LSTM or RNN, told by the number of rows per hidden unit."""
+    """LSTM, GRU or RNN, told by the number of rows per hidden unit."""
     w = arrays.get("weight_hh")
     if w is None or w.ndim != 2:
         raise ValueError(f"{name} must have a matrix weight_hh, got "
@@ -115,15 +118,13 @@ def _kind(name, arrays):
     H = projection.shape[-1] if projection.ndim == 2 else 0
     for kind, rows in GATES.items():
         if H and len(w) == rows * H:
-            if kind == "GRU":
-                raise ValueError(f"{name} is a GRU: lstmcore has LSTM and RNN")
             return kind
-    raise ValueError(f"weight_hh of {name} must have 4H rows (LSTM) or H (RNN) with H = {H}, "
-                     f"got {w.shape}")
+    raise ValueError(f"weight_hh of {name} must have 4H rows (LSTM), 3H (GRU) or H (RNN) with "
+                     f"H = {H}, got {w.shape}")
 
 
 def _weights(name, cell):
-    """One cell's arrays, PyTorch's two biases as the one that they add up to."""
+    """One cell's arrays, PyTorch's two biases as the one that they act as."""
     cell = dict(cell)
     for weight, a in cell.items():
         if isinstance(a, str):
@@ -141,11 +142,24 @@ def _weights(name, cell):
                              f"got {pair[0].dtype} and {pair[1].dtype}")
         if pair[0].dtype.itemsize < 4:          # a sum in float16 would lose what both hold
             pair = [b.astype("float32") for b in pair]
-        cell["bias"] = pair[0] + pair[1]
+        cell["bias"] = one_bias(*pair, cell.get("weight_hh"))
     return cell
 
 
-def checked(layer, nonlinearity):
+def one_bias(bias_ih, bias_hh, weight_hh):
+    """PyTorch's two biases as one: their sum, but for a GRU's b_hn, which the reset gate multiplies."""
+    if not is_gru(weight_hh) or bias_ih.shape != (len(weight_hh),):
+        return bias_ih + bias_hh
+    both = 2 * weight_hh.shape[1]
+    return np.concatenate([bias_ih[:both] + bias_hh[:both], bias_ih[both:], bias_hh[both:]])
+
+
+def is_gru(weight_hh):
+    """Whether it has three rows for each hidden unit, and so is no LSTM's and no RNN's."""
+    return np.ndim(weight_hh) == 2 and len(weight_hh) == 3 * weight_hh.shape[1]
+
+
+def checked(layer, nonlinearity=None, reset_after=None):
     """The layer, its shapes, dtypes and names proven to fit each other."""
     first = layer.directions[0]
     if any(np.ndim(first.get(weight)) != 2 for weight in ("weight_ih", "weight_hh")):
@@ -154,8 +168,12 @@ def checked(layer, nonlinearity):
     rows, (H, P) = GATES[layer.kind], (layer.hidden_size, layer.output_size)
     shapes = {"weight_ih": (rows * H, first["weight_ih"].shape[-1]), "weight_hh": (rows * H, P),
               "bias": (rows * H,), "weight_peephole": (3, H), "weight_hr": (P, H)}
-    if layer.kind == "RNN" and {"weight_peephole", "weight_hr"} & first.keys():
-        raise ValueError(f"{layer.name} has the shape of an RNN and the weights {sorted(first)}")
+    if layer.kind != "LSTM" and {"weight_peephole", "weight_hr"} & first.keys():
+        raise ValueError(f"{layer.name} has the shape of {_A[layer.kind]} and the weights "
+                         f"{sorted(first)}")
+    if layer.kind == "GRU":
+        layer = layer._replace(reset_after=_reset_after(layer, reset_after))
+        shapes["bias"] = ((rows + layer.reset_after) * H,)
     for arrays in layer.directions:
         if arrays.keys() != first.keys():
             raise ValueError(f"the directions of {layer.name} must have the same weights, "
@@ -176,9 +194,25 @@ def checked(layer, nonlinearity):
     return layer._replace(nonlinearity=found)
 
 
+def _reset_after(layer, wanted):
+    """Whether a GRU's reset gate comes after the product: its bias says so, if it has one."""
+    bias = layer.directions[0].get("bias")
+    said = None if bias is None else len(bias) == 4 * layer.hidden_size
+    for value in (layer.reset_after, wanted):
+        if value is None:
+            continue
+        if not isinstance(value, bool):
+            raise ValueError(f"reset_after must be True or False, got {value!r:.40}")
+        if said is not None and value != said:
+            raise ValueError(f"{layer.name} has biases of a GRU with reset_after={said}, and "
+                             f"reset_after={value} is asked for")
+        said = value
+    return True if said is None else said
+
+
 def signature(layer):
     """What layers must have in common to be one LSTM or RNN."""
-    return (layer.kind, layer.hidden_size, layer.output_size, layer.nonlinearity,
+    return (layer.kind, layer.hidden_size, layer.output_size, layer.nonlinearity, layer.reset_after,
             len(layer.directions), tuple(sorted(layer.directions[0])))
 
 
@@ -218,8 +252,8 @@ def outlines(arrays):
 def check(said):
     """ValueError unless a description in a file says what it can say."""
     kinds = {"batch_first": bool, "dropout": (int, float), "p": (int, float), "nonlinearity": str,
-             "compute": str, "bidirectional": bool, "last_step": bool, "reverse": list, "layers": list,
-             "class": str}
+             "compute": str, "bidirectional": bool, "last_step": bool, "reset_after": bool,
+             "reverse": list, "layers": list, "class": str}
     if not isinstance(said, dict) or "class" not in said:
         raise ValueError(f"a description must be an object with a class, got {said!r:.100}")
     for name, value in said.items():
@@ -233,17 +267,17 @@ def check(said):
 
 
 def parts(description, arrays):
-    """The LSTMs and RNNs of a described LSTM, RNN or Stack as (description, [Layer], reverse)."""
+    """The LSTMs, GRUs and RNNs of a described module as (description, [Layer], reverse)."""
     kind = description["class"]
     if kind == "Stack":
         return [(layer, parts(layer, below(f"layers.{n}", arrays))[0][1], reverse)
                 for n, (layer, reverse) in enumerate(zip(description["layers"],
                                                          description["reverse"]))]
     if kind not in GATES:
-        raise TypeError(f"module must be an LSTM, RNN or Stack, got {kind}")
+        raise TypeError(f"module must be an LSTM, GRU, RNN or Stack, got {kind}")
     layers = from_torch_names("", group(arrays)[""])
-    said = description.get("nonlinearity")
-    return [(description, [checked(layer, said) for layer in layers], False)]
+    said = description.get("nonlinearity"), description.get("reset_after")
+    return [(description, [checked(layer, *said) for layer in layers], False)]
 
 
 def below(prefix, arrays):
@@ -253,14 +287,21 @@ def below(prefix, arrays):
 
 
 def torch_names(arrays):
-    """Recurrent layers' parameters as PyTorch names them: two biases, one of zeros."""
+    """Recurrent layers' parameters as PyTorch names them: two biases, one of zeros but for b_hn of a
+    GRU. The one of a GRU without reset_after, which PyTorch does not have, keeps its name."""
     found = {}
     for name, a in arrays.items():
-        if name.rpartition(".")[2].startswith("bias_l") and is_weight(name):
-            head, _, tail = name.rpartition("bias_l")
-            found[f"{head}bias_ih_l{tail}"], found[f"{head}bias_hh_l{tail}"] = a, np.zeros_like(a)
-        else:
+        head, _, tail = name.rpartition("bias_l")
+        w = arrays.get(f"{head}weight_hh_l{tail}")
+        if not name.rpartition(".")[2].startswith("bias_l") or not is_weight(name) \
+                or (is_gru(w) and len(a) == len(w)):
             found[name] = a
+            continue
+        ih, hh = a, np.zeros_like(a)
+        if is_gru(w):
+            ih, hh = a[:len(w)], np.zeros_like(a[:len(w)])
+            hh[-w.shape[1]:] = a[len(w):]
+        found[f"{head}bias_ih_l{tail}"], found[f"{head}bias_hh_l{tail}"] = ih, hh
     return found
 
 

@@ -1,7 +1,8 @@
 """Keras's files: Keras 3 (.keras, .weights.h5) and older HDF5 (.h5), CuDNNLSTM included.
 
 Keras keeps kernel (I, 4H), recurrent_kernel (H, 4H) and bias (4H,) with the gates in the order
-i, f, g, o: our matrices, transposed. Its sequences are (B, T, ·), so layers come with batch_first.
+i, f, g, o: our matrices, transposed. Those of a GRU are in the order z, r, n, and with reset_after it
+has two biases, (2, 3H). Its sequences are (B, T, ·), so layers come with batch_first.
 
     .keras         a zip of config.json, which names the layers, and model.weights.h5
     .weights.h5    layers/lstm/cell/vars/0..2, layers/bidirectional/{forward,backward}_layer/...
@@ -24,8 +25,10 @@ from lstmcore.formats import description, disk, hdf5
 from lstmcore.formats.archive import Archive
 from lstmcore.formats.description import Content
 
-KINDS = {"LSTM": "LSTM", "CuDNNLSTM": "LSTM", "SimpleRNN": "RNN"}
-CELLS = {"LSTMCell": "LSTM", "SimpleRNNCell": "SimpleRNN"}      # of the layer class RNN
+KINDS = {"LSTM": "LSTM", "CuDNNLSTM": "LSTM", "GRU": "GRU", "SimpleRNN": "RNN"}
+CELLS = {"LSTMCell": "LSTM", "GRUCell": "GRU", "SimpleRNNCell": "SimpleRNN"}    # of the layer class RNN
+WRITTEN = {"LSTM": ("LSTM", "lstm"), "GRU": ("GRU", "gru"), "RNN": ("SimpleRNN", "simple_rnn")}
+GRU_ORDER = [1, 0, 2]           # z, r, n as places in r, z, n, and back
 MODELS = "Sequential", "Functional", "Model"
 KERAS = "keras", "tf_keras", "tensorflow"
 NODES = "layers", "_layer_checkpoint_dependencies"              # of Keras 3, and of TensorFlow 2.12
@@ -79,7 +82,7 @@ def content(path):
     others = [f"{name} ({_what(layer)})" for name, layer in layers.items()
               if name not in recurrent and layer.kind not in PASSING]
     like = [name for name in layers if name not in recurrent and _is_recurrent(
-        weights.get(name, [])) and _rows(weights[name]) in (1, 4)]
+        weights.get(name, [])) and _rows(weights[name]) in (1, 3, 4)]
     hint = like and (f"{description.some(like)} has the weights of a recurrent layer, and a class "
                      "that is not Keras's own: save them alone, model.save_weights('x.weights.h5')")
     return Content({}, chains, others, options, hint=hint or "")
@@ -102,7 +105,7 @@ def write_module(path, module):
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         for (_, layer), each in zip(found, values):
-            name = "lstm" if layer.kind == "LSTM" else "simple_rnn"
+            name = WRITTEN[layer.kind][1]
             places = [""]
             if len(layer.directions) == 2:
                 name, places = "bidirectional", ["/forward_layer", "/backward_layer"]
@@ -143,17 +146,36 @@ def arrays(module):
             for cell in layer.directions:
                 if extra := cell.keys() & {"weight_peephole", "weight_hr"}:
                     raise ValueError(f"Keras has no layer with {' and '.join(sorted(extra))}")
+                cell = _for_gru(cell) if layer.kind == "GRU" else cell
                 found[-1] += [cell[weight].T for weight in ("weight_ih", "weight_hh", "bias")
                               if weight in cell]
     return found
 
 
+def _for_gru(cell):
+    """A GRU's arrays in Keras's order, transposed; two biases if its reset gate comes after."""
+    H = cell["weight_hh"].shape[1]
+
+    def ordered(a):
+        return a.reshape(3, H, *a.shape[1:])[GRU_ORDER].reshape(a.shape)
+    found = {weight: ordered(cell[weight]) for weight in ("weight_ih", "weight_hh")}
+    if "bias" in cell:
+        bias, b_hn = np.split(cell["bias"], [3 * H])
+        found["bias"] = ordered(bias)
+        if b_hn.size:
+            hidden = np.concatenate([np.zeros(2 * H, b_hn.dtype), b_hn])
+            found["bias"] = np.stack([found["bias"], hidden], axis=1)
+    return found
+
+
 def _entry(name, layer):
-    """One layer of an LSTM or RNN in the configuration of a Sequential model."""
+    """One layer of an LSTM, GRU or RNN in the configuration of a Sequential model."""
     config = {"name": name, "return_sequences": True}
     if layer.kind == "RNN":
         config["activation"] = layer.nonlinearity
-    entry = {"class_name": "LSTM" if layer.kind == "LSTM" else "SimpleRNN", "config": config}
+    if layer.kind == "GRU":
+        config["reset_after"] = layer.reset_after
+    entry = {"class_name": WRITTEN[layer.kind][0], "config": config}
     if len(layer.directions) == 2:
         return {"class_name": "Bidirectional", "config": {"name": name, "layer": entry}}
     return entry
@@ -380,7 +402,7 @@ def _from_config(path, name, layer, weights):
     backwards = last_step and wrapper is None and config.get("go_backwards") is True
     # Of the last step alone, the order that Keras gives a sequence read backwards is no matter.
     wanted = {"go_backwards": [False, True] if backwards else [False], "time_major": [False]}
-    if inner["class_name"] == "LSTM":
+    if inner["class_name"] in ("LSTM", "GRU"):
         wanted.update(activation=["tanh"], recurrent_activation=["sigmoid"])
     elif inner["class_name"] == "SimpleRNN":
         wanted.update(activation=["tanh", "relu"])
@@ -410,18 +432,21 @@ def _unsaid(path, name, weights, version, activation=None, recurrent_activation=
     (made,) = _layer(name, weights, None)
     for key, value, known in (("activation", activation, "tanh"),
                               ("recurrent_activation", recurrent_activation, "sigmoid")):
-        if made.kind == "LSTM" and value not in (None, known):
+        if made.kind != "RNN" and value not in (None, known):
             raise ValueError(f"{name}: {key}={value!r:.40} is asked for, lstmcore has {known!r}")
-    if made.kind == "LSTM" and recurrent_activation is None:
+    if made.kind != "RNN" and recurrent_activation is None:
         old = version and [int(n) for n in re.findall(r"\d+", version)[:2]] < [2, 3]
         if old:
             raise ValueError(
-                f"{path} was written by Keras {version:.20}, whose LSTM had recurrent_activation "
+                f"{path} was written by Keras {version:.20}, whose {made.kind} had recurrent_activation "
                 f"hard_sigmoid unless told otherwise, and does not say which {name} had: lstmcore "
                 "has sigmoid; if it was that, give recurrent_activation='sigmoid'")
         warnings.warn(f"{path} holds weights alone and does not say what {name} was: taken are "
                       "activation='tanh', recurrent_activation='sigmoid' and go_backwards=False; "
                       "recurrent_activation='sigmoid' says that they are right", stacklevel=4)
+    if made.kind == "GRU" and "bias" not in made.directions[0]:
+        warnings.warn(f"{path} holds weights alone and {name} has no biases, which would say whether "
+                      "it has reset_after: taken is True, unless reset_after= is given", stacklevel=4)
     return [made._replace(nonlinearity=activation)] if made.kind == "RNN" and activation else [made]
 
 
@@ -446,15 +471,21 @@ def _layer(name, directions, inner):
                          f"{[[np.shape(a) for a in d] for d in directions]}")
     cudnn = bool(inner) and inner["class_name"] == "CuDNNLSTM"
     rows = _rows(directions)
-    kind = KINDS[inner["class_name"]] if inner else {4: "LSTM", 1: "RNN"}.get(rows)
-    if kind is None or rows != description.GATES[kind]:
-        raise ValueError(f"{name} has {rows} gates: lstmcore has LSTM (4) and SimpleRNN (1)")
-    nonlinearity = None
+    kind = KINDS[inner["class_name"]] if inner else {4: "LSTM", 3: "GRU", 1: "RNN"}[rows]
+    if rows != description.GATES[kind]:
+        raise ValueError(f"{name} is of the class {inner['class_name']} and has {rows} gates")
+    nonlinearity = reset_after = None
     if kind == "RNN" and inner:
         nonlinearity = inner["config"].get("activation", "tanh")
         nonlinearity = nonlinearity["config"] if isinstance(nonlinearity, dict) else nonlinearity
-    cells = [(_from_cudnn if cudnn else _from_keras)(*arrays) for arrays in directions]
-    return [description.Layer(name, kind, cells, nonlinearity)]
+    if kind == "GRU" and inner:
+        reset_after = inner["config"].get("reset_after", False)     # Keras before 2.2 has no such word
+        if not isinstance(reset_after, bool):
+            raise ValueError(f"{name} asks for reset_after={reset_after!r:.100}, lstmcore has "
+                             "[True, False]")
+    read = _from_cudnn if cudnn else _from_gru if kind == "GRU" else _from_keras
+    cells = [read(*arrays) for arrays in directions]
+    return [description.Layer(name, kind, cells, nonlinearity, reset_after=reset_after)]
 
 
 def _rows(directions):
@@ -465,6 +496,23 @@ def _rows(directions):
 def _from_keras(kernel, recurrent, bias=None):
     found = {"weight_ih": kernel.T, "weight_hh": recurrent.T}
     return found if bias is None else {**found, "bias": bias}
+
+
+def _from_gru(kernel, recurrent, bias=None):
+    """As `_from_keras`, of z, r, n; with reset_after the bias is (2, 3H): of the kernel and of the
+    recurrent kernel."""
+    H = len(recurrent)
+
+    def ordered(a):
+        if len(a) != 3 * H:
+            raise ValueError(f"a GRU's bias must be (3H,) or (2, 3H) with H = {H}, got {bias.shape}")
+        return a.reshape(3, H, *a.shape[1:])[GRU_ORDER].reshape(a.shape)
+    found = {"weight_ih": ordered(kernel.T), "weight_hh": ordered(recurrent.T)}
+    if bias is not None and bias.ndim == 2 and len(bias) == 2:
+        found["bias"] = description.one_bias(*map(ordered, bias), found["weight_hh"])
+    elif bias is not None:
+        found["bias"] = ordered(bias)
+    return found
 
 
 def _from_cudnn(kernel, recurrent, bias=np.zeros(0)):

@@ -1,4 +1,4 @@
-"""ONNX graphs: their LSTM and RNN nodes as layers. Needs the package onnx.
+"""ONNX graphs: their LSTM, GRU and RNN nodes as layers. Needs the package onnx.
 
 Between stacked layers a graph squeezes, transposes and reshapes Y. That plumbing is not matched
 against patterns: it is run, on cells that are numbered, and two nodes are stacked if the second one
@@ -26,7 +26,7 @@ import onnx.backend.base  # onnx_export has said what to do if it is not there
 
 _PROBE_T, _PROBE_B = 5, 3           # sizes of the numbered cells where the graph leaves them open
 INTEGERS = onnx.TensorProto.INT32, onnx.TensorProto.INT64
-_NAMED = ("GRU", "Loop", "If")
+_NAMED = ("Loop", "If")
 
 
 def read_arrays(path):
@@ -53,7 +53,7 @@ def content(path):
         hint = ("it computes a recurrence in a Scan, which is read only from a whole file as "
                 "lstmcore wrote it: without name=, and not changed since")
     elif odd := [op for op in others if op.rpartition(".")[2] in _NAMED]:
-        hint = f"lstmcore reads LSTM and RNN, not {', '.join(odd)}"
+        hint = f"lstmcore reads LSTM, GRU and RNN, not {', '.join(odd)}"
     elif "MatMul" in others or "Gemm" in others:
         hint = probe.repeated() + (
             "an exporter may have written a recurrence out, step by step: torch.onnx.export with "
@@ -353,7 +353,7 @@ def _fill_of(node, arguments):
 
 
 class Backend(onnx.backend.base.Backend):
-    """onnx.backend: runs models of LSTM and RNN nodes, `prepare(model).run(inputs)`."""
+    """onnx.backend: runs models of LSTM, GRU and RNN nodes, `prepare(model).run(inputs)`."""
 
     @classmethod
     def prepare(cls, model, device="CPU", **kwargs):

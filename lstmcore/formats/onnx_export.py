@@ -1,6 +1,6 @@
 """Modules as ONNX graphs that onnxruntime runs. Needs the package onnx.
 
-Each recurrent layer is one LSTM or RNN node, its Y brought to (T, B, D·H). What such a node cannot
+Each recurrent layer is one LSTM, GRU or RNN node, its Y brought to (T, B, D·H). What such a node cannot
 say, a projection, or what onnxruntime does not run in it, float64, is written as a Scan over the
 cell's own equations. T and B stay open. Layout 0 always: onnxruntime refuses 1.
 
@@ -30,8 +30,8 @@ except ImportError:
     raise ImportError("ONNX files need the package onnx: pip install 'lstmcore[onnx]'") from None
 
 OPSET, IR_VERSION = 17, 8           # of 2022: what every onnxruntime since 1.12 reads
-ORDER = {"LSTM": [0, 3, 1, 2], "RNN": [0]}              # ONNX's gates, as places in ours
-RECURRENT = "LSTM", "RNN", "Stack"
+ORDER = {"LSTM": [0, 3, 1, 2], "GRU": [1, 0, 2], "RNN": [0]}    # ONNX's gates, as places in ours
+RECURRENT = "LSTM", "GRU", "RNN", "Stack"
 POINTWISE = {"Tanh": "Tanh", "Sigmoid": "Sigmoid", "ReLU": "Relu", "Dropout": "Identity"}
 POOLS = "LastStep", "MeanOverTime", "MaxOverTime"
 
@@ -184,7 +184,7 @@ class _Known(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """One LSTM or RNN of all its layers."""
+    """One LSTM, GRU or RNN of all its layers."""
 
     layers: list                # of description.Layer
     reverse: bool
@@ -201,6 +201,12 @@ class _Part(NamedTuple):
     @property
     def directions(self):
         return len(self.cells[0])
+
+    @property
+    def option(self):
+        """The nonlinearity of an RNN; whether the reset gate of a GRU comes after the product."""
+        layer = self.layers[0]
+        return layer.reset_after if layer.kind == "GRU" else layer.nonlinearity
 
     @property
     def widths(self):
@@ -290,7 +296,7 @@ def _pool(graph, x, step):
 
 
 def _recurrent(graph, x, step, parts, arrays, state, suffixes):
-    """An LSTM, RNN or Stack: its y. Its final states become outputs of the graph."""
+    """An LSTM, GRU, RNN or Stack: its y. Its final states become outputs of the graph."""
     said, name = step.said, x.name
     if step.embedding is not None:
         name = graph.add("Gather", graph.constant(arrays[f"{step.embedding}.weight"],
@@ -314,7 +320,7 @@ def _recurrent(graph, x, step, parts, arrays, state, suffixes):
 
 
 def _part(graph, x, part, state, suffix):
-    """One LSTM or RNN of all its layers: its y, and the h (D, B, P) that its last layer ends with.
+    """One LSTM, GRU or RNN of all its layers: its y, and the h (D, B, P) that its last layer ends with.
 
     Its final states become outputs of the graph.
     """
@@ -331,7 +337,7 @@ def _part(graph, x, part, state, suffix):
                    for s in given]
         run = _node if plain and "weight_hr" not in cells[0] else _scans
         x, *last = run(graph, kind, x, cells, initial, part.reverse,
-                       part.layers[0].nonlinearity, f"{part.place}{{}}l{n}")
+                       part.option, f"{part.place}{{}}l{n}")
         if initial and graph.lengths:       # onnxruntime forgets the state of an empty sequence
             empty = graph.add("Unsqueeze", graph.add(
                 "Equal", "lengths", graph.constant(np.zeros(1, "int32"))), graph.ints(1))
@@ -343,29 +349,34 @@ def _part(graph, x, part, state, suffix):
     return x, last[0]
 
 
-def _node(graph, kind, x, cells, initial, reverse, nonlinearity, name):
-    """One layer as one LSTM or RNN node -> y (T, B, D·H), and the final states (D, B, H).
+def _node(graph, kind, x, cells, initial, reverse, option, name):
+    """One layer as one LSTM, GRU or RNN node -> y (T, B, D·H), and the final states (D, B, H).
 
     name : of the layer; with "weight_ih_" in the place of its {}, of a parameter.
     """
     order, D = ORDER[kind], len(cells)
     H = cells[0]["weight_hh"].shape[1]
 
-    def gates(weight):
-        blocks = np.stack([cell[weight] for cell in cells]).reshape(D, len(order), H, -1)
+    def gates(weight, most=None):
+        blocks = np.stack([cell[weight][:most] for cell in cells]).reshape(D, len(order), H, -1)
         return blocks[:, order].reshape(D, len(order) * H, -1)
 
     inputs = [x, graph.constant(gates("weight_ih")), graph.constant(gates("weight_hh")), "",
               "lengths" if graph.lengths else "", *initial] + [""] * (2 - len(initial))
     if "bias" in cells[0]:
-        b = gates("bias")[:, :, 0]
-        inputs[3] = graph.constant(np.concatenate([b, np.zeros_like(b)], axis=1))
+        b = gates("bias", len(order) * H)[:, :, 0]
+        second = np.zeros_like(b)
+        if kind == "GRU" and option:                    # b_hn, which the reset gate multiplies
+            second[:, -H:] = [cell["bias"][-H:] for cell in cells]
+        inputs[3] = graph.constant(np.concatenate([b, second], axis=1))
     if "weight_peephole" in cells[0]:
         inputs.append(graph.constant(np.stack([cell["weight_peephole"][[0, 2, 1]].ravel()
                                                for cell in cells])))
     while not inputs[-1]:
         inputs.pop()
-    options = {} if nonlinearity in (None, "tanh") else {"activations": ["Relu"] * D}
+    options = {"activations": ["Relu"] * D} if option == "relu" else {}
+    if kind == "GRU" and option:
+        options["linear_before_reset"] = 1
     direction = "bidirectional" if D == 2 else "reverse" if reverse else "forward"
     y, *last = graph.add(kind, *inputs, outputs=3 if kind == "LSTM" else 2, hidden_size=H,
                          direction=direction, name=name.format(""), **options)
@@ -373,7 +384,7 @@ def _node(graph, kind, x, cells, initial, reverse, nonlinearity, name):
     return graph.add("Reshape", y, graph.ints(0, 0, D * H)), *last
 
 
-def _scans(graph, kind, x, cells, initial, reverse, nonlinearity, name):
+def _scans(graph, kind, x, cells, initial, reverse, option, name):
     """One layer as a Scan per direction, like `_node`."""
     found = []
     for d, cell in enumerate(cells):
@@ -382,7 +393,7 @@ def _scans(graph, kind, x, cells, initial, reverse, nonlinearity, name):
                                           name.format(weight + "_") + ("", "_reverse")[d])
                    for weight, a in cell.items()}
         y, *last = _scan(graph, kind, x, weights, cell["weight_hh"], first, reverse or d == 1,
-                         nonlinearity)
+                         option)
         found.append([y] + [graph.add("Unsqueeze", s, graph.ints(0)) for s in last])
     y, *last = zip(*found)
     if len(cells) == 1:
@@ -390,7 +401,7 @@ def _scans(graph, kind, x, cells, initial, reverse, nonlinearity, name):
     return graph.add("Concat", *y, axis=2), *(graph.add("Concat", *s, axis=0) for s in last)
 
 
-def _scan(graph, kind, x, weights, weight_hh, initial, reverse, nonlinearity):
+def _scan(graph, kind, x, weights, weight_hh, initial, reverse, option):
     """One layer in one direction: y (T, B, P), h_n (B, P), and c_n (B, H) of an LSTM.
 
     weights : the names of the constants that hold them, matrices transposed.
@@ -403,8 +414,11 @@ def _scan(graph, kind, x, weights, weight_hh, initial, reverse, nonlinearity):
                              graph.add("Concat", B, graph.ints(width), axis=0))
                    for width in (P, H)[:len(letters)]]
     a = graph.add("MatMul", x, weights["weight_ih"])
-    if "bias" in weights:
-        a = graph.add("Add", a, weights["bias"])
+    bias = weights.get("bias")
+    if kind == "GRU" and option and bias:               # (4H,): its last, b_hn, is added in the step
+        bias, weights["b_hn"] = graph.add("Split", bias, graph.ints(3 * H, H), outputs=2, axis=0)
+    if bias:
+        a = graph.add("Add", a, bias)
     scanned = [a]
     if graph.lengths:
         T = graph.add("Squeeze", graph.add("Cast", graph.add("Shape", x, start=0, end=1),
@@ -413,9 +427,12 @@ def _scan(graph, kind, x, weights, weight_hh, initial, reverse, nonlinearity):
         scanned.append(graph.add("Range", zero, T, one))
     body = graph.inner()
     previous, steps = [f"{letter}_prev" for letter in letters], ["a", "t"][:len(scanned)]
-    step = _lstm_step if kind == "LSTM" else _rnn_step
-    rec = body.add("MatMul", "h_prev", weights["weight_hh"])
-    new = step(body, graph, body.add("Add", "a", rec), weights, H, nonlinearity)
+    if kind == "GRU":
+        new = _gru_step(body, graph, weights, H, option)
+    else:
+        step = _lstm_step if kind == "LSTM" else _rnn_step
+        rec = body.add("MatMul", "h_prev", weights["weight_hh"])
+        new = step(body, graph, body.add("Add", "a", rec), weights, H, option)
     y = new[0]
     if graph.lengths:
         alive = body.add("Unsqueeze", body.add("Less", "t", "lengths"), graph.ints(1))
@@ -452,6 +469,22 @@ def _lstm_step(body, graph, a, weights, H, nonlinearity):
     if "weight_hr" in weights:
         h = body.add("MatMul", h, weights["weight_hr"])
     return [h, c]
+
+
+def _gru_step(body, graph, weights, H, reset_after):
+    """h_t from a_t, what x feeds, and h_{t-1}."""
+    W_hrz, W_hn = graph.add("Split", weights["weight_hh"], graph.ints(2 * H, H), outputs=2, axis=1)
+    a_rz, a_n = body.add("Split", "a", graph.ints(2 * H, H), outputs=2, axis=1)
+    rz = body.add("Sigmoid", body.add("Add", a_rz, body.add("MatMul", "h_prev", W_hrz)))
+    r, z = body.add("Split", rz, graph.ints(H, H), outputs=2, axis=1)
+    if reset_after:
+        q = body.add("MatMul", "h_prev", W_hn)
+        q = body.add("Add", q, weights["b_hn"]) if "b_hn" in weights else q
+        q = body.add("Mul", r, q)
+    else:
+        q = body.add("MatMul", body.add("Mul", r, "h_prev"), W_hn)
+    n = body.add("Tanh", body.add("Add", a_n, q))
+    return [body.add("Add", n, body.add("Mul", z, body.add("Sub", "h_prev", n)))]
 
 
 def _rnn_step(body, graph, a, weights, H, nonlinearity):

@@ -26,8 +26,8 @@ except ImportError:
 
 from lstmcore.formats.onnx_operators import DTYPES, PLUMBING, SHAPES, plumb, string
 
-GATES = {"LSTM": [0, 2, 3, 1], "RNN": [0]}              # ours, as places in ONNX's order
-DEFAULTS = {"LSTM": ["sigmoid", "tanh", "tanh"], "RNN": ["tanh"]}
+GATES = {"LSTM": [0, 2, 3, 1], "GRU": [1, 0, 2], "RNN": [0]}    # ours, as places in ONNX's order
+DEFAULTS = {"LSTM": ["sigmoid", "tanh", "tanh"], "GRU": ["sigmoid", "tanh"], "RNN": ["tanh"]}
 QUANTIZED = "com.microsoft.DynamicQuantizeLSTM"
 _FIELDS = {TensorProto.FLOAT: "float_data", TensorProto.DOUBLE: "double_data",
            TensorProto.INT64: "int64_data", TensorProto.UINT32: "uint64_data",
@@ -35,7 +35,7 @@ _FIELDS = {TensorProto.FLOAT: "float_data", TensorProto.DOUBLE: "double_data",
 
 
 class Graph:
-    """An ONNX graph of LSTM, RNN and plumbing, computed by lstmcore's kernels.
+    """An ONNX graph of LSTM, GRU, RNN and plumbing, computed by lstmcore's kernels.
 
     Parameters
     ----------
@@ -290,7 +290,7 @@ def _attribute(a, external):
 
 
 def _options(node):
-    """The attributes of a recurrent node: (directions, reverse, layout, nonlinearity).
+    """The attributes of a recurrent node: (directions, reverse, layout, nonlinearity, reset_after).
 
     What lstmcore does not compute is refused by its name.
     """
@@ -309,18 +309,22 @@ def _options(node):
     allowed = [DEFAULTS[node.op] * D] + ([["relu"] * D] if node.op == "RNN" else [])
     if wanted not in allowed:
         raise ValueError(f"{node.name} asks for activations={wanted}, lstmcore has {allowed}")
-    layout = a.pop("layout", 0)
+    layout, reset_after = a.pop("layout", 0), None
+    if node.op == "GRU":
+        reset_after = a.pop("linear_before_reset", 0) != 0
     a.pop("hidden_size", None), a.pop("output_sequence", None)
     if a or layout not in (0, 1):
         raise ValueError(f"{node.name} asks for {a or {'layout': layout}}, which lstmcore does not "
                          "have")
-    return D, direction == "reverse", layout, wanted[0] if node.op == "RNN" else None
+    return (D, direction == "reverse", layout, wanted[0] if node.op == "RNN" else None,
+            reset_after)
 
 
 def layer_of(node, W, R, B=None, P=None):
     """A recurrent node's weights as a `Layer`, checked against each other."""
-    D, reverse, _, nonlinearity = _options(node)
-    n = 4 if node.op == "LSTM" else 1
+    D, reverse, _, nonlinearity, reset_after = _options(node)
+    order = GATES[node.op]
+    n = len(order)
     for name, a in (("W", W), ("R", R)):
         if a is None or a.ndim != 3 or a.shape[0] != D or a.dtype.kind != "f":
             raise ValueError(f"{name} of {node.name} must be floats ({D}, {n}H, ·), got "
@@ -334,17 +338,19 @@ def layer_of(node, W, R, B=None, P=None):
         if a is not None and (a.shape != shape or a.dtype.kind != "f"):
             raise ValueError(f"{name} of {node.name} must be floats {shape}, "
                              f"got {a.dtype} {a.shape}")
-    order = GATES[node.op]
     directions = []
     for d in range(D):
         cell = {"weight_ih": W[d].reshape(n, H, -1)[order].reshape(W[d].shape),
                 "weight_hh": R[d].reshape(n, H, H)[order].reshape(R[d].shape)}
         if B is not None:
-            cell["bias"] = B[d].reshape(2, n, H)[:, order].sum(axis=0).reshape(n * H)
+            pair = B[d].reshape(2, n, H)[:, order].reshape(2, n * H)
+            cell["bias"] = description.one_bias(*pair, cell["weight_hh"]) if reset_after \
+                else pair.sum(axis=0)
         if P is not None:
             cell["weight_peephole"] = P[d].reshape(3, H)[[0, 2, 1]]
         directions.append(cell)
-    return description.Layer(node.name, node.op, directions, nonlinearity, reverse)
+    return description.Layer(node.name, node.op, directions, nonlinearity, reverse,
+                             reset_after=reset_after)
 
 
 def dequantized(node, q, scale, zero):
@@ -365,15 +371,15 @@ def _run_recurrent(node, budget, X=None, W=None, R=None, B=None, sequence_lens=N
     """Y, Y_h and, of an LSTM, Y_c, as ONNX lays them out."""
     from lstmcore import functional         # the reader alone needs no kernels
 
-    layer, (_, reverse, layout, _) = layer_of(node, W, R, B, P), _options(node)
+    layer, (_, reverse, layout, *_) = layer_of(node, W, R, B, P), _options(node)
     if X is None or X.ndim != 3 or X.dtype not in (np.float32, np.float64):
         raise ValueError(f"X of {node.name} must be float32 or float64 and have 3 axes")
     states = [None if s is None else np.moveaxis(s, 1, 0) if layout and s.ndim == 3 else s
               for s in (initial_h, initial_c)]
     x = X.swapaxes(0, 1) if layout else X
     D, H = len(layer.directions), layer.hidden_size
-    if node.op == "RNN" and (initial_c is not None or P is not None):
-        raise ValueError(f"{node.name} is an RNN and has an initial_c or P")
+    if node.op != "LSTM" and (initial_c is not None or P is not None):
+        raise ValueError(f"{node.name} is no LSTM ({node.op}) and has an initial_c or P")
     for name, s in zip(("initial_h", "initial_c"), states):
         if s is not None and s.shape != (D, x.shape[1], H):
             raise ValueError(f"{name} of {node.name} must be {(D, x.shape[1], H)}, got {s.shape}")
@@ -388,9 +394,10 @@ def _run_recurrent(node, budget, X=None, W=None, R=None, B=None, sequence_lens=N
         if layer.kind == "LSTM":
             y, last, _ = functional.lstm_forward(*weights, c0, **common,
                                                  peepholes=cell.get("weight_peephole"))
+        elif layer.kind == "GRU":
+            y, *last, _ = functional.gru_forward(*weights, reset_after=layer.reset_after, **common)
         else:
-            y, last, _ = functional.rnn_forward(*weights, nonlinearity=layer.nonlinearity, **common)
-            last = (last,)
+            y, *last, _ = functional.rnn_forward(*weights, nonlinearity=layer.nonlinearity, **common)
         if lengths is not None:
             last = [np.where(lengths[:, None] > 0, s, 0).astype(s.dtype) for s in last]
         results.append((y, *last))

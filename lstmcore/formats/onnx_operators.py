@@ -25,7 +25,7 @@ DTYPES = {TensorProto.FLOAT: "f4", TensorProto.DOUBLE: "f8", TensorProto.FLOAT16
 def plumb(node, arguments, budget):
     """The outputs of a node that only moves numbers, or computes shapes."""
     if node.op not in PLUMBING:
-        raise ValueError(f"{node.name} is the operation {node.op}; run here are LSTM, RNN, "
+        raise ValueError(f"{node.name} is the operation {node.op}; run here are LSTM, GRU, RNN, "
                          f"{', '.join(PLUMBING)}")
     try:
         with np.errstate(all="ignore"):

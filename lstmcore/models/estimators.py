@@ -14,7 +14,7 @@ import numpy as np
 
 from lstmcore import checks, optim
 from lstmcore._types import Array, ArrayLike, Cell, Compute, Floats, Init, Lengths, Precision
-from lstmcore.layers import (LSTM, RNN, Dropout, Embedding, LastStep, Linear, MaxOverTime,
+from lstmcore.layers import (GRU, LSTM, RNN, Dropout, Embedding, LastStep, Linear, MaxOverTime,
                              MeanOverTime, Sequential)
 from lstmcore.losses import mse_loss, softmax_cross_entropy
 from lstmcore.models import sequences
@@ -41,7 +41,8 @@ PARAMETERS = """
     Parameters
     ----------
     hidden_size, num_layers, cell, bidirectional, peepholes, forget_bias, init
-        The recurrent layers, as in `lstmcore.LSTM`; cell="rnn" takes a vanilla `lstmcore.RNN`.
+        The recurrent layers, as in `lstmcore.LSTM`; cell="gru" takes a
+        `lstmcore.GRU`, "rnn" a vanilla `lstmcore.RNN`.
     pooling : "last" | "mean" | "max"
         What of the hidden states is read out: the last, or the mean or maximum over all steps.
     dropout : probability, on embedded tokens, between layers, and before the read-out
@@ -76,7 +77,7 @@ PARAMETERS = """
 class Network(Module):
     """Tokens or channels -> recurrent layers -> one vector per sequence -> outputs."""
 
-    def __init__(self, recurrent: LSTM | RNN, pool: Any, head: Linear, dropout: list[Any],
+    def __init__(self, recurrent: LSTM | GRU | RNN, pool: Any, head: Linear, dropout: list[Any],
                  embed: Embedding | None = None) -> None:
         self.embed, self.recurrent, self.pool, self.head = embed, recurrent, pool, head
         self.before, self.after = dropout
@@ -194,7 +195,7 @@ class _SequenceEstimator(BaseEstimator):
         return self
 
     def _check_parameters(self):
-        for name, allowed in dict(cell=("lstm", "rnn"), pooling=("last", "mean", "max"),
+        for name, allowed in dict(cell=("lstm", "gru", "rnn"), pooling=("last", "mean", "max"),
                                   optimizer=tuple(OPTIMIZERS),
                                   schedule=("constant", "cosine")).items():
             if getattr(self, name) not in allowed:
@@ -211,8 +212,8 @@ class _SequenceEstimator(BaseEstimator):
         if not 0 <= self.validation_fraction < 1:
             raise ValueError("validation_fraction must be at least 0 and below 1, "
                              f"got {self.validation_fraction}")
-        if self.cell == "rnn" and self.peepholes:
-            raise ValueError("peepholes are an LSTM's: with cell='rnn' they must be False")
+        if self.cell != "lstm" and self.peepholes:
+            raise ValueError(f"peepholes are an LSTM's: with cell={self.cell!r} they must be False")
         if self.dtype not in (None, "float32", "float64"):
             raise ValueError(f"dtype must be 'float32', 'float64' or None, got {self.dtype!r}")
         if self.compute not in (None, self.dtype or "float32", "bfloat16"):
@@ -286,7 +287,7 @@ class _SequenceEstimator(BaseEstimator):
             recurrent = LSTM(width, self.hidden_size, peepholes=self.peepholes,
                              forget_bias=self.forget_bias, **options)
         else:
-            recurrent = RNN(width, self.hidden_size, **options)
+            recurrent = (GRU if self.cell == "gru" else RNN)(width, self.hidden_size, **options)
         recurrent.n_threads = self.n_threads
         pool = {"mean": MeanOverTime, "max": MaxOverTime}.get(self.pooling)
         self.network_ = Network(

@@ -19,7 +19,7 @@ import numpy as np
 from lstmcore import checks, formats
 from lstmcore._types import Array, Cell, Compute, Dtype, Floats, Ints, Path, Precision
 from lstmcore.formats import description, disk, safetensors
-from lstmcore.layers import LSTM, RNN, Dropout, Embedding, Linear
+from lstmcore.layers import GRU, LSTM, RNN, Dropout, Embedding, Linear
 from lstmcore.losses import linear_cross_entropy
 from lstmcore.models import generation, text
 from lstmcore.models.training import Budget, Settings, Trainer, total_nats
@@ -41,7 +41,7 @@ class Evaluation(NamedTuple):
 
 
 KEY, RUN = description.MODEL, "lstmcore.training"
-CELLS = ("lstm", "rnn")
+CELLS = ("lstm", "gru", "rnn")
 
 
 class Network(Module):
@@ -60,7 +60,8 @@ class Network(Module):
             self.recurrent = LSTM(inputs, hidden_size, num_layers, dropout=dropout,
                                   peepholes=peepholes, **common)
         else:
-            self.recurrent = RNN(inputs, hidden_size, num_layers, dropout=dropout, **common)
+            layer = GRU if cell == "gru" else RNN
+            self.recurrent = layer(inputs, hidden_size, num_layers, dropout=dropout, **common)
         self.dropout = Dropout(dropout, seed=rng) if dropout else None
         self.head = Linear(hidden_size, V, **common)
 
@@ -111,7 +112,7 @@ class LanguageModel:
     Parameters
     ----------
     level : "char", "byte", or "word" for languages that put spaces between words
-    cell : "lstm" or "rnn"
+    cell : "lstm", "gru" or "rnn"
     hidden_size, num_layers : of the recurrent layers
     embed_size : width of the table of tokens, by default 64, and 128 for words; 0 for one-hot rows,
         which learn slower (on Python's documentation 2.40 nats after an epoch, not 1.73)
@@ -396,7 +397,7 @@ class LanguageModel:
 
     def _check_sizes(self, weights):
         """The sizes that a file claims are those of its weights, before they take memory."""
-        V, rows = len(self.vocabulary), {"lstm": 4, "rnn": 1}[self.cell] * self.hidden_size
+        V, rows = len(self.vocabulary), {"lstm": 4, "gru": 3, "rnn": 1}[self.cell] * self.hidden_size
         shapes = {"head.weight": (V, self.hidden_size)}
         if self.embed_size:
             shapes["embedding.weight"] = V, self.embed_size

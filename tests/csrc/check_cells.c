@@ -20,7 +20,7 @@ typedef struct {
 
 typedef struct {
     const char *name;
-    int gates, apart, keeps_gates, has_c, reads_h, has_peepholes, has_output;
+    int gates, apart, later, keeps_gates, has_c, reads_h, has_peepholes, has_output;
     void (*forward)(unit *u);
     void (*backward)(unit *u);
 } equations;
@@ -69,11 +69,26 @@ static void gru_backward(unit *u) {
     u->dh *= z;
 }
 
+/* Of a cell with a later product these are the first of its two steps, whose h is m; see check_later. */
+static void gru_before_forward(unit *u) {
+    u->gates[0] = sigmoid(u->a[0]), u->gates[1] = sigmoid(u->a[1]), u->gates[2] = u->a[2];
+    u->h = u->gates[0] * u->h_prev;
+}
+
+static void gru_before_backward(unit *u) {
+    double r = u->gates[0], z = u->gates[1], n = u->gates[2];
+    u->a[0] = r;
+    u->a[1] = u->dh * (u->h_prev - n) * z * (1 - z);
+    u->a[2] = u->dh * (1 - z) * (1 - n * n);
+    u->dh *= z;
+}
+
 static const equations known[] = {
-    {"lstm", 4, 0, 1, 1, 0, 1, 1, lstm_forward, lstm_backward},
-    {"tanh", 1, 0, 0, 0, 0, 0, 0, tanh_forward, tanh_backward},
-    {"relu", 1, 0, 0, 0, 0, 0, 0, relu_forward, relu_backward},
-    {"gru", 4, 1, 1, 0, 1, 0, 0, gru_forward, gru_backward},
+    {"lstm", 4, 0, 0, 1, 1, 0, 1, 1, lstm_forward, lstm_backward},
+    {"tanh", 1, 0, 0, 0, 0, 0, 0, 0, tanh_forward, tanh_backward},
+    {"relu", 1, 0, 0, 0, 0, 0, 0, 0, relu_forward, relu_backward},
+    {"gru", 4, 1, 0, 1, 0, 1, 0, 0, gru_forward, gru_backward},
+    {"gru_before", 3, 0, 1, 1, 0, 1, 0, 0, gru_before_forward, gru_before_backward},
 };
 enum { N_KNOWN = sizeof known / sizeof known[0] };
 
@@ -96,6 +111,7 @@ typedef struct {
 } forward_problem;
 
 static int fed(const lstm_cell *cell) { return cell->gates - cell->apart; }
+static int heard(const lstm_cell *cell) { return fed(cell) - cell->later; }
 
 /* What a step writes: the gates, c and h; backward da, dc and dh in their place. */
 typedef struct {
@@ -127,7 +143,7 @@ static void step(const forward_problem *f, int how, ptrdiff_t r0, ptrdiff_t r1, 
                  ptrdiff_t j1, states *out) {
     const lstm_cell *cell = f->cell;
     packed ih = pack(fed(cell), how & FUSED ? f->I : 0, f->H, j0, j1, &f->W_ih, 1, f->I);
-    packed hh = pack(fed(cell), f->K, f->H, j0, j1, &f->W_hh, 1, f->K);
+    packed hh = pack(heard(cell), f->K, f->H, j0, j1, &f->W_hh, 1, f->K);
     lstm_weights w = {how & FUSED ? f->I : 0, f->K, f->H, ih.panels, hh.panels,
                       f->with_bias ? f->bias.row[0] : NULL,
                       f->with_peepholes ? f->peepholes.row[0] : NULL};
@@ -142,7 +158,8 @@ static void step(const forward_problem *f, int how, ptrdiff_t r0, ptrdiff_t r1, 
             .gates = how & FUSED && !cell->keeps_gates ? NULL
                      : how & H_IN_PLACE ? out->h.row[r] : out->gates.row[r],
             .c = cell->has_c ? out->c.row[r] : NULL,
-            .h = out->h.row[r]};
+            .h = cell->later ? NULL : out->h.row[r],
+            .m = cell->later ? out->h.row[r] : NULL};
     cell->step(&w, !!(how & DESCENDING), r1 - r0, j0, j1, rows);
     free_lowered(&f->x, x), free_lowered(&f->h_prev, h);
     free(rows), free(ih.panels), free(hh.panels);
@@ -162,7 +179,7 @@ static void plain_step(const forward_problem *f, const equations *e, int how, pt
                                      : get(how & H_IN_PLACE ? &before->h : &before->gates, r, m);
                 for (ptrdiff_t q = 0; how & FUSED && v < e->gates - e->apart && q < f->I; q++)
                     u.a[v] += get(&f->x, r, q) * get(&f->W_ih, 0, m * f->I + q);
-                for (ptrdiff_t q = 0; v >= e->apart && q < f->K; q++)
+                for (ptrdiff_t q = 0; v >= e->apart && v < e->gates - e->later && q < f->K; q++)
                     u.a[v] += get(&f->h_prev, r, q) * get(&f->W_hh, 0, m_hh * f->K + q);
             }
             for (int q = 0; q < 3 && f->with_peepholes; q++) u.p[q] = get(&f->peepholes, 0, q * H + j);
@@ -350,6 +367,62 @@ static void check_backward_bits(const lstm_cell *cell, const equations *e, ptrdi
     free_states(&whole), free_states(&cut), free_states(&turned), free_backward(&b);
 }
 
+/* The second step of a GRU whose reset gate comes first, there and back. */
+static void check_later(const lstm_cell *cell, ptrdiff_t n, ptrdiff_t H, int descending) {
+    matrix gates = new_matrix(n, 3 * H), m = new_matrix(n, H), h_prev = new_matrix(n, H);
+    matrix h = new_matrix(n, H), zero = new_matrix(n, H), W = new_matrix(1, H * H + 1);
+    double *want = doubles(&gates), *want_h = doubles(&h), *want_m = doubles(&m);
+    ptrdiff_t j0 = pick((H + panel_width(1) - 1) / panel_width(1)) * panel_width(1);
+    ptrdiff_t j1 = pick(2) ? H : j0 + 1 + pick(H - j0);
+    const void **low = lowered(&m, H);
+    lstm_row *rows = calloc((size_t)n + 1, sizeof *rows);
+    lstm_back_row *back = calloc((size_t)n + 1, sizeof *back);
+    packed hh = pack(1, H, H, j0, j1, &W, 1, H);
+    for (ptrdiff_t r = 0; r < n; r++) {
+        void *gate = (char *)gates.row[r] + 2 * H * under_test->item;
+        rows[r] = (lstm_row){.gates = gate, .h_low = low[r], .h_prev = h_prev.row[r], .h = h.row[r]};
+        for (ptrdiff_t j = j0; j < j1; j++) {
+            double z = get(&gates, r, H + j), a = get(&gates, r, 2 * H + j);
+            for (ptrdiff_t k = 0; k < H; k++) a += get(&m, r, k) * get(&W, 0, j * H + k);
+            want[r * 3 * H + 2 * H + j] = tanh(a);
+            want_h[r * H + j] = (1 - z) * tanh(a) + z * get(&h_prev, r, j);
+        }
+    }
+    cell->later_step(&(lstm_weights){.K = H, .H = H, .hh = hh.panels}, descending, n, j0, j1, rows);
+    check_close(&gates, want, 16, "the last gate");
+    check_close(&h, want_h, 16, "h after it");
+    free(hh.panels), free_lowered(&m, low), free(want), free(want_h);
+    if (!cell->later_back_step) goto done;
+
+    for (ptrdiff_t r = 0; r < n; r++)
+        for (ptrdiff_t j = 0; j < 3 * H; j++) set(&gates, r, j, draw());
+    want = doubles(&gates), want_h = doubles(&h);
+    hh = pack(1, H, H, j0, j1, &W, H, 1);
+    matrix da = new_matrix(n, H);
+    low = lowered(&da, H);
+    for (ptrdiff_t r = 0; r < n; r++) {
+        void *gate = (char *)gates.row[r] + 2 * H * under_test->item;
+        back[r] = (lstm_back_row){.gates = gate, .da_next = low[r], .dy = zero.row[r],
+                                  .h_prev = h_prev.row[r], .dh = h.row[r], .m = m.row[r]};
+        for (ptrdiff_t j = 0; j < H; j++) set(&zero, r, j, 0);
+        for (ptrdiff_t j = j0; j < j1; j++) {
+            double v = get(&gates, r, j), p = get(&h_prev, r, j), dm = 0;
+            for (ptrdiff_t k = 0; k < H; k++) dm += get(&da, r, k) * get(&W, 0, k * H + j);
+            want[r * 3 * H + j] = dm * p * v * (1 - v);
+            want_h[r * H + j] += dm * v;
+            want_m[r * H + j] = v * p;
+        }
+    }
+    cell->later_back_step(&(lstm_weights){.K = H, .H = H, .hh = hh.panels}, descending, n, j0, j1, back);
+    check_close(&gates, want, 32, "da of the reset gate");
+    check_close(&h, want_h, 32, "dh past the reset gate");
+    check_close(&m, want_m, 16, "m again");
+    free(hh.panels), free_lowered(&da, low), free_matrix(&da), free(want), free(want_h);
+done:
+    free(rows), free(back), free(want_m), free_matrix(&gates), free_matrix(&m), free_matrix(&h_prev);
+    free_matrix(&h), free_matrix(&zero), free_matrix(&W);
+}
+
 static void check_peephole_gradient(const lstm_cell *cell, ptrdiff_t K, ptrdiff_t H) {
     matrix da = new_matrix(K, 4 * H), c_prev = new_matrix(K, H), c = new_matrix(K, H);
     matrix dp = new_matrix(1, 3 * H);
@@ -391,7 +464,8 @@ void check_cells(void) {
     int found = 0;
     for (const lstm_cell *cell = under_test->cells; cell->name; cell++, found++) {
         const equations *e = of_cell(cell);
-        check_true(cell->gates == e->gates && cell->apart == e->apart &&
+        check_true(cell->gates == e->gates && cell->apart == e->apart && cell->later == e->later &&
+                   !!cell->later_step == e->later &&
                    cell->keeps_gates == e->keeps_gates && cell->has_c == e->has_c &&
                    cell->reads_h == e->reads_h && !!cell->output == e->has_output &&
                    !!cell->peephole_gradient == e->has_peepholes, "a cell's row says what it is");
@@ -407,6 +481,7 @@ void check_cells(void) {
                 check_forward_bits(cell, e, n, 1 + pick(9), 1 + pick(9), H);
                 check_backward_bits(cell, e, n, 1 + pick(9), H);
                 if (e->has_peepholes) check_peephole_gradient(cell, n - 1, H);
+                if (e->later) check_later(cell, n, H, (int)pick(2));
             }
         }
         check_forward_bits(cell, e, 3, 515, 516, VL + 1);  /* longer than the block of a panel */

@@ -79,7 +79,7 @@ static operand new_operand(int gates, ptrdiff_t K, ptrdiff_t H, ptrdiff_t j0, pt
     w.panels.panels = room((ptrdiff_t)w.panels.bytes + 1);
     memset(w.panels.panels, 0xA5, w.panels.bytes);
     w.panels.w = (lstm_operand){gates, K, H, w.raw, k_stride, col_stride, w.panels.panels,
-                                is_int8() ? w.scales : NULL};
+                                is_int8() ? w.scales : NULL, gates > 1 ? (int)pick(gates) : 0};
     under_test->pack(&w.panels.w, j0, j1, 0, n);
     return w;
 }
@@ -88,8 +88,9 @@ static void free_operand(operand *w) {
     free(w->W), free(w->scales), free(w->raw), free(w->panels.panels);
 }
 
-/* start + Σ_k a[k] W[k, column] */
+/* start + Σ_k a[k] W[k, column], a column of the product: W begins with another gate. */
 static float plain(const float *a, const operand *w, ptrdiff_t column, float start) {
+    column = (column + w->panels.w.turn * w->panels.w.N) % w->columns;
     const float *W = w->W + column * w->K;
     if (!is_int8()) {
         for (ptrdiff_t k = 0; k < w->K; k++)
@@ -190,8 +191,8 @@ static uint64_t hashed(uint64_t hash, const matrix *a) {
 /* A step, and the same as two products and a step without any. */
 static uint64_t check_step(const lstm_cell *cell, ptrdiff_t n, ptrdiff_t I, ptrdiff_t K, ptrdiff_t H,
                            uint64_t hash) {
-    int fed = cell->gates - cell->apart;
-    operand ih = new_operand(fed, I, H, 0, H, 1, 3), hh = new_operand(fed, K, H, 0, H, 1, 3);
+    int fed = cell->gates - cell->apart, heard = fed - cell->later;
+    operand ih = new_operand(fed, I, H, 0, H, 1, 3), hh = new_operand(heard, K, H, 0, H, 1, 3);
     matrix x = rough_matrix(n, I), h_prev = rough_matrix(n, K < H ? H : K), c_prev = rough_matrix(n, H);
     matrix gates = new_matrix(n, cell->gates * H), c = new_matrix(n, H), h = new_matrix(n, H);
     matrix other = copy_of(&gates), other_c = copy_of(&c), other_h = copy_of(&h);
@@ -203,14 +204,15 @@ static uint64_t check_step(const lstm_cell *cell, ptrdiff_t n, ptrdiff_t I, ptrd
         from[r] = (float *)other.row[r] + cell->apart * H;
         for (ptrdiff_t j = 0; j < cell->gates * H; j++) set(&other, r, j, get(&bias, 0, j));
         rows[r] = (lstm_row){x_low[r], h_low[r], h_prev.row[r], c_prev.row[r], gates.row[r], c.row[r],
-                             h.row[r]};
+                             h.row[r], h.row[r]};
     }
     cell->step(&(lstm_weights){I, K, H, ih.panels.panels, hh.panels.panels, bias.row[0], NULL}, 0, n, 0, H,
                rows);
     under_test->gemm(&ih.panels.w, 0, H, &(lstm_rows){START_ADD, n, x_low, NULL, other.row});
     under_test->gemm(&hh.panels.w, 0, H, &(lstm_rows){START_ADD, n, h_low, NULL, from});
     for (ptrdiff_t r = 0; r < n; r++)
-        rows[r].gates = other.row[r], rows[r].c = other_c.row[r], rows[r].h = other_h.row[r];
+        rows[r].gates = other.row[r], rows[r].c = other_c.row[r],
+        rows[r].h = rows[r].m = other_h.row[r];
     cell->step(&(lstm_weights){.H = H}, 0, n, 0, H, rows);
     check_same(&h, &other_h, "h of a step, or of its products");
     if (cell->has_c) check_same(&c, &other_c, "c of a step, or of its products");

@@ -32,7 +32,7 @@ KERNELS = ("test_kernels", "test_activations", "test_determinism", "test_losses"
 PLANS = ("test_kernels", "test_gru", "test_determinism", "test_recurrent", "test_api",
          "test_layers", "test_losses", "test_below_float32")
 CALLS = ("test_api", "test_checks", "test_recurrent", "test_layers", "test_losses",
-         "test_arguments", "test_optim", "test_precision")
+         "test_arguments", "test_optim", "test_precision", "test_gru")
 FILES = ("test_files", "test_formats_disk", "test_formats_state_dict", "test_formats_onnx",
          "test_formats_keras", "test_formats_hostile", "test_precision_models")
 NOTICE = {
