@@ -391,6 +391,21 @@ def test_a_linear_head_is_the_layer_and_the_loss(options, reduction, close):
     assert all((g == kept[name]).all() for name, g in head.gradients().items())
 
 
+def test_a_linear_head_computes_in_the_format_of_its_layer():
+    head, twin = (Linear(9, 70, compute="bfloat16", seed=1) for _ in range(2))
+    x, targets = normal(300, 9, dtype="float32"), classes(300, V=70)
+    loss, dlogits = softmax_cross_entropy(twin(x), targets)
+    dx = twin.backward(dlogits)
+    got, found = linear_cross_entropy(head, x, targets)
+    assert got == loss and same_bits((found, *head.gradients().values()),
+                                     (dx, *twin.gradients().values()))
+    losses = []
+    for precision in "float32", "bfloat16", "int8":
+        losses.append(linear_cross_entropy(head.freeze(precision), x, targets)[0])
+        assert losses[-1] == softmax_cross_entropy(head(x), targets)[0]
+    assert losses[1] == loss and len(set(losses)) == 3
+
+
 def test_a_head_takes_any_layout():
     x, W, b, targets, w = head_problem(6, 7, 4, "float32")
     want = dense.linear_cross_entropy(x, W, b, targets, w)
