@@ -1,6 +1,10 @@
 """The manual's site: `sphinx-build -W docs build/docs`."""
 
-import lstmcore
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "torch")     # before lstmcore.keras imports Keras
+
+import lstmcore  # noqa: E402
 
 project, release, copyright = "lstmcore", lstmcore.__version__, "2026, lstmcore; MIT license"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc", "sphinx.ext.viewcode"]

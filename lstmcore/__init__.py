@@ -17,7 +17,7 @@ if os.path.exists(os.path.join(os.path.dirname(__path__[0]), "csrc", "lstm.h")):
 from lstmcore.threads import get_num_threads, set_num_threads, threads
 
 _EXTRAS = {"LSTMClassifier": "sklearn", "LSTMRegressor": "sklearn", "Forecaster": "sklearn",
-           "torch": "torch"}     # public names that only exist beside another library
+           "keras": "keras", "torch": "torch"}      # public names that only exist beside another library
 
 
 def _homes():

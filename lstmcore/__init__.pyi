@@ -6,6 +6,7 @@ from lstmcore import files as files
 from lstmcore import formats as formats
 from lstmcore import gradflow as gradflow
 from lstmcore import inspect as inspect
+from lstmcore import keras as keras
 from lstmcore import layers as layers
 from lstmcore import losses as losses
 from lstmcore import models as models

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+os.environ.setdefault("KERAS_BACKEND", "torch")     # read when Keras is imported
+
 settings.register_profile("lstmcore", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("lstmcore")
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = {"lstmcore.torch": "torch", "lstmcore.models.estimators": "sklearn",
          "lstmcore.models.forecasting": "sklearn", "lstmcore.gradflow": "matplotlib",
-         "lstmcore.inspect": "matplotlib", "lstmcore.formats.keras": "h5py",
+         "lstmcore.inspect": "matplotlib", "lstmcore.keras": "keras", "lstmcore.formats.keras": "h5py",
          "lstmcore.formats.hdf5": "h5py", "lstmcore.formats.onnx": "onnx",
          "lstmcore.formats.onnx_export": "onnx", "lstmcore.formats.onnx_graph": "onnx",
          "lstmcore.formats.onnx_operators": "onnx"}

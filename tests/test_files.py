@@ -318,10 +318,9 @@ def test_half_floats_become_what_is_asked_for(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("which, package, seeds", [("torch", "onnx", range(24)),
                                                    ("keras", "keras", range(24))])
-def test_random_models_load_and_are_equal_or_named(tmp_path, monkeypatch, which, package, seeds):
+def test_random_models_load_and_are_equal_or_named(tmp_path, which, package, seeds):
     """Seeds of `exported_models`, whose own run draws more of them."""
     pytest.importorskip("torch")
-    monkeypatch.setenv("KERAS_BACKEND", "torch")
     pytest.importorskip(package)
     check, equal = getattr(exported_models, "check_" + which), 0
     for seed in seeds:

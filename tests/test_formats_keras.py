@@ -17,8 +17,6 @@ h5py = pytest.importorskip("h5py")
 @pytest.fixture(scope="module")
 def keras():
     pytest.importorskip("torch")
-    import os
-    os.environ.setdefault("KERAS_BACKEND", "torch")
     import warnings
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

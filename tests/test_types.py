@@ -80,8 +80,8 @@ def test_every_public_callable_is_annotated():
     assert {"lstmcore.functional.lstm_forward", "lstmcore.recurrent.LSTM.__init__"} <= found.keys()
     bare = []
     for name, function in found.items():
-        if name.startswith(("lstmcore.torch.LSTM.", "lstmcore.torch.lstm")):
-            continue            # PyTorch's own signatures
+        if name.startswith(("lstmcore.torch.LSTM.", "lstmcore.torch.lstm", "lstmcore.keras.LSTM.")):
+            continue            # PyTorch's and Keras's own signatures
         signature = inspect.signature(function)
         bare += [f"{name}({p.name})" for p in signature.parameters.values()
                  if p.annotation is p.empty and p.name != "self" and p.name != "cls"]
@@ -169,7 +169,7 @@ print(*sorted(name for name in finder.badmodules if name.startswith("lstmcore.")
     package = site / "lstmcore"
     optional = {f"lstmcore.{name}" for name in (
         "hook-lstmcore", "__main__", "cli", "models.estimators", "models.forecasting",
-        "models.sequences")}
+        "models.sequences", "keras")}
     there = {".".join(path.relative_to(site).with_suffix("").parts).removesuffix(".__init__")
              for path in package.rglob("*.py") if "torch" not in path.relative_to(package).parts}
     assert there - optional <= set(found.split())
@@ -194,7 +194,7 @@ def test_pyinstaller_without_docstrings(tmp_path):
 @pytest.mark.parametrize("flag", ["-O", "-OO"])
 def test_without_asserts_and_docstrings(site, tmp_path, flag):
     names = """
-for name in {*lstmcore.__all__, *dir(lstmcore)} - {"torch"}:    # it takes a minute without caches
+for name in {*lstmcore.__all__, *dir(lstmcore)} - {"keras", "torch"}:    # a minute without caches
     getattr(lstmcore, name)
 """
     code, said = run(sys.executable, "-W", "ignore", flag, "-c", APP + names, cwd=tmp_path,

@@ -30,7 +30,7 @@ CELLS = {"LSTMCell": "LSTM", "GRUCell": "GRU", "SimpleRNNCell": "SimpleRNN"}    
 WRITTEN = {"LSTM": ("LSTM", "lstm"), "GRU": ("GRU", "gru"), "RNN": ("SimpleRNN", "simple_rnn")}
 GRU_ORDER = [1, 0, 2]           # z, r, n as places in r, z, n, and back
 MODELS = "Sequential", "Functional", "Model"
-KERAS = "keras", "tf_keras", "tensorflow"
+KERAS = "keras", "tf_keras", "tensorflow", "lstmcore"            # lstmcore.keras
 NODES = "layers", "_layer_checkpoint_dependencies"              # of Keras 3, and of TensorFlow 2.12
 # What these do to a sequence, they do in training only.
 PASSING = ("InputLayer", "Dropout", "SpatialDropout1D", "GaussianNoise", "GaussianDropout",
