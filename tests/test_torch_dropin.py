@@ -439,5 +439,5 @@ def test_wheel_module_inputs_grad_and_gradgrad(module):
             warnings.simplefilter("ignore")  # gradcheck warns of its own random directions
             f = lambda *_: tuple(leaves_of(m(*args)))  # noqa: E731
             assert torch.autograd.gradcheck(f, free, fast_mode=True)
-            if m.bias and not getattr(m, "batch_first", False):  # a quarter of them: the slow part of this file
+            if m.bias and not getattr(m, "batch_first", False):  # a quarter: the slow part here
                 assert torch.autograd.gradgradcheck(f, free, fast_mode=True)

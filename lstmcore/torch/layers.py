@@ -4,7 +4,7 @@ import torch
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore.torch.module import Kernels, autocasts, check_state, converted, each
+from lstmcore.torch.module import Kernels, check_state, converted, each
 from lstmcore.torch.operators import layer
 
 

@@ -1,4 +1,4 @@
-"""`accelerate` turns the recurrent modules of a model into ours, or says why not; `restore` turns them back."""
+"""`accelerate` turns a model's recurrent modules into ours, or says why not; `restore` turns them back."""
 
 from typing import NamedTuple
 
