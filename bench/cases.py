@@ -21,6 +21,7 @@ BELOW = {  # root mean square error, relative to the array's: confused gates or 
     "bfloat16": 0.1,
     "int8": 0.3,
 }
+GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}     # of H rows of the weights, by the cell
 Errors = namedtuple("Errors", "largest rms")  # each of the worst array, relative as above
 
 
@@ -32,7 +33,7 @@ def _rng(name):
 class Case:
     """One size; `lengths` is the (shortest, longest) of a ragged batch, `V` adds an embedding
     before and a softmax over V words behind, `D` is 2 when bidirectional; `weights` are "uniform",
-    as they are before training, or "trained": see `trained_weights`."""
+    as they are before training, or "trained": see `trained_weights`; `cell` is one of GATES."""
 
     name: str
     T: int
@@ -47,6 +48,7 @@ class Case:
     peepholes: bool = False
     dtype: str = "float32"
     weights: str = "uniform"
+    cell: str = "lstm"
 
     @property
     def sizes(self):
@@ -69,7 +71,7 @@ class Case:
         """Multiplications and additions of the matrix products; activations are not counted."""
         per_token = 2 * self.H * self.V
         for layer in range(self.L):
-            per_token += self.D * 8 * self.H * (self.inputs(layer) + self.H)
+            per_token += self.D * 2 * GATES[self.cell] * self.H * (self.inputs(layer) + self.H)
         return per_token * self.tokens() * (3 if job == "train" else 1)
 
     def inputs(self, layer):
@@ -117,14 +119,14 @@ def make_data(case, job):
     def draw(*shape, scale=1.0):
         return rng.uniform(-scale, scale, shape).astype(case.dtype)
 
-    data, bound = {}, case.H**-0.5
+    data, bound, rows = {}, case.H**-0.5, GATES[case.cell] * case.H
     for layer, suffix, _ in case.parts():
         if case.weights == "trained":
             data |= trained_weights(case, layer, suffix, rng)
             continue
-        data["weight_ih" + suffix] = draw(4 * case.H, case.inputs(layer), scale=bound)
-        data["weight_hh" + suffix] = draw(4 * case.H, case.H, scale=bound)
-        data["bias" + suffix] = draw(4 * case.H, scale=bound)
+        data["weight_ih" + suffix] = draw(rows, case.inputs(layer), scale=bound)
+        data["weight_hh" + suffix] = draw(rows, case.H, scale=bound)
+        data["bias" + suffix] = draw(rows, scale=bound)
         if case.peepholes:
             data["weight_peephole" + suffix] = draw(3, case.H, scale=bound)
     T = STREAM_STEPS if job == "stream" else case.T
@@ -167,12 +169,14 @@ def trained_weights(case, layer, suffix, rng):
 def expected(case, job, data):
     """What every library must return: y, h_n, c_n; in training also dx and "d" + weight's name.
 
+    c_n is the LSTM's alone; the bias of a GRU is what its three gates have, without the one beside h.
+
     With a vocabulary: loss, and the gradients of all weights.
     """
     data = {name: a.astype(np.float64) if a.dtype.kind == "f" else a for name, a in data.items()}
     x = data["embedding"][data["tokens"]] if case.V else data["x"]
-    y, h_n, c_n, tapes = _stack_forward(case, data, x)
-    answer = {} if case.V else {"y": y, "h_n": h_n, "c_n": c_n}
+    y, final, tapes = _stack_forward(case, data, x)
+    answer = {} if case.V else {"y": y, **dict(zip(("h_n", "c_n"), final))}
     if job == "train":
         dy = data["dy"] if not case.V else _softmax_head(data, y, answer)
         dx = _stack_backward(case, tapes, dy, answer)
@@ -185,25 +189,34 @@ def expected(case, job, data):
 
 
 def _stack_forward(case, data, x):
-    h_n, c_n, tapes, outputs = [], [], [], []
+    finals, tapes, outputs = [], [], []
     for _, suffix, reverse in case.parts():
-        y, (h, c), tape = reference.lstm_forward(
-            x, data["weight_ih" + suffix], data["weight_hh" + suffix], data["bias" + suffix],
-            peepholes=data.get("weight_peephole" + suffix), lengths=data.get("lengths"),
-            reverse=reverse)
-        h_n.append(h), c_n.append(c), tapes.append(tape), outputs.append(y)
+        weights = data["weight_ih" + suffix], data["weight_hh" + suffix], data["bias" + suffix]
+        options = dict(lengths=data.get("lengths"), reverse=reverse)
+        if case.cell == "lstm":
+            y, final, tape = reference.lstm_forward(
+                x, *weights, peepholes=data.get("weight_peephole" + suffix), **options)
+        elif case.cell == "gru":
+            b = np.append(weights[2], np.zeros(case.H))
+            y, final, tape = reference.gru_forward(x, *weights[:2], b, **options)
+        else:
+            y, final, tape = reference.rnn_forward(x, *weights, nonlinearity=case.cell, **options)
+        finals.append(final if case.cell == "lstm" else (final,))
+        tapes.append(tape), outputs.append(y)
         if len(outputs) == case.D:  # both directions are there: they are the next layer's input
             x, outputs = np.concatenate(outputs, axis=2), []
-    return x, np.stack(h_n), np.stack(c_n), tapes
+    return x, [np.stack(state) for state in zip(*finals)], tapes
 
 
 def _stack_backward(case, tapes, dy, answer):
     dx = 0
     for (_, suffix, reverse), tape in reversed(list(zip(case.parts(), tapes))):
         half = slice(case.H, None) if reverse else slice(case.H)
-        g = reference.lstm_backward(tape, dy[:, :, half])
+        backward = {"lstm": reference.lstm_backward, "gru": reference.gru_backward}.get(
+            case.cell, reference.rnn_backward)
+        g = backward(tape, dy[:, :, half])
         answer |= {"dweight_ih" + suffix: g.dW_ih, "dweight_hh" + suffix: g.dW_hh,
-                   "dbias" + suffix: g.db}
+                   "dbias" + suffix: g.db[:GATES[case.cell] * case.H]}
         if case.peepholes:
             answer["dweight_peephole" + suffix] = g.dpeepholes
         dx = dx + g.dx

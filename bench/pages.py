@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from bench import record, report, serving
+from bench import record, report, serving, torch_dropin
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -19,6 +19,7 @@ BLOCK = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLES = {  # name in a page -> the text
     "compare": lambda: report.markdown(record.read(RESULTS / "compare.json")),
     "serving": lambda: serving.table(json.loads((RESULTS / "serving.json").read_text())),
+    "torch": lambda: torch_dropin.table(record.read(RESULTS / "torch_dropin.json")),
     "compare-short": lambda: report.short(record.read(RESULTS / "compare.json")),
 }
 

@@ -197,8 +197,8 @@ class Torch:
                 return unpack(y), state, ()
 
         def collect(result):
-            y, (h_n, c_n), gradients = result
-            found = {"y": y, "h_n": h_n, "c_n": c_n}
+            y, state, gradients = result
+            found = {"y": y, **dict(zip(("h_n", "c_n"), state if case.cell == "lstm" else [state]))}
             found |= dict(zip(["dx", *("d" + name for name in names)], gradients))
             found |= {name.replace("_ih", ""): g for name, g in found.items()
                       if name.startswith("dbias_ih")}
@@ -222,8 +222,10 @@ class Torch:
         return (a.float() if a.dtype == self.lib.bfloat16 else a).numpy()
 
     def _layer(self, case, data):
-        m = self.lib.nn.LSTM(case.I, case.H, case.L, bidirectional=case.D == 2,
-                             dtype=getattr(self.lib, case.dtype))
+        cls, options = {"lstm": ("LSTM", {}), "gru": ("GRU", {})}.get(
+            case.cell, ("RNN", dict(nonlinearity=case.cell)))
+        m = getattr(self.lib.nn, cls)(case.I, case.H, case.L, bidirectional=case.D == 2,
+                                      dtype=getattr(self.lib, case.dtype), **options)
         state = {}
         for name, p in m.named_parameters():  # the second bias is one too many: zero
             state[name] = (self.lib.zeros_like(p) if name.startswith("bias_hh") else

@@ -1,6 +1,8 @@
-"""lstmcore.torch.LSTM against torch.nn.LSTM and lstmcore itself: `python -m bench.torch_dropin`.
+"""The modules of lstmcore.torch against torch.nn's and lstmcore itself: `python -m bench.torch_dropin`.
 
-The processes, turns, data and proofs are those of bench.compare. Five questions:
+The processes, turns, data and proofs are those of bench.compare; the record goes to
+bench/results/torch_dropin.json, and bench.pages writes the tables from it. Five questions, the first
+three for the GRU and the vanilla RNN too:
     train   a training step of the layer, all gradients, dx included; lstmcore's own is beside it
     infer   the forward pass in inference_mode, our weights frozen; `call` is one step
     packed  a training step from PackedSequence to PackedSequence
@@ -10,12 +12,16 @@ The processes, turns, data and proofs are those of bench.compare. Five questions
 """
 
 import argparse
+import os
+import sys
 from dataclasses import replace
+from pathlib import Path
 
-from bench import report
+from bench import record, report
 from bench.cases import DENSE, RAGGED, STREAM, WORDLM, Case
 from bench.compare import Arena, Contest, progress
 from bench.peers import PEERS, Torch
+from bench.record import Library, Record
 from bench.worker import SERVE, Worker, serve  # noqa: F401  the processes call serve
 
 
@@ -125,56 +131,106 @@ class ArenaWithOurs(Arena):
         return self._workers[key]
 
 
+CELLS = {"lstm": "LSTM", "gru": "GRU", "tanh": "RNN"}
+SECTIONS = {"train": "training step", "infer": "inference, frozen",
+            "packed": "packed in, packed out, training", "padded": "the same between padded batches",
+            "model": "whole model"}
+RESULTS = Path(__file__).resolve().parent / "results" / "torch_dropin.json"
+
+
 def contests():
-    """The lines of the table."""
-    lines = [Contest("train", case, "train", LAYERS) for case in DENSE]
-    lines += [Contest("infer", case, "infer", LAYERS) for case in (*DENSE, CALL)]
-    for section, ending in (("packed", " packed"), ("padded", "")):
-        names = ("lstmcore", "lstmcore.torch" + ending, "torch" + ending)
-        lines += [Contest(section, case, "train", names) for case in RAGGED]
+    """The lines of the tables."""
+    lines = []
+    for cell in CELLS:
+        layers = LAYERS if cell == "lstm" else LAYERS[1:]
+        dense, ragged, (call,) = ([replace(case, cell=cell) for case in cases]
+                                  for cases in (DENSE, RAGGED, (CALL,)))
+        lines += [Contest("train", case, "train", layers) for case in dense]
+        lines += [Contest("infer", case, "infer", layers) for case in (*dense, call)]
+        for section, ending in (("packed", " packed"), ("padded", "")):
+            names = ("lstmcore", "lstmcore.torch" + ending, "torch" + ending)
+            lines += [Contest(section, case, "train", names[-len(layers):]) for case in ragged
+                      if cell == "lstm" or section == "packed"]
     names = ("lstmcore.torch model", "torch model")
     return lines + [Contest("model", case, "train", names) for case in MODELS]
 
 
-def row(contest, result):
-    """One line: milliseconds, how many times as fast as torch, and what the drop-in costs."""
-    times = [result.get(name) for name in contest.libraries]
-    if any(isinstance(time, str) for time in times):
-        times = [time if isinstance(time, str) else report.milliseconds(time) for time in times]
-        return [contest.section, contest.case.name, *times, "–", "–"], None
-    *own, ours, torchs = (time.median for time in times)
-    shown = ["–" if not own else report.digits(own[0] * 1e3), report.digits(ours * 1e3),
-             report.digits(torchs * 1e3), f"{torchs / ours:.2f}×",
-             f"{ours / own[0]:.2f}" if own else f"{contest.case.tokens() / torchs:,.0f} → "
-                                                f"{contest.case.tokens() / ours:,.0f} tokens/s"]
-    return [contest.section, contest.case.name, *shown], torchs / ours
+def table(found):
+    """The Markdown of a record: a table of layers for each cell, the means, and one of models."""
+    machine, text = found.machine, []
+    text.append(f"`{found.command}`, {found.date}: {machine['cpu']}, {machine['threads']} threads, load "
+                f"{machine['load']} before; milliseconds, one process per variant, taking turns.")
+    for cell, title in CELLS.items():
+        if part := [line for line in found.results
+                    if line[0].case.cell == cell and line[0].section != "model"]:
+            text += ["", f"{title}:", "", *_layers(part)]
+    if part := [line for line in found.results if line[0].section == "model"]:
+        text += ["", "A whole model (embedding, two LSTM layers, linear, cross-entropy, Adam), tokens per "
+                 "second before and after `accelerate`:", "", _models(part)]
+    return "\n".join(text)
+
+
+def _gain(contest, result):
+    """How many times as fast as torch, or None where one has no time."""
+    ours, torchs = (result[name] for name in contest.libraries[-2:])
+    return None if isinstance(ours, str) or isinstance(torchs, str) else torchs.median / ours.median
+
+
+def _layers(lines):
+    own = "lstmcore" in lines[0][0].libraries
+    rows, gains = [], {}
+    for contest, result in lines:
+        gain = _gain(contest, result)
+        gains.setdefault(contest.section, []).append((contest.case.name, gain))
+        times = [report.milliseconds(result[name]) for name in contest.libraries]
+        rows.append([SECTIONS[contest.section], f"{contest.case.name} ({contest.case.sizes})", *times,
+                     f"{report.digits(gain)}×" if gain else "–"])
+    head = ["", "case (T, B, I, H, L)", *["lstmcore"] * own, "lstmcore.torch", "torch",
+            "as fast as torch"]
+    means = "; ".join(f"{SECTIONS[section]} {report.mean_and_least(pairs)}"
+                      for section, pairs in gains.items() if all(gain for _, gain in pairs))
+    return [report.table(head, rows), "", f"Geometric means against torch: {means}."]
+
+
+def _models(lines):
+    rows = []
+    for contest, result in lines:
+        gain, case = _gain(contest, result), contest.case
+        ours, torchs = (result[name] if isinstance(result[name], str) else
+                        f"{case.tokens() / result[name].median:,.0f}" for name in contest.libraries)
+        rows.append([f"V = {case.V:,}, {case.L} × {case.H}", torchs, ours,
+                     f"{gain:.2f}×" if gain else "–"])
+    return report.table(["model", "torch.nn", "after `accelerate`", ""], rows)
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench.torch_dropin",
                                      description=__doc__.splitlines()[0])
-    parser.add_argument("--section", action="append",
-                        choices=("train", "infer", "packed", "padded", "model"))
+    parser.add_argument("--section", action="append", choices=SECTIONS)
+    parser.add_argument("--cell", action="append", choices=CELLS)
     parser.add_argument("--case", action="append", metavar="NAME",
                         choices=sorted({line.case.name for line in contests()}))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE",
+                        help="where the record goes (default: bench/results/torch_dropin.json)")
     options = parser.parse_args()
     lines = [line for line in contests() if line.section in (options.section or [line.section])
+             and line.case.cell in (options.cell or [line.case.cell])
              and line.case.name in (options.case or [line.case.name])]
-    rows, gains = [], {}
+    load, results, libraries = os.getloadavg()[0], [], {}
     with ArenaWithOurs(options.threads, {}, options.rounds) as arena:
         for contest in lines:
-            result = arena.hold(contest)
-            progress(f"{contest.section} {contest.case.name}", result)
-            cells, gain = row(contest, result)
-            rows.append(cells)
-            if gain:
-                gains.setdefault(contest.section, []).append(gain)
-    print(report.table(["", "case", "lstmcore ms", "lstmcore.torch ms", "torch ms",
-                        "as fast as torch", "of lstmcore"], rows))
-    for section, values in gains.items():
-        print(f"geometric mean, {section}: {report.geometric_mean(values):.2f}×")
+            results.append((contest, arena.hold(contest)))
+            progress(f"{contest.case.cell} {contest.section} {contest.case.name}", results[-1][1])
+        for name in dict.fromkeys(name for line in lines for name in line.libraries):
+            version = arena.worker(name).ask("about")["version"]
+            libraries[name] = Library(version, PEERS[name].precision, PEERS[name].packages)
+    command = " ".join(["python -m bench.torch_dropin", *sys.argv[1:]])
+    found = Record(record.machine(options.threads, load), command, record.today(), libraries, {}, {},
+                   results, [], {})
+    record.write(found, options.output)
+    print(table(found))
 
 
 if __name__ == "__main__":

@@ -385,16 +385,23 @@ class RNNTape(_Tape):
 
     __slots__ = ()
 
+    def again(self) -> RNNTape:
+        """This tape, which any number of backward passes may read."""
+        return self
 
-def tape_from(*, x: Array, W_ih: Floats, W_hh: Floats, peepholes: Floats | None = None,
-              W_hr: Floats | None = None, h0: Floats | None = None, c0: Floats | None = None,
-              lengths: Lengths = None, reverse: bool = False, y: Floats, raw_gates: Floats,
-              raw_c: Floats, compute: Compute | None = None) -> Tape:
-    """A tape from the arrays of an earlier one, for those who must store it as plain arrays.
 
-    raw_gates (tokens, 4H) is written to by `lstm_backward`, so it shares no memory with the others.
+def tape_from(name: Cell = "lstm", *, x: Array, W_ih: Floats, W_hh: Floats,
+              peepholes: Floats | None = None, W_hr: Floats | None = None,
+              h0: Floats | None = None, c0: Floats | None = None, lengths: Lengths = None,
+              reverse: bool = False, y: Floats, raw_gates: Floats | None = None,
+              raw_c: Floats | None = None, compute: Compute | None = None,
+              ) -> Tape | GRUTape | RNNTape:
+    """A cell's tape from the arrays of an earlier one, for those who must store it as plain arrays.
+
+    raw_gates (tokens, G) is written to by the backward pass, so it shares no memory with the
+    others. It and raw_c are None if the cell keeps none.
     """
-    cell = cell_row("lstm")
+    cell = cell_row(name)
     x, sizes = _sizes(cell, x, W_ih, W_hh, W_hr)
     weights = _weights(cell, sizes, W_ih, W_hh, None, peepholes, W_hr, isinstance(x, TokenIds),
                        format_of_call(compute, sizes.dtype))
@@ -404,11 +411,22 @@ def tape_from(*, x: Array, W_ih: Floats, W_hh: Floats, peepholes: Floats | None 
     batch = Batch(_x(x, sizes), h0, c0, order, lengths, bool(reverse), None)
     tokens = T * B if order is None else int(lengths.sum())
     y = checks.array(y, "y", "(T, B, H)" if W_hr is None else "(T, B, P)", (T, B, K), dtype)
-    raw_c = checks.array(raw_c, "raw_c", "(tokens, H)", (tokens, H), dtype)
-    x = getattr(batch.x, "array", batch.x)
-    checks.out("raw_gates", raw_gates, (tokens, cell.gates * H), dtype, y, raw_c, x, *weights[1:5],
-               h0, c0)
-    tape = Tape(cell, sizes, weights, batch, tokens, y, raw_gates, raw_c)
+    made, kept = (cell, sizes, weights, batch, tokens, y), {"raw_gates": raw_gates, "raw_c": raw_c}
+    for part, has in (("raw_gates", cell.keeps_gates), ("raw_c", cell.has_c)):
+        if (kept[part] is not None) != has:
+            raise TypeError(f"{part} must be {'an array' if has else 'None'} for a {name} cell, got "
+                            f"{type(kept[part]).__name__}")
+    if cell.has_c:
+        raw_c = checks.array(raw_c, "raw_c", "(tokens, H)", (tokens, H), dtype)
+    if cell.keeps_gates:
+        x = getattr(batch.x, "array", batch.x)
+        checks.out("raw_gates", raw_gates, (tokens, cell.gates * H), dtype, y, raw_c, x,
+                   *weights[1:5], h0, c0)
+    tape: Tape | GRUTape | RNNTape
+    if cell.keeps_gates:
+        tape = (Tape if cell.has_c else GRUTape)(*made, raw_gates, raw_c)
+    else:
+        tape = RNNTape(*made)
     tape.check()
     return tape
 

@@ -1,12 +1,12 @@
-"""PyTorch's own LSTM tests, with lstmcore.torch.LSTM in the place of torch.nn.LSTM.
+"""PyTorch's own tests of recurrent modules, with those of lstmcore.torch in the place of torch.nn's.
 
     python tests/run_pytorch_tests.py CHECKOUT [--theirs] [pytest arguments]
 
 CHECKOUT is a directory with PyTorch's test/ and version.txt, best of the version that is installed.
 Nothing of it belongs to this project, so it is not part of the suite; the module tests that PyTorch
-ships inside its wheel are, in test_torch_dropin.py. Runs every test of FILES that speaks of an LSTM
-or RNN and lists those in which our class computed: passed, failed with its reason, or skipped.
---theirs leaves torch.nn.LSTM in place, to see what fails without us.
+ships inside its wheel are, in test_torch_dropin.py. Runs every test of FILES that speaks of an LSTM,
+GRU, RNN or their cells and lists those in which one of our classes computed: passed, failed with its
+reason, or skipped. --theirs leaves torch.nn's in place, to see what fails without us.
 
 What fails with us and the tests of PyTorch 2.13, and why:
     export/test_export.py   test_export_dynamo_config and test_export_rnn_variants_with_warning want
@@ -32,13 +32,18 @@ export/test_export.py
 """.split()
 
 
-class LSTMOnly:
+CLASSES = "LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"
+
+
+class RecurrentOnly:
     """The pytest plugin that picks the tests and notes what became of those that ran a class."""
 
-    def __init__(self, cls):
+    def __init__(self, classes):
         self.calls, self.results = 0, {}
-        forward = cls.forward
+        for cls in classes:
+            self.count(cls, cls.forward)
 
+    def count(self, cls, forward):
         def counted(*args, **kwargs):
             self.calls += 1
             return forward(*args, **kwargs)
@@ -46,17 +51,20 @@ class LSTMOnly:
         cls.forward = counted
 
     def pytest_collection_modifyitems(self, items):
-        items[:] = [item for item in items if self.speaks_of_lstm(item)]
+        items[:] = [item for item in items if self.speaks_of_one(item)]
 
     @staticmethod
-    def speaks_of_lstm(item):
-        name = item.name.lower()
-        if "cuda" in name or "cell" in name:
+    def names_one(item):
+        return any(word in item.name.lower() for word in ("lstm", "gru", "rnn"))
+
+    def speaks_of_one(self, item):
+        if "cuda" in item.name.lower():
             return False
-        if "lstm" in name or "rnn" in name:
+        if self.names_one(item):
             return True
         try:
-            return "LSTM" in inspect.getsource(inspect.unwrap(item.obj))
+            source = inspect.getsource(inspect.unwrap(item.obj))
+            return any(cls in source for cls in CLASSES)
         except (OSError, TypeError):
             return False
 
@@ -65,7 +73,7 @@ class LSTMOnly:
         before, self.outcome = self.calls, None
         result = yield
         if self.outcome and (self.calls > before or self.outcome[0] == "failed"
-                             or "lstm" in item.name.lower()):
+                             or self.names_one(item)):
             self.results[item.nodeid.split("/")[-1]] = self.outcome
         return result
 
@@ -93,7 +101,7 @@ def report(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkout", type=pathlib.Path)
-    parser.add_argument("--theirs", action="store_true", help="run them with torch.nn.LSTM")
+    parser.add_argument("--theirs", action="store_true", help="run them with torch.nn's")
     args, pytest_arguments = parser.parse_known_args()
     folder = args.checkout.resolve() / "test"
     files = [str(folder / name) for name in FILES if (folder / name).exists()]
@@ -101,11 +109,12 @@ def main():
         parser.error(f"no PyTorch tests in {folder}")
     version = (args.checkout / "version.txt").read_text().strip()
     print(f"tests of PyTorch {version}, torch {torch.__version__} installed")
-    cls = torch.nn.LSTM if args.theirs else lstmcore.torch.LSTM
+    classes = [getattr(torch.nn if args.theirs else lstmcore.torch, name) for name in CLASSES]
     for module in (torch.nn, torch.nn.modules, torch.nn.modules.rnn):
-        module.LSTM = cls
+        for name, cls in zip(CLASSES, classes):
+            setattr(module, name, cls)
     sys.path.insert(0, str(folder))
-    plugin = LSTMOnly(cls)
+    plugin = RecurrentOnly(classes)
     pytest.main([*files, "-q", "--noconftest", "-p", "no:cacheprovider", "-c", "/dev/null",
                  f"--rootdir={folder}", "--import-mode=importlib", "--tb=short",
                  "--continue-on-collection-errors", *pytest_arguments],

@@ -1,4 +1,4 @@
-"""lstmcore.torch.LSTM and accelerate against torch.nn.LSTM."""
+"""The modules of lstmcore.torch and accelerate against torch.nn's."""
 
 import copy
 import io
@@ -8,8 +8,9 @@ import warnings
 
 import numpy as np
 import pytest
-from torch_pairs import (CONFIGS, IGNORED, KINDS, TOLERANCE, B, H, I, P, T, assert_close,
-                         flat, inputs, pair, states, torch)
+from torch_pairs import (CELLS, EVERYTHING, IGNORED, LAYERS, MODULES, TOLERANCE, B, H, I, P, T,
+                         assert_close, build, called, flat, inputs, is_cell, pair, parts, states,
+                         torch, weight)
 
 import lstmcore.torch
 from lstmcore import functional
@@ -18,24 +19,25 @@ pytestmark = IGNORED
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config, kind", EVERYTHING)
 def test_outputs_and_gradients_match_torch(config, kind, dtype):
-    theirs, ours = pair(dtype, **CONFIGS[config])
+    theirs, ours = pair(dtype, **config)
     x, hx = inputs(ours, kind)
     for state in (None, hx):
         assert_close(flat(ours, x, state), flat(theirs, x, state), dtype)
 
 
-def test_packed_output_keeps_its_indices():
-    theirs, ours = pair()
+@pytest.mark.parametrize("layer", LAYERS)
+def test_packed_output_keeps_its_indices(layer):
+    theirs, ours = pair(**LAYERS[layer])
     x, hx = inputs(ours, "packed-unsorted")
     for got, expected in zip(ours(x, hx)[0][1:], theirs(x, hx)[0][1:]):
         assert torch.equal(got, expected)
 
 
-def test_dropout_matches_torch_with_the_same_seed():
-    theirs, ours = pair(num_layers=3, dropout=0.4, bidirectional=True)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_dropout_matches_torch_with_the_same_seed(layer):
+    theirs, ours = pair(num_layers=3, dropout=0.4, bidirectional=True, **LAYERS[layer])
     x, hx = inputs(ours, "batched")
     results = []
     for m in (theirs, ours):
@@ -47,39 +49,55 @@ def test_dropout_matches_torch_with_the_same_seed():
     assert_close(ours(x, hx), theirs(x, hx))
 
 
-def test_empty_batch_and_empty_sequence():
-    _, ours = pair()
-    h0, c0 = states(ours)
-    y, (h_n, c_n) = ours(torch.randn(0, B, I, dtype=torch.float64), (h0, c0))
-    assert y.shape == (0, B, H) and torch.equal(h_n, h0) and torch.equal(c_n, c0)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_empty_batch_and_empty_sequence(layer):
+    _, ours = pair(**LAYERS[layer])
+    hx = states(ours)
+    y, *final = called(ours, torch.randn(0, B, I, dtype=torch.float64), hx)
+    assert y.shape == (0, B, H) and all(map(torch.equal, final, parts(hx)))
     assert ours(torch.randn(T, 0, I, dtype=torch.float64))[0].shape == (T, 0, H)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_cell_without_rows_inputs_or_units(cell):
+    theirs, ours = pair(**CELLS[cell])
+    x = torch.randn(0, I, dtype=torch.float64)
+    assert [h.shape for h in called(ours, x)] == [h.shape for h in called(theirs, x)] != []
+    for sizes in (I, 0), (0, H):
+        m = type(ours)(*sizes)
+        h = called(m, torch.randn(B, sizes[0]))[-1]
+        assert h.shape == (B, sizes[1])
 
 
 # The module ---------------------------------------------------------------------------------------
 
 
-def test_is_a_torch_lstm():
-    theirs, ours = pair(num_layers=2, proj_size=P, dropout=0.1)
-    assert isinstance(ours, torch.nn.LSTM) and repr(ours) == repr(theirs)
+@pytest.mark.parametrize("config", [*MODULES.values(), dict(num_layers=2, proj_size=P, dropout=0.1),
+                                    dict(cls="GRU", num_layers=2, dropout=0.1)], ids=str)
+def test_is_a_module_of_torch(config):
+    theirs, ours = pair(**config)
+    assert isinstance(ours, type(theirs)) and repr(ours) == repr(theirs)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
-    torch.manual_seed(8)
-    a = torch.nn.LSTM(I, H).state_dict()
-    torch.manual_seed(8)
-    assert_close(lstmcore.torch.LSTM(I, H).state_dict(), a, torch.float32)
+    state = []
+    for where in torch.nn, lstmcore.torch:
+        torch.manual_seed(8)
+        state.append(build(where, config).state_dict())
+    assert_close(*state, torch.float32)
 
 
-@pytest.mark.parametrize("peepholes", [False, True])
-def test_copies_and_pickles(peepholes):
-    m = lstmcore.torch.LSTM(I, H, num_layers=2, peepholes=peepholes, forget_bias=1)
+@pytest.mark.parametrize("config", [*MODULES.values(), dict(num_layers=2, forget_bias=1),
+                                    dict(num_layers=2, peepholes=True, forget_bias=1)], ids=str)
+def test_copies_and_pickles(config):
+    m = build(lstmcore.torch, config)
     x, hx = inputs(m, "batched")
     buffer = io.BytesIO()
     torch.save(m, buffer)
     buffer.seek(0)
     for other in (copy.deepcopy(m), pickle.loads(pickle.dumps(m)),
                   torch.load(buffer, weights_only=False)):
-        assert type(other) is lstmcore.torch.LSTM and repr(other) == repr(m)
-        assert torch.equal(other(x, hx)[0], m(x, hx)[0])
+        assert type(other) is type(m) and repr(other) == repr(m)
+        assert all(map(torch.equal, called(other, x, hx), called(m, x, hx)))
 
 
 def test_peepholes_match_the_reference_and_load_plain_checkpoints():
@@ -100,10 +118,15 @@ def test_peepholes_match_the_reference_and_load_plain_checkpoints():
         m.load_state_dict({})
 
 
-def test_frozen_weights_give_the_same_bits_and_follow_changes():
+@pytest.mark.parametrize("module", MODULES)
+def test_frozen_weights_give_the_same_bits_and_follow_changes(module):
     torch.manual_seed(1)
-    frozen = lstmcore.torch.LSTM(I, H, num_layers=2, bidirectional=True).freeze()
-    plain = lstmcore.torch.LSTM(I, H, num_layers=2, bidirectional=True)
+    config = MODULES[module]
+    if module in LAYERS:
+        config = dict(num_layers=2, bidirectional=True, **config)
+    plain, frozen, other = (build(lstmcore.torch, config) for _ in range(3))
+    assert frozen.freeze() is frozen
+    first, *_, last = [name for name, _ in plain.named_parameters() if "weight" in name]
 
     def agree():
         x, hx = inputs(plain, "batched")
@@ -116,45 +139,52 @@ def test_frozen_weights_give_the_same_bits_and_follow_changes():
     assert not frozen.training
     agree()
     with torch.no_grad():
-        frozen.weight_hh_l1.mul_(2)
+        getattr(frozen, last).mul_(2)
     agree()
-    frozen.load_state_dict(lstmcore.torch.LSTM(I, H, num_layers=2, bidirectional=True).state_dict())
+    frozen.load_state_dict(other.state_dict())
     agree()
-    frozen.weight_ih_l0 = torch.nn.Parameter(torch.randn(4 * H, I))
+    setattr(frozen, first, torch.nn.Parameter(torch.randn_like(getattr(plain, first))))
     agree()
     frozen.double(), plain.double()
     agree()
     for write in (lambda W: W.data.mul_(2), lambda W: W.data.neg_(),
                   lambda W: W.data.copy_(W.data.flip(0)), lambda W: W.detach().numpy().fill(0.5)):
-        for weight in frozen.weight_hh_l0, frozen.weight_ih_l1_reverse:
-            write(weight)           # which no version counts
+        for name in first, last:
+            write(getattr(frozen, name))    # which no version counts
             agree()
 
 
-def test_frozen_weights_have_gradients_and_train_ends_it():
-    theirs, ours = pair(num_layers=2)
+@pytest.mark.parametrize("module", MODULES)
+def test_frozen_weights_have_gradients_and_train_ends_it(module):
+    theirs, ours = pair(**MODULES[module])
     x, hx = inputs(ours, "batched")
     assert_close(flat(ours.freeze(), x, hx), flat(theirs, x, hx))
     assert ours.train()._frozen is None and ours.training
+
+
+def test_frozen_projection():
+    x, _ = inputs(pair()[1], "batched")
     projected = pair(proj_size=P)[1].freeze()
     with torch.inference_mode():
         assert_close(projected(x), pair(proj_size=P)[0](x))
 
 
-def test_frozen_call_packs_once(monkeypatch):
+@pytest.mark.parametrize("module", MODULES)
+def test_frozen_call_packs_once(module, monkeypatch):
     packed = []
     original = functional.pack
     monkeypatch.setattr(functional, "pack", lambda *args, **options: packed.append(1)
                         or original(*args, **options))
-    x, _ = inputs(pair()[1], "batched")
+    config = MODULES[module] | (dict(num_layers=3) if module in LAYERS else {})
+    x, _ = inputs(pair(**config)[1], "batched")
     for compare in True, False:
-        m = pair(num_layers=3)[1].freeze(compare=compare)
+        m = pair(**config)[1].freeze(compare=compare)
         packed.clear()
         with torch.inference_mode():
-            m.weight_hh_l1.data[0, 0] = np.nan
+            weight(m).data[0, 0] = np.nan
             for _ in range(4):
                 m(x)
-        assert len(packed) == 3
+        assert len(packed) == (3 if module in LAYERS else 1)
 
 
 def test_frozen_without_comparison_notices_counted_writes():
@@ -170,14 +200,16 @@ def test_frozen_without_comparison_notices_counted_writes():
             assert torch.equal(m.freeze(compare=False)(x)[0], plain(x)[0])
 
 
-def test_quantization_that_leaves_the_layer_says_so():
-    model = torch.nn.ModuleDict({"rnn": torch.nn.LSTM(I, H), "head": torch.nn.Linear(H, 2)})
+@pytest.mark.parametrize("cls", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_quantization_that_leaves_the_module_says_so(cls):
+    theirs, ours = getattr(torch.nn, cls), getattr(lstmcore.torch, cls)
+    model = torch.nn.ModuleDict({"rnn": theirs(I, H), "head": torch.nn.Linear(H, 2)})
     lstmcore.torch.accelerate(model)
-    with pytest.warns(UserWarning, match="lstmcore.torch.LSTM stays as it is"):
+    with pytest.warns(UserWarning, match=f"lstmcore.torch.{cls} stays as it is.*torch.nn.{cls} its"):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=DeprecationWarning)
-            quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.LSTM})
-    assert type(quantized["rnn"]) is lstmcore.torch.LSTM
+            quantized = torch.ao.quantization.quantize_dynamic(model, {theirs})
+    assert type(quantized["rnn"]) is ours
 
 
 def test_forget_bias():
@@ -189,20 +221,32 @@ def test_forget_bias():
         lstmcore.torch.LSTM(I, H, bias=False, forget_bias=1.0)
 
 
-def test_another_device_says_what_to_do():
+@pytest.mark.parametrize("module", MODULES)
+def test_another_device_says_what_to_do(module):
     from torch._subclasses.fake_tensor import FakeTensorMode
     with FakeTensorMode():
-        m = lstmcore.torch.LSTM(I, H)
-        with pytest.raises(ValueError, match=r"CPU, got input on cuda:0.*\.to\('cpu'\)"):
-            m(torch.empty(T, B, I, device="cuda:0"))
+        m = build(lstmcore.torch, MODULES[module])
+        name = type(m).__name__
+        with pytest.raises(ValueError, match=rf"torch\.{name} runs on the CPU, got input on cuda:0.*"
+                                             rf"\.to\('cpu'\), or use torch.nn.{name}"):
+            m(torch.empty(*[B] * (not is_cell(m)), T, I, device="cuda:0"))
 
 
-def test_wrong_shapes_raise_what_torch_raises():
-    theirs, ours = pair()
-    x, (h0, c0) = inputs(ours, "batched")
-    packed, _ = inputs(ours, "packed")
-    bad = [(x[..., :2],), (x, (h0[:, :2], c0)), (x, (h0, c0[..., :2])), (x, (h0[0], c0[0])),
-           (x[0, 0],), (x.float(),), (packed, (h0[:, :2], c0))]
+@pytest.mark.parametrize("module", MODULES)
+def test_wrong_shapes_raise_what_torch_raises(module):
+    theirs, ours = pair(**MODULES[module])
+    x, hx = inputs(ours, "batched")
+
+    def spoiled(change, k=0):
+        changed = [change(h) if n == k else h for n, h in enumerate(parts(hx))]
+        return tuple(changed) if isinstance(hx, tuple) else changed[0]
+
+    bad = [(x[..., :2],), (x, spoiled(lambda h: h[..., :2, :])), (x[None, None],),
+           (x, spoiled(lambda h: h[..., :2], len(parts(hx)) - 1)), (x[(0,) * (x.dim() - 1)][0],),
+           (x, spoiled(lambda h: h[None])), (x[..., 0, :], hx)]
+    if module in LAYERS:
+        bad += [(x.float(),), (x, tuple(h[0] for h in hx) if isinstance(hx, tuple) else hx[0]),
+                (inputs(ours, "packed")[0], spoiled(lambda h: h[:, :2]))]
     for args in bad:
         with pytest.raises((ValueError, RuntimeError)) as expected:
             theirs(*args)
@@ -236,7 +280,7 @@ def test_accelerate_keeps_results_sharing_and_hooks():
     grads = [p.grad.clone() for p in params]
     model.zero_grad()
     report = lstmcore.torch.accelerate(model)
-    assert report == (["first", "tied"], {}) and str(report).startswith("replaced 2 torch.nn.LSTM")
+    assert report == (["first", "tied"], {}) and str(report).startswith("replaced 2 of torch.nn\n")
     assert model.first is model.again and type(model.first) is lstmcore.torch.LSTM
     assert all(a is b for a, b in zip(params, model.parameters()))
     got = model(x)
@@ -246,31 +290,53 @@ def test_accelerate_keeps_results_sharing_and_hooks():
     assert lstmcore.torch.accelerate(model) == ([], {})
 
 
-def test_accelerate_respects_parametrizations():
+def test_accelerate_and_restore_every_kind():
+    torch.manual_seed(4)
+    model = torch.nn.ModuleDict({name: build(torch.nn, config) for name, config in MODULES.items()})
+    expected = {name: called(m, *inputs(m, "batched")[:1]) for name, m in model.items()}
+    torch.manual_seed(4)
+    model = torch.nn.ModuleDict({name: build(torch.nn, config) for name, config in MODULES.items()})
+    assert lstmcore.torch.accelerate(model) == ([*MODULES], {})
+    for name, m in model.items():
+        cls = MODULES[name].get("cls", "LSTM")
+        assert type(m) is getattr(lstmcore.torch, cls)
+        assert_close(called(m, *inputs(m, "batched")[:1]), expected[name], torch.float32)
+    assert lstmcore.torch.accelerate(model) == lstmcore.torch.restore(torch.nn.Linear(2, 3))
+    assert lstmcore.torch.restore(model) == ([*MODULES], {})
+    assert {type(m) for m in model.values()} == {
+        getattr(torch.nn, config.get("cls", "LSTM")) for config in MODULES.values()}
+
+
+@pytest.mark.parametrize("module", ["LSTM", "GRU", "GRUCell"])
+def test_accelerate_respects_parametrizations(module):
     from torch.nn.utils import parametrizations, parametrize
-    lstm = torch.nn.LSTM(I, H)
-    parametrizations.weight_norm(lstm, "weight_hh_l0")
-    x = torch.randn(T, B, I)
-    expected = lstm(x)[0]
-    assert lstmcore.torch.accelerate(lstm).replaced == [""]
-    got = lstm(x)[0]
-    assert isinstance(lstm, lstmcore.torch.LSTM)
+    m, ours = build(torch.nn, MODULES[module]), getattr(lstmcore.torch, module)
+    name = next(name for name, _ in m.named_parameters() if "weight_hh" in name)
+    parametrizations.weight_norm(m, name)
+    x, hx = inputs(m, "batched")
+    expected = called(m, x, hx)
+    assert lstmcore.torch.accelerate(m).replaced == [""]
+    got = called(m, x, hx)
+    assert isinstance(m, ours)
     assert_close(got, expected, torch.float32)
-    got.sum().backward()
-    assert lstm.parametrizations.weight_hh_l0.original0.grad.abs().sum() > 0
-    parametrize.remove_parametrizations(lstm, "weight_hh_l0")
-    assert type(lstm) is lstmcore.torch.LSTM
-    assert_close(lstm(x)[0], expected, torch.float32)
+    got[0].sum().backward()
+    assert m.parametrizations[name].original0.grad.abs().sum() > 0
+    assert lstmcore.torch.restore(m).replaced == [""] and not isinstance(m, ours)
+    lstmcore.torch.accelerate(m)
+    parametrize.remove_parametrizations(m, name)
+    assert type(m) is ours
+    assert_close(called(m, x, hx), expected, torch.float32)
 
 
-def test_accelerate_respects_weight_hooks():
-    lstm = torch.nn.LSTM(I, H)
+@pytest.mark.parametrize("module", ["LSTM", "GRU", "GRUCell"])
+def test_accelerate_respects_weight_hooks(module):
+    m = build(torch.nn, MODULES[module])
     from torch.nn.utils import prune
-    prune.random_unstructured(lstm, "weight_hh_l0", amount=0.5)
-    x = torch.randn(T, B, I)
-    expected = lstm(x)[0]
-    assert lstmcore.torch.accelerate(lstm).replaced == [""]
-    assert_close(lstm(x)[0], expected, torch.float32)
+    prune.random_unstructured(m, next(name for name, _ in m.named_parameters() if "hh" in name), 0.5)
+    x, hx = inputs(m, "batched")
+    expected = called(m, x, hx)
+    assert lstmcore.torch.accelerate(m).replaced == [""]
+    assert_close(called(m, x, hx), expected, torch.float32)
 
 
 def test_accelerate_refuses_with_a_reason():
@@ -281,12 +347,13 @@ def test_accelerate_refuses_with_a_reason():
     patched = torch.nn.LSTM(I, H)
     patched.forward = lambda x: x
     model = torch.nn.ModuleDict({
-        "own": Own(I, H), "patched": patched, "short": torch.nn.LSTM(I, H).half(),
-        "meta": torch.nn.LSTM(I, H, device="meta"), "fine": torch.nn.LSTM(I, H)})
+        "own": Own(I, H), "patched": patched, "short": torch.nn.GRUCell(I, H).half(),
+        "meta": torch.nn.GRU(I, H, device="meta"), "fine": torch.nn.LSTM(I, H),
+        "other": torch.nn.RNNBase("GRU", I, H)})
     report = lstmcore.torch.accelerate(model)
     assert report.replaced == ["fine"]
     for name, why in {"own": "subclass", "patched": "forward", "short": "float16",
-                      "meta": "on meta"}.items():
+                      "meta": "on meta", "other": "RNNBase has no counterpart here"}.items():
         assert why in report.refused[name] and f"kept {name}" in str(report)
     with pytest.raises(TypeError, match="torch.nn.Module, got list"):
         lstmcore.torch.accelerate([model])
@@ -321,16 +388,17 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
 # The module tests inside the torch wheel ----------------------------------------------------------
 
 
-def module_inputs(requires_grad=False):
+def samples(module, requires_grad=False):
+    """The inputs that PyTorch tests a module with, and the module that takes each."""
     common_modules = pytest.importorskip("torch.testing._internal.common_modules")
-    return common_modules.module_inputs_torch_nn_LSTM(
-        None, "cpu", torch.float64, requires_grad=requires_grad, training=True)
-
-
-def build(sample):
-    torch.manual_seed(6)
-    return lstmcore.torch.LSTM(*sample.constructor_input.args, **sample.constructor_input.kwargs,
-                               dtype=torch.float64)
+    cls = {"LSTM": torch.nn.LSTM, "GRU": torch.nn.GRU, "RNN": torch.nn.RNN}.get(
+        module, getattr(torch.nn, module))
+    info, = (info for info in common_modules.module_db if info.module_cls is cls)
+    for sample in info.module_inputs_func(info, "cpu", torch.float64, requires_grad=requires_grad,
+                                          training=True):
+        torch.manual_seed(6)
+        yield sample, getattr(lstmcore.torch, module)(
+            *sample.constructor_input.args, **sample.constructor_input.kwargs, dtype=torch.float64)
 
 
 def leaves_of(tree):
@@ -338,35 +406,38 @@ def leaves_of(tree):
             if isinstance(leaf, torch.Tensor)]
 
 
-def test_wheel_module_inputs_forward_and_pickle():
-    for sample in module_inputs():
-        m = build(sample)
+CLASSES = pytest.mark.parametrize("module", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+
+
+@CLASSES
+def test_wheel_module_inputs_forward_and_pickle(module):
+    for sample, m in samples(module):
         args, kwargs = sample.forward_input.args, sample.forward_input.kwargs
         out = m(*args, **kwargs)
         assert_close(out, sample.reference_fn(m, *args, **kwargs))
         assert_close(pickle.loads(pickle.dumps(m))(*args, **kwargs), out)
 
 
-def test_wheel_module_inputs_non_contiguous():
+@CLASSES
+def test_wheel_module_inputs_non_contiguous(module):
     def strided(x):
         return torch.repeat_interleave(x.detach(), 2, dim=-1)[..., ::2] \
             if isinstance(x, torch.Tensor) else x
 
-    for sample in module_inputs():
-        m = build(sample)
+    for sample, m in samples(module):
         args = sample.forward_input.args
         expected = m(*args)
         assert_close(m(*torch.utils._pytree.tree_map(strided, args)), expected)
 
 
-def test_wheel_module_inputs_grad_and_gradgrad():
-    for sample in module_inputs(requires_grad=True):
-        m = build(sample)
+@CLASSES
+def test_wheel_module_inputs_grad_and_gradgrad(module):
+    for sample, m in samples(module, requires_grad=True):
         args = sample.forward_input.args
         free = [*leaves_of(args), *m.parameters()]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # gradcheck warns of its own random directions
             f = lambda *_: tuple(leaves_of(m(*args)))  # noqa: E731
             assert torch.autograd.gradcheck(f, free, fast_mode=True)
-            if m.bias and not m.batch_first:  # a quarter of them: the slow part of this file
+            if m.bias and not getattr(m, "batch_first", False):  # a quarter: the slow part here
                 assert torch.autograd.gradgradcheck(f, free, fast_mode=True)

@@ -1,4 +1,4 @@
-"""lstmcore.torch.LSTM below float32: under autocast, in bfloat16, and frozen."""
+"""The modules of lstmcore.torch below float32: under autocast, in bfloat16, and frozen."""
 
 import copy
 import io
@@ -7,8 +7,9 @@ import warnings
 
 import numpy as np
 import pytest
-from torch_pairs import (CONFIGS, IGNORED, KINDS, B, H, I, P, T, assert_close, inputs, pair,
-                         torch)
+from torch_pairs import (EVERYTHING, IGNORED, LAYERS, MODULES, B, H, I,
+                         P, T, assert_close, build, called, inputs, is_cell, leaves, pair, parts,
+                         torch, weight, whole)
 
 import lstmcore.torch
 from lstmcore import functional
@@ -36,17 +37,13 @@ def cast(tree, dtype):
 
 
 def results(m, x, hx):
-    """y, h_n, c_n and gradients of a random projection of them: of x, the states, the weights."""
-    data = (x.data if isinstance(x, PackedSequence) else x).detach().requires_grad_()
-    x = x._replace(data=data) if isinstance(x, PackedSequence) else data
-    hx = None if hx is None else tuple(s.detach().requires_grad_() for s in hx)
-    y, (h_n, c_n) = m(x, hx)
-    outputs = [y.data if isinstance(y, PackedSequence) else y, h_n, c_n]
+    """Every output, and gradients of a random projection of them: of x, the states, the weights."""
+    x, hx, wanted = leaves(m, x, hx)
+    outputs = called(m, x, hx)
     random = np.random.default_rng(99)
     loss = sum((out * torch.from_numpy(random.standard_normal(out.shape)).to(out.dtype)).sum()
                for out in outputs)
-    leaves = [data, *(hx or ()), *m.parameters()]
-    return outputs + list(torch.autograd.grad(loss, leaves))
+    return outputs + list(torch.autograd.grad(loss, wanted))
 
 
 def accelerated(m):
@@ -56,9 +53,10 @@ def accelerated(m):
 
 
 def error(got, truth):
-    """Root mean square, relative."""
+    """Root mean square, relative; of a truth of zeros, absolute."""
     got, truth = got.detach().double(), truth.detach()
-    return float(((got - truth).square().sum() / truth.square().sum()).sqrt())
+    scale = truth.square().sum() if truth.any() else 1
+    return float(((got - truth).square().sum() / scale).sqrt())
 
 
 def dtypes(tensors):
@@ -68,43 +66,65 @@ def dtypes(tensors):
 # Bits ---------------------------------------------------------------------------------------------
 
 
-def by_hand(m, x, hx, dy, d_n, compute="bfloat16"):
-    """y, h_n, c_n and gradients of one layer by lstmcore's functions, on arrays of float32."""
+def by_hand(m, x, hx, d, compute="bfloat16"):
+    """Every output and gradient of one layer or cell by lstmcore's functions, in float32."""
     def array(t):
-        return None if t is None else t.detach().float().numpy()
+        return t.detach().float().numpy()
 
-    W = {k: array(p) for k, p in m.named_parameters()}
-    y, (h_n, c_n), tape = lstmcore.lstm_forward(
-        array(x), W["weight_ih_l0"], W["weight_hh_l0"], W["bias_ih_l0"] + W["bias_hh_l0"],
-        array(hx[0])[0], array(hx[1])[0], peepholes=W.get("weight_peephole_l0"),
-        W_hr=W.get("weight_hr_l0"), compute=compute)
-    outputs = y, h_n[None], c_n[None]
-    g = lstmcore.lstm_backward(tape, array(dy), *(array(d)[0] for d in d_n))
-    gradients = [g.dx, g.dh0[None], g.dc0[None], g.dW_ih, g.dW_hh, g.db, g.db]
-    gradients += [g.dpeepholes] if m.peepholes else [g.dW_hr] if m.proj_size else []
+    W = {k.removesuffix("_l0"): array(p) for k, p in m.named_parameters()}
+    cell, b_ih, b_hh = is_cell(m), W["bias_ih"], W["bias_hh"]
+    name = "lstm" if "LSTM" in type(m).__name__ else "gru" if "GRU" in type(m).__name__ else "rnn"
+    b, options = b_ih + b_hh, {}
+    if name == "gru":
+        b = np.concatenate([b[:2 * H], b_ih[2 * H:], b_hh[2 * H:]])
+    elif name == "rnn":
+        options = dict(nonlinearity=m.nonlinearity)
+    else:
+        options = dict(peepholes=W.get("weight_peephole"), W_hr=W.get("weight_hr"))
+    x, d = (array(x)[None], [array(t) for t in d]) if cell else (array(x), [array(t) for t in d])
+    y, final, tape = getattr(lstmcore, f"{name}_forward")(
+        x, W["weight_ih"], W["weight_hh"], b,
+        *(array(h) if cell else array(h)[0] for h in parts(hx)), compute=compute, **options)
+    final = parts(final)
+    if cell:                # h is y, whose gradient is the first
+        outputs, d = final, [d[0][None], None, *d[1:]]
+    else:
+        outputs, d = [y, *(h[None] for h in final)], [d[0], *(t[0] for t in d[1:])]
+    g = getattr(lstmcore, f"{name}_backward")(tape, *d)
+    states = [g.dh0, g.dc0] if name == "lstm" else [g.dh0]
+    db_hh = np.concatenate([g.db[:2 * H], g.db[3 * H:]]) if name == "gru" else g.db
+    gradients = [g.dx[0] if cell else g.dx, *(h if cell else h[None] for h in states), g.dW_ih,
+                 g.dW_hh, g.db[:len(b_ih)], db_hh]
+    gradients += [a for a in (getattr(g, "dpeepholes", None), getattr(g, "dW_hr", None))
+                  if a is not None]
     return [torch.from_numpy(a) for a in (*outputs, *gradients)]
 
 
 @pytest.mark.parametrize("how", ["bfloat16", "autocast"])
-@pytest.mark.parametrize("config", [dict(peepholes=True), dict(proj_size=P)], ids=str)
+@pytest.mark.parametrize("config", [dict(peepholes=True), dict(proj_size=P), *MODULES.values()],
+                         ids=str)
 def test_bits_are_those_of_lstmcore_rounded_once(config, how):
     torch.manual_seed(2)
-    m = lstmcore.torch.LSTM(I, H, **config)
+    m = build(lstmcore.torch, config)
     for p in m.parameters():
         torch.nn.init.normal_(p)
     x, hx = inputs(m, "batched")
-    hx = tuple(s.detach() for s in hx)
     if how == "bfloat16":
         m, x, hx = m.bfloat16(), x.bfloat16(), cast(hx, BF16)
-    x.requires_grad_(), [s.requires_grad_() for s in hx]
+    x, hx, wanted = leaves(m, x, hx)
     with torch.autocast("cpu", dtype=BF16, enabled=how == "autocast"):
-        y, (h_n, c_n) = m(x, hx)
-    d = [torch.randn(out.shape).to(out.dtype) for out in (y, h_n, c_n)]
-    got = torch.autograd.grad((y, h_n, c_n), [x, *hx, *m.parameters()], d)
-    expected = by_hand(m, x, hx, d[0], d[1:])
-    for ours, theirs in zip([y, h_n, c_n, *got], expected, strict=True):
-        assert torch.equal(ours, theirs.to(ours.dtype))
-    assert not torch.equal(y, by_hand(m, x, hx, d[0], d[1:], "float32")[0].to(y.dtype))
+        outputs = called(m, x, hx)
+    d = [torch.randn(out.shape).to(out.dtype) for out in outputs]
+    got = torch.autograd.grad(outputs, wanted, d)
+    got = [*outputs, *got]
+
+    def equal(compute):
+        return [torch.equal(ours, theirs.to(ours.dtype))
+                for ours, theirs in zip(got, by_hand(m, x, hx, d, compute), strict=True)]
+
+    # One relu step of bfloat16 arrays rounds nothing more: dy passes, or it does not.
+    exact = how == "bfloat16" and config == MODULES["relu-cell"]
+    assert all(equal("bfloat16")) and all(equal("float32")) == exact
 
 
 def test_float32_between_layers():
@@ -128,33 +148,45 @@ def test_float32_between_layers():
 
 
 def types_of_torch(m, x, hx):
-    """What torch.nn.LSTM gives under autocast; if this CPU is none for that, on one that is."""
-    dense = not isinstance(x, PackedSequence) and not m.proj_size
+    """What torch.nn gives under autocast; if this CPU is none for that, on one that is."""
+    dense = isinstance(m, torch.nn.LSTM) and not isinstance(x, PackedSequence) and not m.proj_size
     if dense and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return [BF16] * 3
-    return dtypes(results(m, x, hx)[:3])
+    return dtypes(called(m, x, hx))
 
 
 @pytest.mark.parametrize("state", [None, F32, BF16], ids=str)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("config", ["plain", "projected"])
+@pytest.mark.parametrize("config, kind", [
+    param for param in EVERYTHING if "-plain" in param.id or "projected" in param.id])
 def test_autocast_gives_the_types_of_torch(config, kind, dtype, state):
-    theirs, ours = pair(F32, **CONFIGS[config])
+    theirs, ours = pair(F32, **config)
     x, hx = inputs(ours, kind)
     x, hx = cast(x, dtype), None if state is None else cast(hx, state)
     with autocast():
         got = results(ours, x, hx)
-        assert dtypes(got[:3]) == types_of_torch(theirs, x, hx)
+        n = len(called(ours, x, hx))
+        assert dtypes(got[:n]) == types_of_torch(theirs, x, hx)
         data = x.data if isinstance(x, PackedSequence) else x
-        assert dtypes(got[3:]) == [data.dtype, *([] if hx is None else dtypes(hx)),
+        assert dtypes(got[n:]) == [data.dtype, *dtypes(parts(hx)),
                                    *[F32] * len(list(ours.parameters()))]
         with torch.autocast("cpu", enabled=False):
-            assert ours(cast(x, F32))[1][1].dtype == F32
+            assert called(ours, cast(x, F32))[-1].dtype == F32
 
 
-def test_autocast_leaves_float64_alone():
-    theirs, ours = pair()
+@pytest.mark.parametrize("module", ["LSTM", "LSTMCell"])
+def test_autocast_takes_the_type_of_c_where_states_differ(module):
+    theirs, ours = pair(F32, **MODULES[module])
+    for kind in ("packed",) if module == "LSTM" else ("batched",):
+        x, (h, c) = inputs(ours, kind)
+        for hx in (h.bfloat16(), c), (h, c.bfloat16()):
+            with autocast():
+                assert dtypes(called(ours, x, hx)) == types_of_torch(theirs, x, hx)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_autocast_leaves_float64_alone(module):
+    theirs, ours = pair(**MODULES[module])
     x, hx = inputs(ours, "batched")
     expected = results(theirs, x, hx)
     for dtype in BF16, torch.float16:
@@ -162,12 +194,15 @@ def test_autocast_leaves_float64_alone():
             assert_close(results(ours, x, hx), expected)
             with pytest.raises(ValueError, match=r"torch.float32\) does not match"):
                 ours(x.float())
-            with pytest.raises(ValueError, match="c of the initial state must be torch.float64"):
-                ours(x, (hx[0], hx[1].float()))
+            *same, last = parts(hx)
+            with pytest.raises(ValueError, match=f"{'hc'[len(same)]} of the initial state must be "
+                                                 "torch.float64"):
+                ours(x, whole(ours, [*same, last.float()]))
 
 
-def test_float16_is_an_error_that_says_what_to_do():
-    _, ours = pair(F32)
+@pytest.mark.parametrize("module", MODULES)
+def test_float16_is_an_error_that_says_what_to_do(module):
+    theirs, ours = pair(F32, **MODULES[module])
     x, _ = inputs(ours, "batched")
     with autocast(torch.float16):
         with pytest.raises(ValueError, match=r"no products of torch.float16.*torch.bfloat16"):
@@ -178,8 +213,8 @@ def test_float16_is_an_error_that_says_what_to_do():
     with pytest.raises(ValueError, match=r"float16: convert both with .bfloat16\(\) or .float\(\)"):
         half(x)
     with autocast():
-        assert half(x)[0].dtype == BF16
-    assert "float16" in lstmcore.torch.accelerate(torch.nn.LSTM(I, H).half()).refused[""]
+        assert called(half, x)[0].dtype in (BF16, F32)
+    assert "float16" in lstmcore.torch.accelerate(theirs.half()).refused[""]
 
 
 @pytest.mark.parametrize("bad", ["x", "h", "c"])
@@ -203,20 +238,24 @@ SHAPES = {  # T, B, I, H, options
     "long": (50, 3, 8, 32, {}),
     "deep": (20, 3, 8, 24, dict(num_layers=2, bidirectional=True)),
     "projected": (30, 4, 40, 24, dict(proj_size=8)),
+    "gru": (50, 3, 8, 32, dict(cls="GRU")),
+    "deep-gru": (20, 3, 8, 24, dict(cls="GRU", num_layers=2, bidirectional=True)),
+    "tanh": (20, 3, 8, 24, dict(cls="RNN")),
 }
 
 
 def problem(shape):
-    """A torch.nn.LSTM with weights as after training, twice the usual, an input and a state."""
+    """A module of torch with weights as after training, twice the usual, an input and a state."""
     T, B, I, H, options = SHAPES[shape]
     torch.manual_seed(0)
-    m = torch.nn.LSTM(I, H, **options)
+    cls = options.get("cls", "LSTM")
+    m = getattr(torch.nn, cls)(I, H, **{k: v for k, v in options.items() if k != "cls"})
     with torch.no_grad():
         for p in m.parameters():
             p.mul_(2)
     n = m.num_layers * (1 + m.bidirectional)
     hx = torch.randn(n, B, m.proj_size or H) / 2, torch.randn(n, B, H)
-    return m, torch.randn(T, B, I), hx
+    return m, torch.randn(T, B, I), hx if cls == "LSTM" else hx[0]
 
 
 @pytest.mark.parametrize("how", ["bfloat16", "autocast", "autocast-bfloat16-input"])
@@ -238,13 +277,13 @@ def test_results_and_gradients_are_nearer_to_the_truth_than_torchs(shape, how):
     assert error(ours[0], truth[0]) < 0.006
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config, kind", [      # the gradient of relu jumps where a sum is near 0
+    param for param in EVERYTHING if "relu" not in param.id])
 def test_every_configuration_in_bfloat16(config, kind):
-    _, ours = pair(F32, **CONFIGS[config])
+    _, ours = pair(F32, **config)
     ours = ours.bfloat16()
-    x, hx = cast(inputs(pair(F32, **CONFIGS[config])[1], kind), BF16)
-    theirs = torch.nn.LSTM(I, H, dtype=torch.float64, **CONFIGS[config])
+    x, hx = cast(inputs(pair(F32, **config)[1], kind), BF16)
+    theirs = build(torch.nn, config, dtype=torch.float64)
     theirs.load_state_dict(ours.state_dict())
     for state in None, hx:
         got = results(ours, x, state)
@@ -289,6 +328,9 @@ def test_training_reaches_the_loss_of_float32():
 WAYS = ["bfloat16", "autocast"]
 
 
+MODULE = pytest.mark.parametrize("module", MODULES)
+
+
 def lowered(how, **config):
     """A module, an input, a state, and the context to call it in."""
     _, m = pair(F32, **config)
@@ -305,24 +347,32 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
+@MODULE
 @pytest.mark.parametrize("how", WAYS)
-def test_compile_export_and_trace(how, fresh_dynamo):
-    m, x, hx, context = lowered(how, num_layers=2, bidirectional=True)
-    outside = None if how == "bfloat16" else m(x, hx)[0]
+def test_compile_export_and_trace(how, module, fresh_dynamo):
+    m, x, hx, context = lowered(how, **MODULES[module], **dict(num_layers=2, bidirectional=True)
+                                if module in LAYERS else {})
+    outside = None if how == "bfloat16" else called(m, x, hx)[0]
     compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
     if outside is not None:                 # the same compiled module outside of autocast
-        assert torch.equal(compiled(x, hx)[0], outside)
+        assert torch.equal(parts(compiled(x, hx))[0], outside)
     with context:
-        expected = results(m, x, hx)
-        torch.testing.assert_close(results(compiled, x, hx), expected, rtol=0, atol=0)
-        y, (h_n, c_n) = torch.export.export(m, (x, hx)).module()(x, hx)
-        torch.testing.assert_close([y, h_n, c_n], expected[:3], rtol=0, atol=0)
-        assert torch.equal(torch.jit.trace(m, x)(x)[0], m(x)[0])
+        expected = called(m, x, hx)
+        wanted = [x.detach().requires_grad_(), *m.parameters()]
+        for f in torch.export.export(m, (x, hx)).module(), compiled:
+            y, *final = parts(f(x, hx))
+            final = parts(final[0]) if module in LAYERS else final
+            torch.testing.assert_close([y, *final], expected, rtol=0, atol=0)
+        assert torch.equal(parts(torch.jit.trace(m, x)(x))[0], called(m, x)[0])
+        gradients = [torch.autograd.grad(parts(f(wanted[0], hx))[0].float().square().sum(), wanted)
+                     for f in (compiled, m)]
+        torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("how", WAYS)
-def test_vmap_and_functional_gradients(how):
-    m, x, hx, context = lowered(how, num_layers=2)
+def test_vmap_and_functional_gradients(how, layer):
+    m, x, hx, context = lowered(how, num_layers=2, **LAYERS[layer])
     params = {k: p.detach() for k, p in m.named_parameters()}
 
     def loss(p, x):
@@ -337,32 +387,34 @@ def test_vmap_and_functional_gradients(how):
                 assert torch.equal(each[name][b], p.grad)
 
 
+@MODULE
 @pytest.mark.parametrize("how", WAYS)
-def test_double_backward_checkpointing_and_retained_graphs(how):
-    m, x, hx, context = lowered(how)
+def test_double_backward_checkpointing_and_retained_graphs(how, module):
+    m, x, hx, context = lowered(how, **MODULES[module])
     double = cast(m, torch.float64)
 
     def second(m, x):
         x = x.detach().requires_grad_()
-        y = m(x)[0]
+        y = called(m, x)[0]
         dx, = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        return torch.autograd.grad(dx.square().sum(), [x, *m.parameters()])
+        return torch.autograd.grad(dx.square().sum(), [x, *m.parameters()], materialize_grads=True)
 
     with context:
         got = second(m, x)
         once = results(m, x, hx)
         again = torch.utils.checkpoint.checkpoint(results, m, x, hx, use_reentrant=False)
         torch.testing.assert_close(again, once, rtol=0, atol=0)
-        y = m(x)[0].sum()
-        first = torch.autograd.grad(y, m.weight_hh_l0, retain_graph=True)
-        assert torch.equal(*first, *torch.autograd.grad(y, m.weight_hh_l0))
+        y = called(m, x, hx)[0].sum()
+        first = torch.autograd.grad(y, weight(m), retain_graph=True)
+        assert torch.equal(*first, *torch.autograd.grad(y, weight(m)))
     for ours, true in zip(got, second(double, x.double()), strict=True):
         assert ours.dtype == x.dtype and error(ours, true) < 0.05
 
 
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("how", WAYS)
-def test_copies_pickles_and_dropout(how):
-    m, x, hx, context = lowered(how, num_layers=2, dropout=0.5)
+def test_copies_pickles_and_dropout(how, layer):
+    m, x, hx, context = lowered(how, num_layers=2, dropout=0.5, **LAYERS[layer])
     buffer = io.BytesIO()
     torch.save(m, buffer)
     buffer.seek(0)
@@ -438,44 +490,51 @@ def test_frozen_bits_are_those_of_packed_weights(precision, proj_size, dtype):
         assert torch.equal(m(x)[0], fresh(x)[0])
 
 
-def test_frozen_without_a_precision_is_of_the_call():
-    _, plain = pair(F32, num_layers=2)
+@MODULE
+def test_frozen_without_a_precision_is_of_the_call(module):
+    _, plain = pair(F32, **MODULES[module])
     m = copy.deepcopy(plain).freeze()
     x, hx = inputs(m, "batched")
     with torch.inference_mode():
         for _ in range(2):                  # packed anew where the format changes
-            assert torch.equal(m(x, hx)[0], plain(x, hx)[0])
+            assert torch.equal(called(m, x, hx)[0], called(plain, x, hx)[0])
             with autocast():
-                assert torch.equal(m(x, hx)[0], plain(x, hx)[0])
+                assert torch.equal(called(m, x, hx)[0], called(plain, x, hx)[0])
 
 
-def test_frozen_int8_has_no_gradients_and_bfloat16_has():
-    _, m = pair(F32)
+@MODULE
+def test_frozen_int8_has_no_gradients_and_bfloat16_has(module):
+    _, m = pair(F32, **MODULES[module])
     x, hx = inputs(m, "batched")
     m.freeze("int8")
     with pytest.raises(ValueError, match="int8 has no gradients: call it under"):
         m(x)
     with torch.no_grad():
-        assert not m(x)[0].requires_grad
+        assert not called(m, x)[0].requires_grad
     m.freeze("bfloat16")
-    y, (h_n, c_n) = m(x, hx)
-    d = [torch.randn(out.shape) for out in (y, h_n, c_n)]
-    got, = torch.autograd.grad((y, h_n, c_n), m.weight_hh_l0, d)
-    assert torch.equal(got, by_hand(m, x, hx, d[0], d[1:])[7])
+    outputs = called(m, x, hx)
+    d = [torch.randn(out.shape) for out in outputs]
+    got, = torch.autograd.grad(outputs, weight(m), d)
+    place = len(outputs) + 1 + len(parts(hx)) + 1       # of dW_hh
+    assert torch.equal(got, by_hand(m, x, hx, d)[place])
 
 
-def test_frozen_int8_under_compile_export_and_vmap(fresh_dynamo):
-    m = pair(F32, num_layers=2, bidirectional=True)[1].freeze("int8")
+@MODULE
+def test_frozen_int8_under_compile_export_and_vmap(module, fresh_dynamo):
+    m = pair(F32, **MODULES[module], **dict(num_layers=2, bidirectional=True)
+             if module in LAYERS else {})[1].freeze("int8")
     x, _ = inputs(m, "batched")
+    rows = x.dim() - 2
     with torch.no_grad():
-        expected = m(x)[0]
-        plain = copy.deepcopy(m).train().eval()(x)[0]
+        expected = called(m, x)[0]
+        plain = called(copy.deepcopy(m).train().eval(), x)[0]
         assert not torch.equal(expected, plain) and error(expected, plain.double()) < 0.02
         compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
         for other in (compiled, torch.export.export(m, (x,)).module(), torch.jit.trace(m, x)):
-            assert torch.equal(other(x)[0], expected)
-        got = torch.vmap(lambda x: m(x)[0], in_dims=1, out_dims=1)(x[:, :, None])
-        assert torch.equal(got[:, :, 0], expected)
+            assert torch.equal(parts(other(x))[0], expected)
+        got = torch.vmap(lambda x: called(m, x)[0], in_dims=rows, out_dims=rows)(
+            x.unsqueeze(rows + 1))
+        assert torch.equal(got.squeeze(rows + 1), expected)
 
 
 @pytest.mark.parametrize("dtype, precision, error, match", [
@@ -483,10 +542,11 @@ def test_frozen_int8_under_compile_export_and_vmap(fresh_dynamo):
     (F32, "float64", TypeError, "needs weights of float64, got torch.float32"),
     (torch.float64, "int8", TypeError, "needs weights of float32 or bfloat16, got torch.float64")])
 def test_freeze_refuses(dtype, precision, error, match):
-    m = lstmcore.torch.LSTM(I, H, dtype=dtype)
-    with pytest.raises(error, match=match):
-        m.freeze(precision)
-    assert m._frozen is None and m.training
+    for module in "LSTM", "GRUCell":
+        m = build(lstmcore.torch, MODULES[module], dtype=dtype)
+        with pytest.raises(error, match=match):
+            m.freeze(precision)
+        assert m._frozen is None and m.training
 
 
 # accelerate and restore ---------------------------------------------------------------------------
@@ -500,11 +560,13 @@ def test_accelerate_freezes_what_it_replaced():
         "cell": torch.nn.LSTMCell(I, H), "gru": torch.nn.GRU(I, H)})
     x = torch.randn(T, B, I)
     report = lstmcore.torch.accelerate(model, freeze=True, precision="int8")
-    assert report.replaced == ["rnn", "short"]
+    assert report.replaced == ["rnn", "short", "cell", "gru"]
     assert {name: why.split()[0] for name, why in report.refused.items()} == {
-        "wide": "precision='int8'", "cell": "LSTMCell", "gru": "GRU"}
-    assert "kept gru: GRU has no counterpart here, only torch.nn.LSTM has" in str(report)
+        "wide": "precision='int8'"}
+    assert "kept wide: precision='int8' needs weights of float32 or bfloat16" in str(report)
     assert type(model["wide"]) is torch.nn.LSTM and model["ours"]._frozen is None
+    for name in "cell", "gru":
+        assert model[name]._precision == "int8" and not model[name].training
     assert not model["rnn"].training and model["ours"].training
     with torch.no_grad():
         expected = layer_by_hand(model["rnn"], x.numpy(), "int8")

@@ -6,27 +6,26 @@ Products are of the tensors' own type here, also where those of the layer are of
 
 import torch
 
+from lstmcore.torch.rows import ROWS
 
-def _recurrence(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse):
+
+def _recurrence(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, cell):
     """The same layer in PyTorch's own operations, which can be differentiated any number of times.
 
     A row is frozen outside its own steps, so both directions visit the steps in plain order.
     """
+    row = ROWS[cell].kernels
     T, B, _ = x.shape
-    H, P = W_hh.shape[0] // 4, W_hh.shape[1]
+    H, P = W_hh.shape[0] // row.fed, W_hh.shape[1]
     h = x.new_zeros(B, P) if h0 is None else h0
-    c = x.new_zeros(B, H) if c0 is None else c0
-    p_i, p_f, p_o = (0, 0, 0) if peepholes is None else peepholes
+    c = x.new_zeros(B, H if row.has_c else 0) if c0 is None else c0
+    peepholes = None if peepholes is None else peepholes.unbind()
     y = [None] * T
     if lengths is not None:
         alive = (torch.arange(T)[:, None] < lengths)[:, :, None]
         x = torch.where(alive, x, 0)  # whatever stands there: 0 times nan is nan
     for t in reversed(range(T)) if reverse else range(T):
-        a_i, a_f, a_g, a_o = torch.nn.functional.linear(x[t], W_ih, b).addmm(h, W_hh.T).chunk(4, 1)
-        c_t = (torch.sigmoid(a_f + p_f * c) * c
-               + torch.sigmoid(a_i + p_i * c) * torch.tanh(a_g))
-        h_t = torch.sigmoid(a_o + p_o * c_t) * torch.tanh(c_t)
-        h_t = h_t if W_hr is None else h_t @ W_hr.T
+        h_t, c_t = ROWS[cell].step(x[t], W_ih, W_hh, b, h, c, peepholes, W_hr)
         if lengths is None:
             y[t], h, c = h_t, h_t, c_t
         else:
@@ -36,13 +35,13 @@ def _recurrence(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse):
 
 
 def save_for_double_backward(ctx, inputs, output):
-    *tensors, ctx.reverse, _, y, gates, c = inputs
+    *tensors, ctx.reverse, ctx.cell, _, y, gates, c = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
 @torch.autocast("cpu", enabled=False)
-def lstm_backward_gradient(ctx, *dd):
+def backward_gradient(ctx, *dd):
     """The gradient of the gradient, by running the layer again in PyTorch's operations."""
     (*upstream, lengths), n = ctx.saved_tensors, 3
     upstream, cell = upstream[:n], upstream[n:]
@@ -59,7 +58,7 @@ def lstm_backward_gradient(ctx, *dd):
             args = list(full[n:])
             for k, value in zip(given, values):
                 args[k - n] = value
-            y_h_c = _recurrence(*args, lengths, ctx.reverse)
+            y_h_c = _recurrence(*args, lengths, ctx.reverse, ctx.cell)
             return tuple(out for out, d in zip(y_h_c, full[:n]) if d is not None)
 
         _, pullback = torch.func.vjp(outputs, *(full[k] for k in given))
@@ -72,4 +71,4 @@ def lstm_backward_gradient(ctx, *dd):
     result = [None] * len(tensors)
     for k, second in zip(present, seconds):
         result[k] = second
-    return (*result, *[None] * 6)
+    return (*result, *[None] * 7)

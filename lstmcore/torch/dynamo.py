@@ -1,6 +1,6 @@
-"""torch.compile refuses any torch.nn.LSTM unless config.allow_rnn is set; ours it may trace.
+"""torch.compile refuses torch.nn's recurrent layers unless config.allow_rnn is set; ours it may trace.
 
-The setting would change what becomes of torch.nn.LSTM too, so it holds for our modules only.
+The setting would change what becomes of torch.nn's too, so it holds for our modules only.
 Importing torch._dynamo takes a second, so this waits until something else does it.
 """
 
@@ -10,19 +10,19 @@ import sys
 _BUILDER = "torch._dynamo.variables.builder"
 
 
-def open_to(cls: type) -> None:
-    """Let torch.compile trace the modules of a class, now or when dynamo is first imported."""
+def open_to(classes: tuple[type, ...]) -> None:
+    """Let torch.compile trace modules of these, now or when dynamo is first imported."""
     if _BUILDER in sys.modules:
-        _patch(sys.modules[_BUILDER], cls)
+        _patch(sys.modules[_BUILDER], classes)
     else:
-        sys.meta_path.insert(0, _OnImport(cls))
+        sys.meta_path.insert(0, _OnImport(classes))
 
 
 class _OnImport:
     """The finder that finds _BUILDER as everybody does, and patches it once it is executed."""
 
-    def __init__(self, cls):
-        self.cls = cls
+    def __init__(self, classes):
+        self.classes = classes
 
     def find_spec(self, name, path=None, target=None):
         if name != _BUILDER:
@@ -33,17 +33,17 @@ class _OnImport:
 
         def exec_module(module):
             execute(module)
-            _patch(module, self.cls)
+            _patch(module, self.classes)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
-def _patch(builder, cls):
+def _patch(builder, classes):
     wrap = builder.VariableBuilder.wrap_module
 
     def wrap_module(self, value):
-        if not isinstance(value, cls):
+        if not isinstance(value, classes):
             return wrap(self, value)
         with builder.config.patch(allow_rnn=True):
             return wrap(self, value)

@@ -1,9 +1,9 @@
 """One layer in one direction as PyTorch operations: `layer`, and the operators under it.
 
-`torch.ops.lstmcore.lstm` and its gradient `torch.ops.lstmcore.lstm_backward` are registered with
-autograd, vmap and torch.compile. Their tensors are the kernels' arrays, without a copy. What the
-forward pass saves for the backward pass, the gates and the cell state of every step, are tensors
-too: autograd owns and frees them.
+`torch.ops.lstmcore.recurrent` and its gradient `torch.ops.lstmcore.recurrent_backward` are
+registered with autograd, vmap and torch.compile. Their tensors are the kernels' arrays, without a
+copy. What the forward pass saves for the backward pass, the gates and the cell state of every step,
+are tensors too: autograd owns and frees them. What differs from cell to cell is in rows.py.
 
 The kernels know float32 and float64. `layer` converts bfloat16 to float32, whose products in the
 format `compute` round it to itself again, and its results are float32 then.
@@ -18,20 +18,22 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lstmcore import functional
-from lstmcore.torch.double_backward import lstm_backward_gradient, save_for_double_backward
+from lstmcore.torch.double_backward import backward_gradient, save_for_double_backward
+from lstmcore.torch.rows import ARGUMENTS, ROWS
 
-# _CELL are the arguments of functional.lstm_forward in its letters; x (T,B,I) -> y (T,B,P).
-# gates and c are the tape: (T,B,4H) and (T,B,H); of a ragged batch its real tokens, (N,4H) and
+# _CELL are the arguments of functional.lstm_forward in its letters; x (T,B,I) -> y (T,B,P). cell
+# names the row; what it has not is None, and (0,) among the results.
+# gates and c are the tape: (T,B,G) and (T,B,H); of a ragged batch its real tokens, (N,G) and
 # (N,H); without keep_tape both (0,), and the backward pass runs the forward pass once more.
 # compute is the format of the products, None that of the tensors; "int8" packs in every call.
 
 _CELL = ("Tensor x, Tensor W_ih, Tensor W_hh, Tensor? b, Tensor? h0, Tensor? c0, "
-         "Tensor? peepholes, Tensor? W_hr, Tensor? lengths, bool reverse, str? compute")
+         "Tensor? peepholes, Tensor? W_hr, Tensor? lengths, bool reverse, str cell, str? compute")
 _TAPE = "Tensor y, Tensor gates, Tensor c"
 _UPSTREAM = "Tensor? dy, Tensor? dh_n, Tensor? dc_n"
 _GRADIENTS = ("(Tensor dx, Tensor dW_ih, Tensor dW_hh, Tensor db, Tensor dh0, Tensor dc0, "
               "Tensor dpeepholes, Tensor dW_hr)")
-_N_DIFFERENTIABLE = 8  # of _CELL: all but lengths, reverse and compute
+_N_DIFFERENTIABLE = len(ARGUMENTS)      # of _CELL: all but lengths, reverse, cell and compute
 
 
 # Tensors as arrays --------------------------------------------------------------------------------
@@ -52,32 +54,32 @@ def _array(tensor):
     return None if tensor is None else _floats(tensor).contiguous().numpy(force=True)
 
 
-def _sum(b_ih, b_hh):
-    return None if b_ih is None else _floats(b_ih) + _floats(b_hh)
+def _joined(cell, b_ih, b_hh):
+    """The kernels' one bias, differentiably."""
+    return None if b_ih is None else ROWS[cell].joined(_floats(b_ih), _floats(b_hh), torch.cat)
 
 
-def _run(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, compute, keep_tape,
+def _run(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, cell, compute, keep_tape,
          frozen=None):
-    """functional.lstm_forward on tensors; the results are arrays."""
+    """The forward function of a cell on tensors, b too if it is one: y, h_n, c_n as arrays, tape."""
     if frozen is None and compute == "int8":
         frozen = Frozen(False)
     if frozen is None:
         weights, packed = (*map(_array, (W_ih, W_hh, W_hr)),), None
     else:
-        weights, packed = frozen.pack(compute, W_ih, W_hh, W_hr)
+        weights, packed = frozen.pack(cell, compute, W_ih, W_hh, W_hr)
     W_ih, W_hh, W_hr = weights
-    return functional.lstm_forward(
-        _array(x), W_ih, W_hh, _array(b), _array(h0), _array(c0), peepholes=_array(peepholes),
-        W_hr=W_hr, lengths=_array(lengths), reverse=reverse, keep_tape=keep_tape,
+    return ROWS[cell].forward(
+        _array(x), W_ih, W_hh, _array(b), _array(h0), _array(c0), _array(peepholes), W_hr,
+        lengths=_array(lengths), reverse=reverse, keep_tape=keep_tape,
         n_threads=torch.get_num_threads(), packed=packed, compute=None if packed else compute)
 
 
-def _run_backward(tape, dy, dh_n, dc_n):
-    """functional.lstm_backward on tensors: gradients as arrays, in the order of _CELL."""
+def _run_backward(cell, tape, dy, dh_n, dc_n):
+    """The backward function of a cell on tensors: gradients as arrays, in the order of _CELL."""
     dy = np.zeros_like(tape.y) if dy is None else _array(dy)
-    g = functional.lstm_backward(tape, dy, _array(dh_n), _array(dc_n),
-                                 n_threads=torch.get_num_threads())
-    return g.dx, g.dW_ih, g.dW_hh, g.db, g.dh0, g.dc0, g.dpeepholes, g.dW_hr
+    return ROWS[cell].backward(tape, dy, _array(dh_n), _array(dc_n),
+                               n_threads=torch.get_num_threads())
 
 
 class Frozen:
@@ -91,20 +93,20 @@ class Frozen:
     def __reduce__(self):
         return Frozen, (self.compare,)
 
-    def pack(self, precision, *weights):
+    def pack(self, cell, precision, *weights):
         """W_ih, W_hh and W_hr as arrays of its own, and packed: again, if they have changed.
 
         Tensors count versions, but not what is written through .data or NumPy: that only a
         comparison of all numbers sees.
         """
         given = [W for W in weights if W is not None]
-        seen = [precision, *((W.data_ptr(), 0 if W.is_inference() else W._version) for W in given)]
+        seen = [cell, precision, *((W.data_ptr(), 0 if W.is_inference() else W._version) for W in given)]
         if seen != self.seen or self.compare and not all(map(_same_bits, given, self.copies)):
             self.copies = [_raw(W).copy() for W in given]
             own = [raw if W.dtype in _COMPUTED else _array(W)
                    for raw, W in zip(self.copies, given)]
             own += [None] * (len(weights) - len(own))   # W_hr, which alone may be absent
-            self.packed = own, functional.pack("lstm", *own, precision=precision)
+            self.packed = own, functional.pack(cell, *own, precision=precision)
             self.seen = seen
         return self.packed
 
@@ -137,49 +139,56 @@ def _present(arrays, like):
                  for array in arrays)
 
 
-@_operator("lstm", f"({_CELL}, bool keep_tape) -> "
-                   "(Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor c)")
-def lstm(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, compute, keep_tape):
-    y, (h_n, c_n), tape = _run(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse,
-                               compute, keep_tape)
-    if not keep_tape:
-        return _present((y, h_n, c_n, None, None), x)
+@_operator("recurrent", f"({_CELL}, bool keep_tape) -> "
+                        "(Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor c)")
+def recurrent(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, cell, compute,
+              keep_tape):
+    y, h_n, c_n, tape = _run(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, cell,
+                             compute, keep_tape)
     tokens = x.shape[:2] if lengths is None else (-1,)
-    gates, c = (raw.reshape(*tokens, raw.shape[-1]) for raw in (tape.raw_gates, tape.raw_c))
+    kept = [getattr(tape, name, None) for name in ("raw_gates", "raw_c")]
+    gates, c = (None if raw is None else raw.reshape(*tokens, raw.shape[-1]) for raw in kept)
     return _present((y, h_n, c_n, gates, c), x)
 
 
-@lstm.register_fake
-def _(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, compute, keep_tape):
-    (T, B, _), (H4, P) = x.shape, W_hh.shape
-    outputs = x.new_empty(T, B, P), x.new_empty(B, P), x.new_empty(B, H4 // 4)
-    if not keep_tape:
-        return *outputs, x.new_empty(0), x.new_empty(0)
-    tokens = (T, B) if lengths is None else (torch.library.get_ctx().new_dynamic_size(),)
-    return *outputs, x.new_empty(*tokens, H4), x.new_empty(*tokens, H4 // 4)
+@recurrent.register_fake
+def _(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, cell, compute, keep_tape):
+    row, (T, B, _), (rows, P) = ROWS[cell].kernels, x.shape, W_hh.shape
+    H, absent = rows // row.fed, (0,)
+    tape = [absent, absent]
+    if keep_tape and row.keeps_gates:
+        tokens = (T, B) if lengths is None else (torch.library.get_ctx().new_dynamic_size(),)
+        tape = [(*tokens, row.gates * H), (*tokens, H) if row.has_c else absent]
+    shapes = (T, B, P), (B, P), (B, H) if row.has_c else absent, *tape
+    return tuple(x.new_empty(shape) for shape in shapes)
 
 
-@_operator("lstm_backward", f"({_UPSTREAM}, {_CELL}, {_TAPE}) -> {_GRADIENTS}")
-def lstm_backward(dy, dh_n, dc_n, x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse,
-                  compute, y, gates, c):
-    if gates.dim() == 1:
-        tape = _run(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, compute, True)[2]
+@_operator("recurrent_backward", f"({_UPSTREAM}, {_CELL}, {_TAPE}) -> {_GRADIENTS}")
+def recurrent_backward(dy, dh_n, dc_n, x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse,
+                       cell, compute, y, gates, c):
+    row = ROWS[cell].kernels
+    if row.keeps_gates and gates.dim() == 1:
+        tape = _run(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, cell, compute,
+                    True)[-1]
     else:
         gates = gates.clone(memory_format=torch.contiguous_format)  # the kernels overwrite them
         tape = functional.tape_from(
-            x=_array(x), W_ih=_array(W_ih), W_hh=_array(W_hh), h0=_array(h0), c0=_array(c0),
+            cell, x=_array(x), W_ih=_array(W_ih), W_hh=_array(W_hh), h0=_array(h0), c0=_array(c0),
             peepholes=_array(peepholes), W_hr=_array(W_hr), lengths=_array(lengths),
-            reverse=reverse, y=_array(y), raw_gates=_array(gates.flatten(0, -2)),
-            raw_c=_array(c.flatten(0, -2)), compute=compute)
-    return _present(_run_backward(tape, dy, dh_n, dc_n), x)
+            reverse=reverse, y=_array(y),
+            raw_gates=_array(gates.flatten(0, -2)) if row.keeps_gates else None,
+            raw_c=_array(c.flatten(0, -2)) if row.has_c else None, compute=compute)
+    return _present(_run_backward(cell, tape, dy, dh_n, dc_n), x)
 
 
-@lstm_backward.register_fake
-def _(dy, dh_n, dc_n, x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, compute, y,
+@recurrent_backward.register_fake
+def _(dy, dh_n, dc_n, x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, cell, compute, y,
       gates, c):
-    (_, B, _), (H4, P) = x.shape, W_hh.shape
-    shapes = (x.shape, W_ih.shape, W_hh.shape, (H4,), (B, P), (B, H4 // 4),
-              (0,) if peepholes is None else peepholes.shape, (0,) if W_hr is None else W_hr.shape)
+    row, (_, B, _), (rows, P) = ROWS[cell].kernels, x.shape, W_hh.shape
+    H, absent = rows // row.fed, (0,)
+    shapes = (x.shape, W_ih.shape, W_hh.shape, (row.gates * H,), (B, P),
+              (B, H) if row.has_c else absent, absent if peepholes is None else peepholes.shape,
+              absent if W_hr is None else W_hr.shape)
     return tuple(x.new_empty(shape) for shape in shapes)
 
 
@@ -187,18 +196,21 @@ def _(dy, dh_n, dc_n, x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, revers
 
 
 def _save_for_backward(ctx, inputs, output):
-    *tensors, ctx.reverse, ctx.compute, _ = inputs
+    *tensors, ctx.reverse, ctx.cell, ctx.compute, _ = inputs
     y, _, _, gates, c = output
     ctx.save_for_backward(*tensors, y, gates, c)
     ctx.mark_non_differentiable(gates, c)
     ctx.set_materialize_grads(False)
 
 
-def _lstm_gradient(ctx, dy, dh_n, dc_n, _dgates, _dc):
+def _recurrent_gradient(ctx, dy, dh_n, dc_n, _dgates, _dc):
     *cell, y, gates, c = ctx.saved_tensors
-    gradients = _lstm_backward(dy, dh_n, dc_n, *cell, ctx.reverse, ctx.compute, y, gates, c)
+    if not ROWS[ctx.cell].kernels.has_c:
+        dc_n = None
+    gradients = _recurrent_backward(dy, dh_n, dc_n, *cell, ctx.reverse, ctx.cell, ctx.compute, y,
+                                    gates, c)
     wanted = ctx.needs_input_grad[:_N_DIFFERENTIABLE]
-    return (*(g if want else None for g, want in zip(gradients, wanted)), *[None] * 4)
+    return (*(g if want else None for g, want in zip(gradients, wanted)), *[None] * 5)
 
 
 # vmap and registration ---------------------------------------------------------------------------
@@ -215,7 +227,7 @@ def _one_by_one(op):
 
 
 def _as_larger_batch(op):
-    """The batching rule of `lstm`: with weights in common, the examples are just more rows."""
+    """The batching rule of `recurrent`: with weights in common, the examples are just more rows."""
     batch_axis = {0: 1, 4: 0, 5: 0, 8: 0}  # of x, h0, c0, lengths; the other tensors are weights
 
     def rule(info, in_dims, *args):
@@ -230,10 +242,11 @@ def _as_larger_batch(op):
             shape = (*arg.shape[:axis], info.batch_size, *arg.shape[axis + 1:])
             return arg.expand(shape).flatten(axis, axis + 1)
 
-        *cell, lengths, reverse, compute, keep_tape = map(merge, range(len(args)), args, in_dims)
+        *cell, lengths, reverse, name, compute, keep_tape = map(merge, range(len(args)), args,
+                                                                in_dims)
         keep_tape = keep_tape and lengths is None  # a ragged tape cannot be split by examples
-        outputs = op(*cell, lengths, reverse, compute, keep_tape)
-        axes = (1, 0, 0, 1, 1) if keep_tape else (1, 0, 0, None, None)
+        outputs = op(*cell, lengths, reverse, name, compute, keep_tape)
+        axes = tuple(axis if out.dim() > 1 else None for axis, out in zip((1, 0, 0, 1, 1), outputs))
         return tuple(out if axis is None else out.unflatten(axis, (info.batch_size, -1))
                      for out, axis in zip(outputs, axes)), axes
     return rule
@@ -259,9 +272,9 @@ def _register(op, save, gradient, batching):
     return call
 
 
-_lstm = _register(lstm, _save_for_backward, _lstm_gradient, _as_larger_batch)
-_lstm_backward = _register(lstm_backward, save_for_double_backward, lstm_backward_gradient,
-                           _one_by_one)
+_recurrent = _register(recurrent, _save_for_backward, _recurrent_gradient, _as_larger_batch)
+_recurrent_backward = _register(recurrent_backward, save_for_double_backward, backward_gradient,
+                                _one_by_one)
 
 
 # The short way ------------------------------------------------------------------------------------
@@ -276,7 +289,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        *tensors, ctx.reverse, ctx.compute = args
+        *tensors, ctx.reverse, ctx.cell, ctx.compute = args
         y, h_n, c_n, ctx.tape = _run_eager(*args, True)
         ctx.save_for_backward(*tensors, y)
         ctx.set_materialize_grads(False)
@@ -288,17 +301,17 @@ class _Eager(torch.autograd.Function):
         alone = (_is_plain(*upstream) and not torch.is_grad_enabled()
                  and not any(map(_is_batched, upstream)))
         run = _eager_gradients if alone else _operator_gradients
-        dx, dW_ih, dW_hh, db, dh0, dc0, dpeepholes, dW_hr = run(ctx, saved, *upstream)
-        gradients = dx, dW_ih, dW_hh, db, db, dh0, dc0, dpeepholes, dW_hr
+        gradients = run(ctx, saved, *upstream)
         return (*(g if want else None for g, want in zip(gradients, ctx.needs_input_grad)),
-                None, None, None)
+                None, None, None, None)
 
 
-def _run_eager(x, W_ih, W_hh, b_ih, b_hh, h0, c0, peepholes, W_hr, lengths, reverse, compute,
+def _run_eager(x, W_ih, W_hh, b_ih, b_hh, h0, c0, peepholes, W_hr, lengths, reverse, cell, compute,
                keep_tape, frozen=None):
-    y, (h_n, c_n), tape = _run(x, W_ih, W_hh, _sum(b_ih, b_hh), _first(h0), _first(c0), peepholes,
-                               W_hr, lengths, reverse, compute, keep_tape, frozen)
-    return torch.from_numpy(y), torch.from_numpy(h_n[None]), torch.from_numpy(c_n[None]), tape
+    y, h_n, c_n, tape = _run(x, W_ih, W_hh, _joined(cell, b_ih, b_hh), _first(h0), _first(c0),
+                             peepholes, W_hr, lengths, reverse, cell, compute, keep_tape, frozen)
+    return (torch.from_numpy(y), torch.from_numpy(h_n[None]),
+            None if c_n is None else torch.from_numpy(c_n[None]), tape)
 
 
 def _eager_gradients(ctx, _, dy, dh_n, dc_n):
@@ -308,21 +321,28 @@ def _eager_gradients(ctx, _, dy, dh_n, dc_n):
         tape = tape.again()
     else:
         ctx.tape = None
-    dx, dW_ih, dW_hh, db, dh0, dc0, dpeepholes, dW_hr = _run_backward(
-        tape, dy, _first(dh_n), _first(dc_n))
+    gradients = _run_backward(ctx.cell, tape, dy, _first(dh_n), _first(dc_n))
     return (torch.from_numpy(g) if g is not None else None
-            for g in (dx, dW_ih, dW_hh, db, dh0[None], dc0[None], dpeepholes, dW_hr))
+            for g in _as_torch_has_them(ctx.cell, gradients, np.concatenate))
 
 
 def _operator_gradients(ctx, saved, dy, dh_n, dc_n):
     """From the operator, whose gradients are differentiable and can be batched."""
     x, W_ih, W_hh, b_ih, b_hh, h0, c0, peepholes, W_hr, lengths, y = saved
-    b = _sum(b_ih, b_hh)
-    gates, c = torch.from_numpy(ctx.tape.raw_gates), torch.from_numpy(ctx.tape.raw_c)
-    dx, dW_ih, dW_hh, db, dh0, dc0, dpeepholes, dW_hr = _lstm_backward(
+    b = _joined(ctx.cell, b_ih, b_hh)
+    gates, c = (x.new_empty(0) if raw is None else torch.from_numpy(raw)
+                for raw in (getattr(ctx.tape, name, None) for name in ("raw_gates", "raw_c")))
+    gradients = _recurrent_backward(
         dy, _first(dh_n), _first(dc_n), x, W_ih, W_hh, b, _first(h0), _first(c0), peepholes, W_hr,
-        lengths, ctx.reverse, ctx.compute, y, gates, c)
-    return dx, dW_ih, dW_hh, db, dh0[None], dc0[None], dpeepholes, dW_hr
+        lengths, ctx.reverse, ctx.cell, ctx.compute, y, gates, c)
+    return _as_torch_has_them(ctx.cell, gradients, torch.cat)
+
+
+def _as_torch_has_them(cell, gradients, cat):
+    """Gradients of the arguments of `layer` from those of `ARGUMENTS`."""
+    dx, dW_ih, dW_hh, db, dh0, dc0, dpeepholes, dW_hr = gradients
+    return (dx, dW_ih, dW_hh, *ROWS[cell].parted(db, cat), dh0[None],
+            None if dc0 is None else dc0[None], dpeepholes, dW_hr)
 
 
 def _first(states):
@@ -349,27 +369,29 @@ def _is_batched(tensor):
     return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
-def layer(x, W_ih, W_hh, b_ih, b_hh, h0, c0, peepholes, W_hr, lengths, reverse, compute=None,
+def layer(x, W_ih, W_hh, b_ih, b_hh, h0, c0, peepholes, W_hr, lengths, reverse, cell, compute=None,
           frozen=None):
-    """One layer in one direction: x (T,B,I) -> y (T,B,P), h_n (1,B,P), c_n (1,B,H).
+    """One layer in one direction: x (T,B,I) -> y (T,B,P), h_n (1,B,P), c_n (1,B,H) or None.
 
     The arguments are those of functional.lstm_forward, as tensors, but for PyTorch's two biases and
-    its states (1,B,·), and that compute may be "int8" where nothing has a gradient. Tensors below
-    float32 give results in float32. frozen, a Frozen of its own, serves calls without gradients.
+    its states (1,B,·), the name of the cell, and that compute may be "int8" where nothing has a
+    gradient. Tensors below float32 give results in float32. frozen, a Frozen of its own, serves
+    calls without gradients.
     """
     tensors = x, W_ih, W_hh, b_ih, b_hh, h0, c0, peepholes, W_hr, lengths
     keep_tape = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if keep_tape and compute == "int8":
-        raise ValueError("lstmcore.torch.LSTM frozen in int8 has no gradients: call it under "
+        raise ValueError("a module frozen in int8 has no gradients: call it under "
                          "torch.inference_mode() or torch.no_grad(), or freeze(precision="
                          "'bfloat16')")
     plain = x.is_cpu and _is_plain(*tensors)
     if plain and not keep_tape:
-        return _run_eager(*tensors, reverse, compute, False, frozen)[:3]
+        return _run_eager(*tensors, reverse, cell, compute, False, frozen)[:3]
     x, W_ih, W_hh, b_ih, b_hh, h0, c0, peepholes, W_hr, _ = tensors = [*map(_floats, tensors)]
     if plain:
-        return _Eager.apply(*tensors, reverse, compute)
+        return _Eager.apply(*tensors, reverse, cell, compute)
     keep_tape = keep_tape and not torch.jit.is_tracing()  # a trace has no grad mode
-    y, h_n, c_n, _, _ = _lstm(x, W_ih, W_hh, _sum(b_ih, b_hh), _first(h0), _first(c0), peepholes,
-                              W_hr, lengths, reverse, compute, keep_tape)
-    return y, h_n[None], c_n[None]
+    y, h_n, c_n, _, _ = _recurrent(
+        x, W_ih, W_hh, _joined(cell, b_ih, b_hh), _first(h0), _first(c0), peepholes, W_hr, lengths,
+        reverse, cell, compute, keep_tape)
+    return y, h_n[None], c_n[None] if ROWS[cell].kernels.has_c else None

@@ -1,4 +1,4 @@
-"""`accelerate` turns the LSTMs of a model into ours, or says why not; `restore` turns them back."""
+"""`accelerate` turns a model's recurrent modules into ours, or says why not; `restore` turns them back."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,11 @@ import torch
 
 from lstmcore._types import Precision
 from lstmcore.precision import check_precision
-from lstmcore.torch.module import DTYPES, LSTM, reason_not_to_freeze
+from lstmcore.torch.cells import GRUCell, LSTMCell, RNNCell
+from lstmcore.torch.layers import GRU, LSTM, RNN
+from lstmcore.torch.module import DTYPES, Kernels, reason_not_to_freeze
+
+_OURS = {ours._theirs: ours for ours in (LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell)}
 
 
 class Report(NamedTuple):
@@ -16,7 +20,7 @@ class Report(NamedTuple):
     refused: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"replaced {len(self.replaced)} torch.nn.LSTM"]
+        lines = [f"replaced {len(self.replaced)} of torch.nn"]
         lines += [f"  {name or '(the model itself)'}" for name in self.replaced]
         lines += [f"  kept {name or '(the model itself)'}: {why}"
                   for name, why in self.refused.items()]
@@ -25,13 +29,12 @@ class Report(NamedTuple):
 
 def accelerate(model: torch.nn.Module, freeze: bool = False, *,
                precision: Precision | None = None) -> Report:
-    """Turn every torch.nn.LSTM inside a model into an `lstmcore.torch.LSTM`, in place.
+    """Turn every torch.nn.LSTM, GRU, RNN and cell of these in a model into ours, in place.
 
     The modules stay the same objects with the same parameters: optimizers, hooks, shared modules
     and weights, and torch.nn.utils parametrizations go on working. A module is left as it is,
     and the report says why, if it is a subclass with code of its own, has had its forward
-    replaced, or is not float32, float64 or bfloat16 on the CPU. Cells and other recurrences are
-    named too.
+    replaced, or is not float32, float64 or bfloat16 on the CPU.
 
     Parameters
     ----------
@@ -51,7 +54,7 @@ def accelerate(model: torch.nn.Module, freeze: bool = False, *,
     >>> import torch, lstmcore.torch
     >>> model = torch.nn.ModuleDict({"rnn": torch.nn.LSTM(3, 5), "out": torch.nn.Linear(5, 2)})
     >>> print(lstmcore.torch.accelerate(model))
-    replaced 1 torch.nn.LSTM
+    replaced 1 of torch.nn
       rnn
     """
     if not isinstance(model, torch.nn.Module):
@@ -61,13 +64,13 @@ def accelerate(model: torch.nn.Module, freeze: bool = False, *,
         raise ValueError(f"precision={precision!r} needs freeze=True")
     report = Report([], {})
     for name, module in model.named_modules():
-        if not isinstance(module, _RECURRENT) or isinstance(module, LSTM):
+        if not isinstance(module, _RECURRENT) or isinstance(module, Kernels):
             continue
         why = _reason_to_keep(module) or reason_not_to_freeze(module, precision)
         if why:
             report.refused[name] = why
             continue
-        module.__class__ = _counterpart(type(module), torch.nn.LSTM, LSTM)
+        module.__class__ = _counterpart(type(module), *_pair(module))
         report.replaced.append(name)
         if freeze:
             module.freeze(precision)
@@ -75,7 +78,7 @@ def accelerate(model: torch.nn.Module, freeze: bool = False, *,
 
 
 def restore(model: torch.nn.Module) -> Report:
-    """Turn every `lstmcore.torch.LSTM` inside a model into a torch.nn.LSTM again, in place.
+    """Turn every module of ours in a model into torch.nn's again, in place.
 
     What torch.nn.LSTM cannot compute, peepholes, stays, and the report says so.
 
@@ -99,16 +102,17 @@ def restore(model: torch.nn.Module) -> Report:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     report = Report([], {})
     for name, module in model.named_modules():
-        if not isinstance(module, LSTM):
+        if not isinstance(module, Kernels):
             continue
+        theirs, ours = _pair(module)
         if module.peepholes:
             report.refused[name] = "torch.nn.LSTM has no peepholes"
-        elif type(module) is not LSTM and not _is_parametrized(module, LSTM):
+        elif type(module) is not ours and not _is_parametrized(module, ours):
             report.refused[name] = _subclass(type(module))
         else:
             for extra in "_frozen", "_precision", "forget_bias":
                 vars(module).pop(extra, None)
-            module.__class__ = _counterpart(type(module), LSTM, torch.nn.LSTM)
+            module.__class__ = _counterpart(type(module), ours, theirs)
             report.replaced.append(name)
     return report
 
@@ -116,11 +120,16 @@ def restore(model: torch.nn.Module) -> Report:
 _RECURRENT = torch.nn.RNNBase, torch.nn.RNNCellBase
 
 
+def _pair(module):
+    """The class of torch.nn that a module is of, and ours; (None, None) for another recurrence."""
+    return next((pair for pair in _OURS.items() if isinstance(module, pair[0])), (None, None))
+
+
 def _reason_to_keep(module):
-    cls = type(module)
-    if not isinstance(module, torch.nn.LSTM):
-        return f"{cls.__qualname__} has no counterpart here, only torch.nn.LSTM has"
-    if cls is not torch.nn.LSTM and not _is_parametrized(module, torch.nn.LSTM):
+    cls, (theirs, _) = type(module), _pair(module)
+    if theirs is None:
+        return f"{cls.__qualname__} has no counterpart here"
+    if cls is not theirs and not _is_parametrized(module, theirs):
         return _subclass(cls)
     if "forward" in vars(module):
         return "its forward has been replaced"
