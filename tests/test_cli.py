@@ -81,7 +81,7 @@ def test_train_resumes_to_the_same_model(run, trained):
     one, two = (LanguageModel.load(name).network.state_dict() for name in ("whole", "m"))
     assert all(one[name].tobytes() == two[name].tobytes() for name in one)
     code, _, err = run("train", "story.txt", "--resume", "m", "--steps", 50, "--hidden", 12)
-    assert code == 2 and "cannot change --hidden from 11 to 12" in err
+    assert code == 2 and "cannot change --hidden-size from 11 to 12" in err
 
 
 def test_train_plots(run, trained):
@@ -190,10 +190,10 @@ def test_a_picture_without_matplotlib_says_what_to_install(run, trained, args, m
     ("train story.txt --encoding ascii --out none/m", "none/m: No such file or directory"),
     ("train story.txt --out .", "is a directory"),
     ("train story.txt --encoding utf-99", "unknown encoding 'utf-99'"),
-    ("train story.txt --hidden 0", "lstmcore: --hidden must be at least 1, got 0"),
+    ("train story.txt --hidden 0", "lstmcore: --hidden-size must be at least 1, got 0"),
     ("train story.txt --batch-size -3", "--batch-size must be at least 1, got -3"),
     ("train story.txt --lr nan", "--lr must be at least 0 and finite, got nan"),
-    ("train story.txt --val 1.5", "--val must be at least 0 and below 1, got 1.5"),
+    ("train story.txt --val 1.5", "--validation must be at least 0 and below 1, got 1.5"),
     ("train story.txt --dropout 2", "--dropout must be in 0..1, got 2.0"),
     ("train story.txt --minutes -1", "--minutes must be at least 0 and finite"),
     ("train story.txt --threads 0", "--threads must be at least 1, got 0"),
@@ -209,7 +209,7 @@ def test_a_picture_without_matplotlib_says_what_to_install(run, trained, args, m
     ("train story.txt --plot x.xyz", "x.xyz must end in one of"),
     ("train story.txt --plot none/x.png", "none/x.png: No such file"),
     ("train story.txt --seed -1", "--seed must be at least 0, got -1"),
-    ("train story.txt --vocab 1", "--vocab must be at least 2"),
+    ("train story.txt --vocab 1", "--vocab-size must be at least 2"),
     ("train story.txt --epochs few", "argument --epochs: invalid float value: 'few'"),
     ("train tiny.txt", "needs at least 2 tokens, got 1: validation is 0.05 of 20 tokens"),
     ("convert m b.pt", "must end in .safetensors, .onnx, .weights.h5"),

@@ -97,7 +97,7 @@ def test_classifier_learns_the_first_letter_of_strings(tokenizer):
     test, want = words(100, seed=1)
     if tokenizer == "word":
         X, test = ([" ".join(text) for text in given] for given in (X, test))
-    model = LSTMClassifier(12, tokenizer=tokenizer, epochs=25, embedding_size=6, random_state=0)
+    model = LSTMClassifier(12, tokenizer=tokenizer, epochs=25, embed_size=6, random_state=0)
     assert model.fit(X, y).score(test, want) > 0.9
     assert sorted(model.vocabulary_.tokens) == ["<unk>", "a", "b", "c", "x"]
     assert model.predict_proba(["?!", ""]).shape == (2, 2)       # unseen letters, and none
@@ -114,7 +114,7 @@ def test_dtype_follows_the_input_and_may_be_set():
 
 def test_fit_repeats_bit_for_bit_and_random_state_matters():
     X, y = ragged(100, 2)
-    options = dict(batch_size=16, dropout=0.2, validation_fraction=0.2)
+    options = dict(batch_size=16, dropout=0.2, validation=0.2)
     first, again, other = (small(**options, random_state=seed).fit(X, y).predict(X)
                            for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
@@ -164,7 +164,7 @@ def test_partial_fit_of_a_classifier_knows_all_classes():
 def test_early_stopping_keeps_the_best_weights():
     rng = np.random.default_rng(0)
     X, y = rng.standard_normal((60, 5)), rng.standard_normal(60)       # nothing to learn
-    model = LSTMRegressor(32, epochs=200, patience=5, validation_fraction=0.25, random_state=0)
+    model = LSTMRegressor(32, epochs=200, patience=5, validation=0.25, random_state=0)
     model.fit(X, y)
     best = int(np.argmin(model.validation_curve_))
     assert model.n_iter_ == best + 1 + 5 < 200
@@ -185,13 +185,13 @@ def test_pipeline_and_grid_search():
 @pytest.mark.parametrize("options, words", [
     (dict(pooling="first"), "pooling must be one of"), (dict(cell="qrnn"), "cell must be one of"),
     (dict(optimizer="lbfgs"), "optimizer must be one of"), (dict(epochs=0), "epochs must be"),
-    (dict(validation_fraction=1.0), "validation_fraction must be"),
-    (dict(cell="rnn", peepholes=True), "peepholes are an LSTM's"),
+    (dict(validation=1.0), "validation must be"),
+    (dict(cell="rnn", peepholes=True), "peepholes need cell"),
     (dict(dtype="float16"), "dtype must be"), (dict(n_channels=4), "n_channels = 4"),
     (dict(schedule="step"), "schedule must be one of"), (dict(hidden_size=0), "hidden_size must"),
-    (dict(learning_rate=-1), "learning_rate must be at least 0"),
-    (dict(learning_rate="slow"), "learning_rate must be a number, got 'slow'"),
-    (dict(dropout=1.5), "dropout must be in 0..1"), (dict(clip_norm=-1), "clip_norm must be at")])
+    (dict(lr=-1), "lr must be at least 0"),
+    (dict(lr="slow"), "lr must be a number, got 'slow'"),
+    (dict(dropout=1.5), "dropout must be in 0..1"), (dict(clip=-1), "clip must be at")])
 def test_bad_parameters_are_named(options, words):
     with pytest.raises((ValueError, TypeError), match=words):
         small(**options).fit(np.ones((4, 6)), np.arange(4.0))
@@ -214,8 +214,8 @@ def test_bad_input_is_named():
             model.predict(given)
     with pytest.raises(NotFittedError):
         small().predict(X)
-    with pytest.raises(FloatingPointError, match="lower learning_rate"):
-        small(learning_rate=1e200, clip_norm=None, optimizer="sgd", epochs=20).fit(X, y)
+    with pytest.raises(FloatingPointError, match="a lower lr or clip may help"):
+        small(lr=1e200, clip=None, optimizer="sgd", epochs=20).fit(X, y)
 
 
 def test_a_column_of_strings_is_text():
@@ -281,7 +281,7 @@ def test_the_least_that_can_be_learned_from():
 def test_labels_come_back_as_they_were(labels):
     X, _ = ragged(8, 2)
     y = np.asarray(labels)[[0, 1] * 4]
-    model = small(LSTMClassifier, hidden_size=16, epochs=150, learning_rate=0.02).fit(X, y)
+    model = small(LSTMClassifier, hidden_size=16, epochs=150, lr=0.02).fit(X, y)
     assert list(model.classes_) == sorted(labels) and model.predict(X).dtype == y.dtype
     np.testing.assert_array_equal(model.predict(X), y)
 
@@ -413,11 +413,11 @@ def test_forecaster_names_what_is_wrong():
         Forecaster(window=4).fit(np.arange(30.0), np.ones((29, 1)))
 
 
-@pytest.mark.parametrize("clip_norm", [None, 0])
-def test_no_clipping_is_none_or_zero(clip_norm):
+@pytest.mark.parametrize("clip", [None, 0])
+def test_no_clipping_is_none_or_zero(clip):
     X, y = np.random.default_rng(0).standard_normal((20, 6)), np.arange(20) % 2
-    model = LSTMClassifier(4, epochs=2, clip_norm=clip_norm, random_state=0).fit(X, y)
-    free = LSTMClassifier(4, epochs=2, clip_norm=1e9, random_state=0).fit(X, y)
+    model = LSTMClassifier(4, epochs=2, clip=clip, random_state=0).fit(X, y)
+    free = LSTMClassifier(4, epochs=2, clip=1e9, random_state=0).fit(X, y)
     assert (model.predict_proba(X) == free.predict_proba(X)).all()
 
 

@@ -22,8 +22,9 @@ from lstmcore import LanguageModel
 from lstmcore.formats import safetensors
 from lstmcore.losses import softmax_cross_entropy
 from lstmcore.models import generation, text
-from lstmcore.models.language import Network
-from lstmcore.models.training import Budget, streams, total_nats
+from lstmcore.models.network import Network
+from lstmcore.models.sources import streams, total_nats
+from lstmcore.models.training import Budget
 
 WORDS = "the quick brown fox jumps over a lazy dog and runs away from it".split()
 
@@ -241,7 +242,7 @@ def test_resume_refuses_another_text_model_or_setting(tmp_path):
     fit(small(), data, epochs=1, checkpoint=path)
     with pytest.raises(ValueError, match="not the text"):
         small().fit(data.replace("fox", "dog"), resume=path, epochs=2, progress=False)
-    with pytest.raises(ValueError, match="run of another model"):
+    with pytest.raises(ValueError, match="cannot change hidden_size from 13 to 14"):
         small(hidden_size=14).fit(data, resume=path, epochs=2, progress=False)
     with pytest.raises(ValueError, match="cannot change batch_size from 7 to 8"):
         small().fit(data, resume=path, epochs=2, batch_size=8, progress=False)

@@ -632,9 +632,9 @@ MUTANTS = [
     ("a layer's tape is not looked at again", MODULE, "if (now := _forms(tape)) != forms:",
      "if (now := forms) != forms:"),
     ("Embedding keeps the caller's tokens", LAYERS,
-     'tokens = checks.ids(tokens, "tokens", self.num_embeddings)\n'
+     'tokens = checks.ids(tokens, "tokens", self.vocab_size)\n'
      '        y = self._rows(tokens)\n',
-     'y = self._rows(checks.ids(tokens, "tokens", self.num_embeddings))\n'
+     'y = self._rows(checks.ids(tokens, "tokens", self.vocab_size))\n'
      "        tokens = np.asarray(tokens)\n"),
     ("a resized table is trusted", LAYERS,
      'checks.out("the gradient of weight", self._own["weight"][1],',
