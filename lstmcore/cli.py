@@ -270,7 +270,8 @@ def _add_sample(commands):
     p.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     p.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens with "
                    "probability P in all")
-    p.add_argument("--beam", dest="width", type=int, metavar="W", help="search for the likeliest text instead")
+    p.add_argument("--beam", dest="width", type=int, metavar="W",
+                   help="search for the likeliest text instead")
     p.add_argument("--stop", action="append", metavar="TEXT", help="end after TEXT")
     p.add_argument("--seed", type=int, metavar="S", help="for the same text again")
     _add_precision(p)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
-P, R = ParamSpec("P"), TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 _ESTIMATOR = {"learning_rate": "lr", "clip_norm": "clip", "embedding_size": "embed_size",
               "validation_fraction": "validation"}
@@ -34,13 +34,13 @@ def current(kind: type, state: Mapping[str, Any]) -> dict[str, Any]:
     return {new.get(name, name): value for name, value in state.items()}
 
 
-def checked(init: Callable[P, R]) -> Callable[P, R]:
+def checked(init: F) -> F:
     """A constructor that says which of its keywords have another name now."""
     @functools.wraps(init)
-    def named(*args: P.args, **options: P.kwargs) -> R:
-        check(type(args[0]), options)
-        return init(*args, **options)
-    return named
+    def named(self, *args, **options):
+        check(type(self), options)
+        init(self, *args, **options)
+    return cast(F, named)
 
 
 def _of(kind):

@@ -1,5 +1,6 @@
 """The command: what it prints where, its exit codes, and one clear line for each mistake."""
 
+import csv
 import io
 import json
 import os
@@ -72,6 +73,30 @@ def test_train_json_is_one_object_per_line(run):
     assert code == 0 and err == "" and [line.get("epoch") for line in lines] == [1, 2, None]
     assert lines[-1]["outcome"] == "finished" and lines[-1]["model"] == "m"
     assert len(lines[-1]["sample"]) > 300
+
+
+def test_train_writes_a_log_and_samples_on_the_way(run, tmp_path):
+    (tmp_path / "a.txt").write_text(STORY)
+    asked = ("train", "a.txt", "--evaluate-every", 5, "--sample-every", 10, "--log", "run.csv", "--out", "m",
+             *SMALL)
+    code, out, err = run(*asked, "--steps", 20)
+    assert code == 0 and err.count("step 10 writes:") == err.count("step 20 writes:") == 1
+    assert run(*asked, "--resume", "m", "--steps", 30, "--json")[0] == 0
+    with open("run.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    history = LanguageModel.load("m").history
+    assert [int(row["step"]) for row in rows] == [5, 10, 15, 20, 25, 30]
+    assert [float(row["validation"]) for row in rows] == [record["validation"] for record in history]
+
+
+@pytest.mark.parametrize("long, short, value", [("hidden-size", "hidden", 7), ("num-layers", "layers", 1),
+                                                ("embed-size", "embed", 5), ("vocab-size", "vocab", 9)])
+def test_options_have_python_s_names_and_short_ones(run, tmp_path, long, short, value):
+    (tmp_path / "a.txt").write_text(STORY)
+    for option in long, short:
+        code, _, err = run("train", "a.txt", "--out", "m", "--steps", 1, "--" + option, value)
+        assert code == 0, err
+        assert LanguageModel.load("m").config[long.replace("-", "_")] == value
 
 
 def test_train_resumes_to_the_same_model(run, trained):

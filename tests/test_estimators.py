@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import signal
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from sklearn.preprocessing import FunctionTransformer  # noqa: E402
 from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
 
 import lstmcore  # noqa: E402
-from lstmcore import Forecaster, LSTMClassifier, LSTMRegressor  # noqa: E402
+from lstmcore import Forecaster, LSTMClassifier, LSTMRegressor, renames  # noqa: E402
 from lstmcore.models import sequences  # noqa: E402
 
 
@@ -144,6 +145,51 @@ def test_warm_start_and_partial_fit_go_on_also_in_a_copy(duplicate):
         before = model.predict(X)
         model.partial_fit(X, y)
         assert model.n_iter_ == 5 and (model.predict(X) != before).any()
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "word"])
+def test_a_pickle_with_the_names_of_before_goes_on(tokenizer):
+    """0.1 kept its layers, vocabulary and parameters under other names."""
+    X, y = words(50)
+    model = small(LSTMClassifier, tokenizer=tokenizer, dropout=0.2, validation=0.1).fit(X, y)
+    twin = copy.deepcopy(model)
+    state, rule = vars(twin), twin._optimizer
+    network, vocabulary = vars(twin.network_), twin.vocabulary_
+
+    def before(arrays):
+        return {name.replace("embedding.", "embed."): a for name, a in arrays.items()}
+    for old, new in renames.RENAMED["LSTMClassifier"].items():
+        state[old] = state.pop(new)
+    for old, new in dict(embed="embedding", before="input_dropout", after="dropout").items():
+        network[old] = network.pop(new)
+    for old, new in renames.RENAMED["Embedding"].items():
+        vars(network["embed"])[old] = vars(network["embed"]).pop(new)
+    rule._parameters, rule._gradients, rule._shapes = map(before, (rule._parameters, rule._gradients,
+                                                                   rule._shapes))
+    rule._slots = {slot: before(arrays) for slot, arrays in rule._slots.items()}
+    rule._blocks = rule._seen = None
+    vocabulary.__dict__ = {"tokenizer": tokenizer, "tokens": vocabulary.tokens, "_ids": vocabulary.ids}
+    loaded = pickle.loads(pickle.dumps(twin))
+    np.testing.assert_array_equal(loaded.predict_proba(X), model.predict_proba(X))
+    np.testing.assert_array_equal(loaded.partial_fit(X, y).predict_proba(X),
+                                  model.partial_fit(X, y).predict_proba(X))
+    assert repr(loaded) == repr(model) and loaded.fit(X, y).n_iter_ == 3
+
+
+def test_an_interrupt_ends_a_fit_between_two_updates():
+    X, y = ragged(50, 2)
+    model = small(epochs=9)
+    ended = model._note
+
+    def interrupt(record):
+        ended(record)
+        if model.n_iter_ == 2:
+            signal.raise_signal(signal.SIGINT)
+    model._note = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(X, y)
+    assert model.n_iter_ == 2 and len(model.history_) == 2
+    np.testing.assert_array_equal(model.predict(X), small(epochs=2).fit(X, y).predict(X))
 
 
 def test_partial_fit_of_a_classifier_knows_all_classes():

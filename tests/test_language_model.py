@@ -462,6 +462,21 @@ def test_a_name_of_a_file_that_is_not_there_is_no_text():
     assert text.load("end.") == "end." and text.load("no such.txt") == "no such.txt"
 
 
+def test_callbacks_may_use_the_model_and_change_no_bit():
+    def use(model, record):
+        texts.append(model.sample(length=9, seed=record["step"]))
+        next(model.generate(length=9))              # and is left alone
+        assert model.perplexity("the quick") > 1 and model.beam_search(length=3, width=2)
+        model.network.eval()
+    texts, runs = [], []
+    for callbacks in ((), use):
+        runs.append(fit(small(dropout=0.3), story(200), steps=21, evaluate_every=4, callbacks=callbacks))
+    one, other = (run.network.state_dict() for run in runs)
+    assert all(one[name].tobytes() == other[name].tobytes() for name in one)
+    assert len(texts) == 6 and [r["validation"] for r in runs[0].history] \
+        == [r["validation"] for r in runs[1].history]
+
+
 def test_one_callback_needs_no_list():
     seen = []
     fit(small(), story(50), steps=2, callbacks=lambda model, record: seen.append(record["step"]))

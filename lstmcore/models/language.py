@@ -74,6 +74,15 @@ class LanguageModel(Model):
     1.0
     """
 
+    cell: Cell
+    hidden_size: int
+    num_layers: int
+    embed_size: int
+    dropout: float
+    peepholes: bool
+    dtype: Dtype
+    compute: Compute | None
+
     def __init__(self, level: Literal["char", "byte", "word"] = "char", *, cell: Cell = "lstm",
                  hidden_size: int = 256, num_layers: int = 2, embed_size: int | None = None,
                  dropout: float = 0.0, peepholes: bool = False, vocab_size: int | None = None,
