@@ -75,13 +75,8 @@ def build_parser():
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"lstmcore {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_train(commands)
-    _add_sample(commands)
-    _add_eval(commands)
-    _add_inspect(commands)
-    _add_gradflow(commands)
-    _add_convert(commands)
-    _add_info(commands)
+    for add in (_add_train, _add_sample, _add_eval, _add_inspect, _add_gradflow, _add_convert, _add_info):
+        add(commands)
     return parser
 
 

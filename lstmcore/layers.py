@@ -22,6 +22,7 @@ __all__ = ["Module", "LSTM", "GRU", "RNN", "LSTMTrace", "GRUTrace", "RNNTrace", 
            "MeanOverTime", "MaxOverTime", "sequence_mask", "sigmoid"]
 
 
+@renames.checked
 class Embedding(Module):
     """A table with a row of E numbers for each of V tokens: tokens (...) ints -> (..., E).
 
@@ -32,7 +33,6 @@ class Embedding(Module):
     (1, 3, 4)
     """
 
-    @renames.checked
     def __init__(self, vocab_size: int, embed_size: int, *, dtype: Dtype = "float32",
                  seed: Seed = None) -> None:
         self.vocab_size = checks.size("vocab_size", vocab_size)

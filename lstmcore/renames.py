@@ -6,10 +6,10 @@ Alone, because layers and models both need it; it knows neither.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
-F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T", bound=type)
 
 _ESTIMATOR = {"learning_rate": "lr", "clip_norm": "clip", "embedding_size": "embed_size",
               "validation_fraction": "validation"}
@@ -34,13 +34,16 @@ def current(kind: type, state: Mapping[str, Any]) -> dict[str, Any]:
     return {new.get(name, name): value for name, value in state.items()}
 
 
-def checked(init: F) -> F:
-    """A constructor that says which of its keywords have another name now."""
+def checked(kind: T) -> T:
+    """A class whose constructor says which of its keywords have another name now."""
+    init = kind.__init__
+
     @functools.wraps(init)
     def named(self, *args, **options):
         check(type(self), options)
         init(self, *args, **options)
-    return cast(F, named)
+    kind.__init__ = named
+    return kind
 
 
 def _of(kind):

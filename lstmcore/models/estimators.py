@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -70,54 +71,41 @@ PARAMETERS = """
 """
 
 
+@renames.checked
+@dataclass(repr=False, eq=False)
 class _SequenceEstimator(Model, BaseEstimator):
     """Everything but the targets: reading X, building the network, training it, running it."""
 
-    @renames.checked
-    def __init__(self, hidden_size: int = 32, num_layers: int = 1, *, cell: Cell = "lstm",
-                 bidirectional: bool = False, peepholes: bool = False, forget_bias: float = 1.0,
-                 init: Init = "glorot", pooling: Literal["last", "mean", "max"] = "last",
-                 dropout: float = 0.0, n_channels: int = 1, standardize: bool = True,
-                 tokenizer: Literal["char", "word"] | Callable[[str], list[str]] = "char",
-                 embed_size: int = 32, min_count: int = 1, epochs: int = 100,
-                 batch_size: int = 64,
-                 optimizer: Literal["adam", "adamw", "sgd", "rmsprop", "adagrad"] = "adam",
-                 lr: float = 1e-2, weight_decay: float = 0.0, clip: float | None = 1.0,
-                 schedule: Literal["constant", "cosine"] = "constant",
-                 validation: float = 0.0, patience: int = 10, warm_start: bool = False,
-                 dtype: Literal["float32", "float64"] | None = None,
-                 compute: Compute | None = None, n_threads: int | None = None,
-                 verbose: bool = False,
-                 random_state: int | np.random.RandomState | None = None) -> None:
-        self.hidden_size = hidden_size
-        self.num_layers = num_layers
-        self.cell = cell
-        self.bidirectional = bidirectional
-        self.peepholes = peepholes
-        self.forget_bias = forget_bias
-        self.init = init
-        self.pooling = pooling
-        self.dropout = dropout
-        self.n_channels = n_channels
-        self.standardize = standardize
-        self.tokenizer = tokenizer
-        self.embed_size = embed_size
-        self.min_count = min_count
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.optimizer = optimizer
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.clip = clip
-        self.schedule = schedule
-        self.validation = validation
-        self.patience = patience
-        self.warm_start = warm_start
-        self.dtype = dtype
-        self.compute = compute
-        self.n_threads = n_threads
-        self.verbose = verbose
-        self.random_state = random_state
+    hidden_size: int = 32
+    num_layers: int = 1
+    _: KW_ONLY
+    cell: Cell = "lstm"
+    bidirectional: bool = False
+    peepholes: bool = False
+    forget_bias: float = 1.0
+    init: Init = "glorot"
+    pooling: Literal["last", "mean", "max"] = "last"
+    dropout: float = 0.0
+    n_channels: int = 1
+    standardize: bool = True
+    tokenizer: Literal["char", "word"] | Callable[[str], list[str]] = "char"
+    embed_size: int = 32
+    min_count: int = 1
+    epochs: int = 100
+    batch_size: int = 64
+    optimizer: Literal["adam", "adamw", "sgd", "rmsprop", "adagrad"] = "adam"
+    lr: float = 1e-2
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    validation: float = 0.0
+    patience: int = 10
+    warm_start: bool = False
+    dtype: Literal["float32", "float64"] | None = None
+    compute: Compute | None = None
+    n_threads: int | None = None
+    verbose: bool = False
+    random_state: int | np.random.RandomState | None = None
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -270,6 +258,7 @@ class _SequenceEstimator(Model, BaseEstimator):
         self.history_ = trainer.history
         if trainer.run().outcome.startswith("SIG"):     # between two updates: now as ever
             signal.raise_signal(signal.Signals[trainer.outcome])
+            raise KeyboardInterrupt         # a handler that comes back does not finish the fit
 
     def _note(self, record):
         self.n_iter_ += 1

@@ -159,7 +159,7 @@ class LanguageModel(Model):
         def report(record):
             self.history = [h for h in self.history if h is not record] + [record]
             if bar:
-                bar.report(record)
+                bar.record = record
             if checkpoint is not None:
                 self._save_run(checkpoint, trainer)
             return any([callback(self, record) for callback in callbacks])
@@ -424,29 +424,22 @@ class _Bar:
     def __init__(self):
         from tqdm.auto import tqdm
         self.bar = tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
-        self.loss, self.validation, self.shown = None, "", -1.0
+        self.record, self.shown = {"loss": None, "validation": None}, -1.0
 
-    def tick(self, trainer):
-        if trainer.seconds - self.shown >= 0.2:
-            self.show(trainer)
-
-    def show(self, trainer):
-        self.shown = trainer.seconds
+    def tick(self, trainer, every=0.2):
+        if trainer.seconds - self.shown < every:
+            return
+        self.shown, loss, validation = trainer.seconds, self.record["loss"], self.record["validation"]
         if trainer.loss_tokens:
-            self.loss = trainer.loss_sum / trainer.loss_tokens
-        if self.loss is not None:
-            rate = trainer.seen / trainer.seconds
-            self.bar.set_postfix_str(f"loss {self.loss:.3f}{self.validation}, "
-                                     f"{rate:,.0f} tokens/s", refresh=False)
+            loss = trainer.loss_sum / trainer.loss_tokens
+        if loss is not None:
+            said = "" if validation is None else f", validation {validation:.3f}"
+            self.bar.set_postfix_str(f"loss {loss:.3f}{said}, "
+                                     f"{trainer.seen / trainer.seconds:,.0f} tokens/s", refresh=False)
         self.bar.update(100 * trainer.share - self.bar.n)
 
-    def report(self, record):
-        self.loss = record["loss"]
-        if record["validation"] is not None:
-            self.validation = f", validation {record['validation']:.3f}"
-
     def close(self, trainer):
-        self.show(trainer)
+        self.tick(trainer, every=0)
         self.bar.close()
 
 

@@ -31,12 +31,13 @@ class Streams:
     """
 
     unit = "tokens"
+    steps = None            # of the whole run, if they are known: "cosine" follows them, else the budget
     final = 0.01            # of the learning rate, where "cosine" ends
 
     def __init__(self, tokens: Ints, held_out: Ints | None, B: int, T: int) -> None:
         self.x, self.targets = streams(tokens, B, T)
         self.held_out, self.T = held_out, T
-        self.length = len(self.x)           # positions of an epoch
+        self.length, self.size = len(self.x), self.x.size       # positions, tokens of an epoch
         self.state: Any = None              # what the streams carry from window to window
         self.digest = hashlib.sha256(np.ascontiguousarray(tokens)).hexdigest()
 
@@ -50,14 +51,6 @@ class Streams:
         window = slice(position, end)
         loss, dy, self.state = network.loss(self.x[window], self.targets[window], self.state)
         return loss, self.x[window].size, end, partial(network.backward_below, dy)
-
-    def seen(self, epoch: int, position: int) -> int:
-        """The tokens of so many epochs and positions."""
-        return (epoch * self.length + position) * self.x.shape[1]
-
-    def place(self, share: float, step: int) -> tuple[float, int]:
-        """Where a schedule of this source stands, and where it ends."""
-        return share, 1
 
     def validation(self, network: Any) -> float | None:
         """Nats per token of what is held out, if anything is."""
@@ -87,8 +80,8 @@ class Batches:
         rows = rng.permutation(rows) if n else rows
         self.rows, self.held_out = rows[n:], rows[:n]
         self.sequences, self.targets, self.weights = sequences, targets, weights
-        self.length = -(-len(self.rows) // batch_size)
-        self.rng, self._loss, self._steps = rng, loss, epochs * self.length
+        self.length, self.size = -(-len(self.rows) // batch_size), len(self.rows)
+        self.rng, self._loss, self.steps = rng, loss, epochs * self.length
 
     def start(self) -> None:
         """Begin an epoch."""
@@ -103,14 +96,6 @@ class Batches:
         outputs, _ = network(x, lengths=lengths)
         loss, d = self._loss(outputs, self.targets[batch], self.weights[batch] / len(batch))
         return loss, len(batch), position + 1, partial(network.backward, d)
-
-    def seen(self, epoch: int, position: int) -> int:
-        """The sequences of so many epochs and positions."""
-        return epoch * len(self.rows) + sum(map(len, self._batches[:position]))
-
-    def place(self, share: float, step: int) -> tuple[float, int]:
-        """Where a schedule of this source stands, and where it ends."""
-        return step, self._steps
 
     def validation(self, network: Any) -> float | None:
         """The mean loss of what is held out, if anything is."""

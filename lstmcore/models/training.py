@@ -139,7 +139,7 @@ class Trainer:
     @property
     def seen(self) -> int:
         """Tokens or sequences that the run has trained on, repetitions included."""
-        return self.source.seen(self.epoch, self.position)
+        return round(self.epochs * self.source.size)
 
     @property
     def epochs(self) -> float:
@@ -253,8 +253,7 @@ class Trainer:
         if self.schedule == "step":
             return rise, optim.StepDecay(unit, 1, s.decay, start=s.decay_after - 1)
         if self.schedule == "cosine":
-            _, end = self.source.place(0.0, 0)
-            return rise, optim.CosineDecay(unit, end, final=self.source.final)
+            return rise, optim.CosineDecay(unit, self.source.steps or 1, final=self.source.final)
         return rise, None
 
     def _learning_rate(self):
@@ -263,7 +262,7 @@ class Trainer:
         lr = self.settings.lr * self.scale
         if not self._fall:
             return lr
-        at, _ = self.source.place(self.share, self.step)
+        at = self.step if self.source.steps else self.share
         return lr * self._fall.lr_at(self.epoch if self.schedule == "step" else at)
 
     def _evaluate(self, scheduled):
@@ -315,17 +314,16 @@ def new_optimizer(network: Any, settings: Settings) -> optim.Optimizer:
 
 def check_run(meta: Mapping[str, Any]) -> None:
     """KeyError, TypeError or ValueError unless this is what `Trainer.snapshot` says of a run."""
-    for name, kind in (("digest", str), ("rng", dict), ("settings", dict), ("budget", dict)):
-        if not isinstance(meta[name], kind):
-            raise TypeError(f"{name} must be a {kind.__name__}, got {meta[name]!r:.40}")
-    for name in ("epoch", "position", "step", "loss_tokens", "waited"):
-        if type(meta[name]) is not int or not 0 <= meta[name] < 1 << 62:
-            raise ValueError(f"{name} must be a count, got {meta[name]!r:.40}")
-    for name in ("seconds", "loss_sum", "scale"):
-        if type(meta[name]) not in (int, float) or not math.isfinite(meta[name]):
-            raise ValueError(f"{name} must be a finite number, got {meta[name]!r:.40}")
-    if meta["best_loss"] is not None and type(meta["best_loss"]) not in (int, float):
-        raise TypeError(f"best_loss must be a number, got {meta['best_loss']!r:.40}")
+    kinds = {"digest": str, "rng": dict, "settings": dict, "budget": dict, **dict.fromkeys(
+        ("epoch", "position", "step", "loss_tokens", "waited"), int), **dict.fromkeys(
+        ("seconds", "loss_sum", "scale"), (int, float)), "best_loss": (int, float, type(None))}
+    for name, kind in kinds.items():
+        if not isinstance(value := meta[name], kind) or isinstance(value, bool):
+            raise TypeError(f"{name} must be of another type than {value!r:.40}")
+        if kind is int and not 0 <= value < 1 << 62:
+            raise ValueError(f"{name} must be a count, got {value!r:.40}")
+        if kind == (int, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r:.40}")
     checked_history(meta["history"])
     Settings.of(meta["settings"])
     if missing := Settings.__dataclass_fields__.keys() - meta["settings"].keys():
