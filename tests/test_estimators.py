@@ -3,6 +3,7 @@
 import copy
 import pickle
 import signal
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
 import lstmcore  # noqa: E402
 from lstmcore import Forecaster, LSTMClassifier, LSTMRegressor, renames  # noqa: E402
 from lstmcore.models import sequences  # noqa: E402
+from lstmcore.models.sources import Batches  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -348,6 +350,32 @@ def test_batches_are_padded_with_zeros_and_lose_nothing():
     np.testing.assert_array_equal(x[:, 0], values[3:8])
     np.testing.assert_array_equal(x[:3, 1], values[:3])
     assert not x[3:, 1].any() and not x[:, 2].any()
+
+
+def test_an_epoch_has_each_sequence_once_and_nothing_that_is_held_out():
+    seen, weighed, network = [], [], mock.Mock(return_value=(None, None))
+
+    def loss(outputs, targets, weights):
+        seen.extend(targets), weighed.append(weights.sum())
+        return 0.0, outputs
+    source = Batches(sequences.Sequences(np.zeros((30, 1)), np.ones(30)), np.arange(30), np.ones(30),
+                     np.arange(30), batch_size=7, held_out=0.2, epochs=2, loss=loss,
+                     rng=np.random.default_rng(0))
+    for _ in range(2):
+        source.start()
+        at = 0
+        while at < source.length:
+            _, _, at, _ = source.loss(network, at)
+    assert (source.length, source.steps, len(source.held_out)) == (4, 8, 6)
+    assert sorted(seen[:24]) == sorted(seen[24:]) == sorted({*range(30)} - {*source.held_out})
+    assert seen[:24] != seen[24:] and np.allclose(weighed, 1)       # means of each batch
+
+
+def test_an_unseen_token_says_nothing_and_others_as_much():
+    X, y = words(60)
+    table = small(LSTMClassifier, epochs=1, lr=0.0).fit(X, y).network_.embedding.parameters()["weight"]
+    assert not table[0].any()
+    assert np.allclose((table[1:] ** 2).sum(axis=1), 1, atol=0.8)       # 32 squares: a deviation of 0.25
 
 
 def test_digits_read_row_by_row():

@@ -21,7 +21,7 @@ import lstmcore
 from lstmcore import LanguageModel
 from lstmcore.formats import safetensors
 from lstmcore.losses import softmax_cross_entropy
-from lstmcore.models import generation, text
+from lstmcore.models import generation, sequences, text
 from lstmcore.models.network import Network
 from lstmcore.models.sources import streams, total_nats
 from lstmcore.models.training import Budget
@@ -95,6 +95,19 @@ def test_vocabulary_keeps_the_most_frequent():
     assert vocabulary.tokens == [" <unk>", " b", " c"]
     assert vocabulary.decode(vocabulary.encode("c d")) == " <unk> <unk>"
     assert text.Vocabulary.of("aabc", "char", min_count=2).tokens == ["\ufffd", "a"]
+
+
+def test_vocabulary_of_many_texts_has_the_most_frequent_first():
+    vocabulary = text.Vocabulary.of_many(["Oh, b a", "A b c A", "<unk>"], text.words, min_count=2)
+    assert vocabulary.tokens == ["<unk>", "a", "b"] and vocabulary.split("No, b!") == ["no", ",", "b", "!"]
+    assert vocabulary.encode("b Z a").tolist() == [2, 0, 1]
+    texts = ["ba", "", "bac"]
+    letters = text.Vocabulary.of_many(texts, "char")
+    ids = sequences.from_texts(texts, letters)
+    assert letters.tokens == ["<unk>", "b", "a", "c"] and list(ids.lengths) == [2, 0, 3]
+    assert ids.values.tolist() == [1, 2, 1, 2, 3]
+    same = sequences.from_texts(texts, text.Vocabulary.of_many(texts, list))
+    assert (same.values == ids.values).all()
 
 
 def test_bytes_are_decoded_when_a_character_is_complete():
