@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import warnings
 
 from lstmcore import __version__
 
@@ -170,8 +171,8 @@ def train(args):
         model = LanguageModel(**{"hidden_size": DEFAULT_HIDDEN, **asked(LanguageModel().config)})
         settings = {"seq_length": DEFAULT_SEQ, "batch_size": DEFAULT_BATCH, "lr": DEFAULT_LR, **settings}
         budget = budget or {"minutes": DEFAULT_MINUTES}
-    bar = sys.stderr.isatty() and not args.json
-    callbacks = [] if bar else [_print_json if args.json else _print_record]
+    bar = False if args.json else sys.stderr.isatty() or "lines"
+    callbacks = [] if bar is True else [_print_json if args.json else _print_record]
     if args.sample_every is not None:
         callbacks.append(_Samples(checks.size("sample_every", args.sample_every), args))
     files = _existing(args.files)
@@ -183,6 +184,9 @@ def train(args):
              + (", ".join(args.files) or "Python's documentation of its own language") + replaced)
     done = model.history[-1]["step"] if model.history else None
     with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *rest, **more: _say(f"warning: {message}")
         if args.log:
             callbacks.append(_table(stack.enter_context(open(args.log, "a" if args.resume else "w"))))
         model.fit(files or None, checkpoint=out, resume=args.resume, callbacks=callbacks, progress=bar,
@@ -400,8 +404,6 @@ def _add_convert(commands):
 
 def convert(args):
     """Convert a file by `lstmcore.formats.convert`."""
-    import warnings
-
     import lstmcore
     from lstmcore.formats.disk import check_writable
 

@@ -89,6 +89,25 @@ def test_train_writes_a_log_and_samples_on_the_way(run, tmp_path):
     assert [float(row["validation"]) for row in rows] == [record["validation"] for record in history]
 
 
+def test_an_epoch_longer_than_the_budget_tells_of_itself(run, tmp_path):
+    (tmp_path / "a.txt").write_text(STORY)
+    asked = ("train", "a.txt", "--out", "m", "--no-sample", "--steps", 20, *SMALL)
+    lines = [line for line in run(*asked)[2].splitlines() if line.startswith("epoch ")]
+    assert [int(line.split()[3]) for line in lines] == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
+    assert all("loss" in line and "tokens/s" in line for line in lines) and "validation" in lines[-1]
+    lines = [line for line in run(*asked, "--evaluate-every", 2)[2].splitlines() if line[:6] == "epoch "]
+    assert all("validation" in line for line in lines)
+    assert run(*asked, "--json")[2] == ""
+
+
+def test_a_loss_that_runs_away_is_said_once(run, tmp_path):
+    (tmp_path / "a.txt").write_text(STORY)
+    asked = ("train", "a.txt", "--out", "m", "--steps", 30, "--evaluate-every", 3, *SMALL)
+    code, _, err = run(*asked, "--optimizer", "sgd", "--clip", 0, "--lr", 60)
+    assert code == 0 and err.count("warning: the loss runs away: ") == 1
+    assert "may help" in err and "warning" not in run(*asked)[2]
+
+
 @pytest.mark.parametrize("long, short, value", [("hidden-size", "hidden", 7), ("num-layers", "layers", 1),
                                                 ("embed-size", "embed", 5), ("vocab-size", "vocab", 9)])
 def test_options_have_python_s_names_and_short_ones(run, tmp_path, long, short, value):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -107,7 +108,7 @@ class LanguageModel(Model):
     def fit(self, source: Source | None = None, *, validation: float | Source | None = None,
             epochs: float | None = None, minutes: float | None = None, steps: int | None = None,
             checkpoint: Path | None = None, resume: Path | None = None,
-            callbacks: Callback | Iterable[Callback] = (), progress: bool = True,
+            callbacks: Callback | Iterable[Callback] = (), progress: bool | Literal["lines"] = True,
             encoding: str | None = None, **settings: Any) -> LanguageModel:
         """Train on a text.
 
@@ -125,7 +126,8 @@ class LanguageModel(Model):
         callbacks : a function, or several, of the model and a dict: step, epoch, loss, validation,
             lr, seconds, tokens_per_second, best. Called after every evaluation; it may sample,
             evaluate and generate, which changes no bit of the run; a true result ends the training
-        progress : show a bar on standard error
+        progress : show a bar on standard error; "lines": a line there for each tenth of the budget
+            without an evaluation
         encoding : of files; found out by default
         **settings : seq_length=100, batch_size=64, optimizer="adam", lr=2e-3, clip=5.0,
             schedule=None, decay=0.97, decay_after=10, warmup=0, momentum=0.9, weight_decay=0.0,
@@ -151,7 +153,7 @@ class LanguageModel(Model):
             budget = Budget(epochs, minutes, steps)
         train, held_out = self._tokens(source, validation, settings, encoding)
 
-        bar = _Bar() if progress else None
+        bar = (_Lines() if progress == "lines" else _Bar()) if progress else None
         source = Streams(train, held_out, settings.batch_size, settings.seq_length)
         trainer = Trainer(self.network, source, settings, budget, tick=bar and bar.tick,
                           report=lambda record: report(record))
@@ -159,7 +161,7 @@ class LanguageModel(Model):
         def report(record):
             self.history = [h for h in self.history if h is not record] + [record]
             if bar:
-                bar.record = record
+                bar.report(trainer, record)
             if checkpoint is not None:
                 self._save_run(checkpoint, trainer)
             return any([callback(self, record) for callback in callbacks])
@@ -426,6 +428,9 @@ class _Bar:
         self.bar = tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
         self.record, self.shown = {"loss": None, "validation": None}, -1.0
 
+    def report(self, trainer, record):
+        self.record = record
+
     def tick(self, trainer, every=0.2):
         if trainer.seconds - self.shown < every:
             return
@@ -441,6 +446,26 @@ class _Bar:
     def close(self, trainer):
         self.tick(trainer, every=0)
         self.bar.close()
+
+
+class _Lines:
+    """The progress of a run between its evaluations, which tell of themselves."""
+
+    due = 0.1
+
+    def report(self, trainer, record):
+        self.due = (int(10 * trainer.share) + 1) / 10
+
+    def tick(self, trainer):
+        if self.due <= trainer.share < 1:
+            self.due = (int(10 * trainer.share) + 1) / 10
+            print(f"epoch {trainer.epochs:7.2f}  step {trainer.step:6}  "
+                  f"loss {trainer.loss_sum / trainer.loss_tokens:.4f}  "
+                  f"{trainer.seen / trainer.seconds:,.0f} tokens/s  {trainer.seconds:.0f} s",
+                  file=sys.stderr, flush=True)
+
+    def close(self, trainer):
+        pass
 
 
 def _check_place(path):

@@ -13,6 +13,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -134,7 +135,7 @@ class Trainer:
         self.best, self.best_loss = None, math.inf      # weights, by validation
         self.chosen, self.chosen_loss = None, math.inf  # the same with the run's last evaluation
         self.last = None                                # the weights when the run has ended
-        self.history, self.outcome = [], None
+        self.history, self.outcome, self._warned = [], None, False
 
     @property
     def seen(self) -> int:
@@ -162,10 +163,9 @@ class Trainer:
         # What overflows is found by _check_finite.
         with np.errstate(all="ignore"), _interrupts() as interrupted:
             while self.outcome is None and self.share < 1:
-                due = self._advance()
-                self.tick(self)
-                if due:
+                if self._advance():
                     self._evaluate(scheduled=True)
+                self.tick(self)
                 if interrupted:
                     self.outcome = interrupted[0].name
         self.outcome = self.outcome or "finished"
@@ -281,6 +281,7 @@ class Trainer:
                   f"{self.source.unit}_per_second": round(self.seen / max(self.seconds, 1e-9)),
                   "best": better}
         if scheduled:
+            self._warn_if_it_runs_away(train)
             self.best, self.best_loss = self.chosen, self.chosen_loss
             self.loss_sum, self.loss_tokens = 0.0, 0
             self.waited = 0 if better else self.waited + 1
@@ -293,6 +294,15 @@ class Trainer:
             self.outcome = self.outcome or "stopped by a callback"
         self.network.train()        # whatever a callback has done with it
         self.seconds = time.perf_counter() - self._clock
+
+    def _warn_if_it_runs_away(self, loss):
+        """Once, where the loss is above the run's first and half as much again as its least."""
+        losses = [record["loss"] for record in self.history if record["loss"] is not None]
+        if losses and loss is not None and not self._warned and loss > max(losses[0], 1.5 * min(losses)):
+            self._warned = True
+            warnings.warn(f"the loss runs away: {min(losses):.4g} before, {loss:.4g} at step {self.step} "
+                          f"(learning rate {self.optimizer.lr:.3g}); a lower lr or clip may help",
+                          stacklevel=2)
 
     def _check_finite(self, what, value):
         if math.isfinite(value):
