@@ -155,6 +155,13 @@ def fraction(name, value):
     return float(value)
 
 
+def choice(name, value, choices):
+    """value; ValueError unless it is one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
 def float_dtype(dtype):
     """The numpy dtype that "float32" or "float64" names; TypeError for any other."""
     if dtype is None or np.dtype(dtype) not in (F32, F64):

@@ -5,10 +5,12 @@ exit code 2; an interrupted training is saved and ends with 130 (Ctrl-C) or 143 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import sys
+import warnings
 
 from lstmcore import __version__
 
@@ -17,17 +19,6 @@ DEFAULT_MINUTES = 1.0
 # For a minute on two cores; a model made in Python has the constructor's sizes.
 DEFAULT_HIDDEN, DEFAULT_LR, DEFAULT_SEQ, DEFAULT_BATCH = 128, 5e-3, 64, 32
 EXIT_OF = {"SIGINT": 130, "SIGTERM": 143}
-
-SETTINGS = ("seq_length batch_size optimizer lr schedule decay decay_after warmup clip "
-            "weight_decay validation evaluate_every patience").split()
-MODEL = dict(level="level", cell="cell", hidden_size="hidden", num_layers="layers",
-             embed_size="embed", peepholes="peepholes", dropout="dropout", vocab_size="vocab",
-             min_count="min_count", compute="compute", seed="seed")
-# The options by what Python calls them, to name them in messages; the least some may be.
-OPTIONS = {**{name: name for name in SETTINGS}, **MODEL, "validation": "val", "width": "beam",
-           **{name: name for name in ("threads hidden steps limit epochs minutes length "
-                                      "temperature top_k top_p stop precision").split()}}
-LEAST = dict(threads=1, hidden=1, steps=0, limit=1, seed=0)
 
 EXAMPLES = """examples:
   lstmcore train                                 a minute on Python's own documentation
@@ -44,12 +35,9 @@ def main(argv=None):
     _open_streams()
     args = build_parser().parse_args(argv)
     try:
-        for name, least in LEAST.items():
-            if (value := getattr(args, name, None)) is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
         if args.threads is not None:
-            from lstmcore import set_num_threads
-            set_num_threads(args.threads)
+            from lstmcore import checks, set_num_threads
+            set_num_threads(checks.size("threads", args.threads))
         code = args.run(args)
         sys.stdout.flush()
         return code or 0
@@ -62,7 +50,7 @@ def main(argv=None):
         name = f"{error.filename}: " if error.filename is not None else ""
         return _mistake(f"{name}{error.strerror or error}")
     except (ValueError, TypeError, ImportError, FloatingPointError, MemoryError) as error:
-        return _mistake(_in_options(str(error)) or type(error).__name__)
+        return _mistake(_in_options(str(error), args.parser) or type(error).__name__)
 
 
 def _open_streams():
@@ -88,13 +76,8 @@ def build_parser():
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"lstmcore {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_train(commands)
-    _add_sample(commands)
-    _add_eval(commands)
-    _add_inspect(commands)
-    _add_gradflow(commands)
-    _add_convert(commands)
-    _add_info(commands)
+    for add in (_add_train, _add_sample, _add_eval, _add_inspect, _add_gradflow, _add_convert, _add_info):
+        add(commands)
     return parser
 
 
@@ -102,7 +85,7 @@ def _command(commands, name, run, help, example):
     parser = commands.add_parser(
         name, help=help, description=help[0].upper() + help[1:] + ".",
         epilog="example:\n  " + example, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     return parser
 
@@ -120,21 +103,24 @@ def _add_train(commands):
     p.add_argument("--seed", type=int, help="of weights, dropout and sample (default: 0)")
     p.add_argument("--json", action="store_true", help="one JSON object per line instead of text")
     p.add_argument("--plot", metavar="PNG", help="draw the losses (needs matplotlib)")
+    p.add_argument("--log", metavar="CSV", help="write the losses as a table, a line per evaluation")
+    p.add_argument("--sample-every", type=int, metavar="N",
+                   help="write 200 tokens after every N steps, at the next evaluation")
     p.add_argument("--no-sample", action="store_true", help="do not write 400 tokens at the end")
 
     g = p.add_argument_group("model (that of M if resumed)")
     g.add_argument("--level", choices=("char", "byte", "word"), help="(default: char)")
     g.add_argument("--cell", choices=("lstm", "gru", "rnn"), help="(default: lstm)")
-    g.add_argument("--hidden", type=int, metavar="N", help=f"(default: {DEFAULT_HIDDEN})")
-    g.add_argument("--layers", type=int, metavar="N", help="(default: 2)")
-    g.add_argument("--embed", type=int, metavar="N",
+    g.add_argument("--hidden-size", "--hidden", type=int, metavar="N", help=f"(default: {DEFAULT_HIDDEN})")
+    g.add_argument("--num-layers", "--layers", type=int, metavar="N", help="(default: 2)")
+    g.add_argument("--embed-size", "--embed", type=int, metavar="N",
                    help="width of the table of tokens (default: 64; words: 128; 0: one-hot)")
     g.add_argument("--peepholes", action="store_true", default=None)
     g.add_argument("--dropout", type=float, metavar="P", help="(default: 0)")
-    g.add_argument("--vocab", type=int, metavar="N", help="keep the N most frequent tokens")
+    g.add_argument("--vocab-size", "--vocab", type=int, metavar="N",
+                   help="keep the N most frequent tokens")
     g.add_argument("--min-count", type=int, metavar="N",
                    help="keep tokens seen so often (default: 1; words: 2)")
-
     g.add_argument("--compute", choices=("float32", "bfloat16"),
                    help="format of the operands of products (default: float32)")
 
@@ -156,7 +142,7 @@ def _add_train(commands):
     g.add_argument("--warmup", type=int, metavar="N", help="steps (default: 0)")
     g.add_argument("--clip", type=float, help="norm of the gradients (default: 5; 0: none)")
     g.add_argument("--weight-decay", type=float, metavar="X", help="(default: 0)")
-    g.add_argument("--val", dest="validation", type=float, metavar="P",
+    g.add_argument("--validation", "--val", type=float, metavar="P",
                    help="share kept for validation (default: 0.05)")
     g.add_argument("--evaluate-every", type=int, metavar="N", help="steps (default: an epoch)")
     g.add_argument("--patience", type=int, metavar="N",
@@ -165,19 +151,30 @@ def _add_train(commands):
 
 def train(args):
     """Train, save, write a sample."""
+    from lstmcore import LanguageModel, checks
     from lstmcore.formats.disk import check_writable
     from lstmcore.models.training import Budget, Settings
 
+    def asked(names):
+        return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
     out = args.out or args.resume or DEFAULT_OUT
-    check_writable(out)
+    for path in (out, args.log):
+        check_writable(path) if path else None
     if args.plot:
         _check_picture(args.plot)
-    model, settings = _model_to_train(args)
-    budget = {name: getattr(args, name) for name in ("epochs", "minutes", "steps")}
-    if not args.resume and not any(value is not None for value in budget.values()):
-        budget["minutes"] = DEFAULT_MINUTES
-    bar = sys.stderr.isatty() and not args.json
-    callbacks = [] if bar else [_print_json if args.json else _print_record]
+    settings, budget = asked(Settings.__dataclass_fields__), asked(Budget.__dataclass_fields__)
+    if args.resume:
+        model = LanguageModel.load(args.resume)
+        model.check_same(LanguageModel(**{**model.config, **asked(model.config)}))
+    else:
+        model = LanguageModel(**{"hidden_size": DEFAULT_HIDDEN, **asked(LanguageModel().config)})
+        settings = {"seq_length": DEFAULT_SEQ, "batch_size": DEFAULT_BATCH, "lr": DEFAULT_LR, **settings}
+        budget = budget or {"minutes": DEFAULT_MINUTES}
+    bar = False if args.json else sys.stderr.isatty() or "lines"
+    callbacks = [] if bar is True else [_print_json if args.json else _print_record]
+    if args.sample_every is not None:
+        callbacks.append(_Samples(checks.size("sample_every", args.sample_every), args))
     files = _existing(args.files)
     Settings(**settings)
     Budget(**budget)
@@ -186,8 +183,14 @@ def train(args):
         _say(f"training {model} on "
              + (", ".join(args.files) or "Python's documentation of its own language") + replaced)
     done = model.history[-1]["step"] if model.history else None
-    model.fit(files or None, checkpoint=out, resume=args.resume,
-              callbacks=callbacks, progress=bar, encoding=args.encoding, **budget, **settings)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *rest, **more: _say(f"warning: {message}")
+        if args.log:
+            callbacks.append(_table(stack.enter_context(open(args.log, "a" if args.resume else "w"))))
+        model.fit(files or None, checkpoint=out, resume=args.resume, callbacks=callbacks, progress=bar,
+                  encoding=args.encoding, **budget, **settings)
     if args.resume and model.history and model.history[-1]["step"] == done:
         _say(f"nothing to do: the run was at its end, after {done} steps; more --epochs, --minutes "
              "or --steps continue it")
@@ -198,24 +201,30 @@ def train(args):
     return EXIT_OF.get(model.outcome, 0)
 
 
-def _model_to_train(args):
-    """The model and the settings that the arguments ask for; of a resumed run, its own."""
-    from lstmcore import LanguageModel
+class _Samples:
+    """A callback that shows what the model writes, every so many steps."""
 
-    asked = {name: getattr(args, flag) for name, flag in MODEL.items()
-             if getattr(args, flag) is not None}
-    settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    if args.resume:
-        model = LanguageModel.load(args.resume)
-        for name, value in asked.items():
-            own = model.config[name]
-            if name == "compute":
-                own = own or model.dtype
-            if own != value:
-                raise ValueError(f"a resumed run cannot change {name} from {own} to {value}")
-        return model, settings
-    ours = dict(seq_length=DEFAULT_SEQ, batch_size=DEFAULT_BATCH, lr=DEFAULT_LR)
-    return LanguageModel(**{"hidden_size": DEFAULT_HIDDEN, **asked}), {**ours, **settings}
+    def __init__(self, every, args):
+        self.every, self.json, self.seed, self.done = every, args.json, args.seed or 0, 0
+
+    def __call__(self, model, record):
+        if (due := record["step"] // self.every) <= self.done:
+            return
+        self.done, text = due, model.sample(length=200, seed=self.seed, temperature=0.7)
+        if self.json:
+            print(json.dumps({"step": record["step"], "sample": text}), flush=True)
+        else:
+            _say(f"step {record['step']} writes:\n{text}\n")
+
+
+def _table(file):
+    """A callback that writes each record as a line of comma-separated values."""
+    def note(model, record):
+        if not file.tell():
+            print(*record, sep=",", file=file)
+        print(*("" if value is None else value for value in record.values()), sep=",", file=file,
+              flush=True)
+    return note
 
 
 def _conclude(model, out, args):
@@ -260,7 +269,8 @@ def _add_sample(commands):
     p.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     p.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens with "
                    "probability P in all")
-    p.add_argument("--beam", type=int, metavar="W", help="search for the likeliest text instead")
+    p.add_argument("--beam", dest="width", type=int, metavar="W",
+                   help="search for the likeliest text instead")
     p.add_argument("--stop", action="append", metavar="TEXT", help="end after TEXT")
     p.add_argument("--seed", type=int, metavar="S", help="for the same text again")
     _add_precision(p)
@@ -286,8 +296,8 @@ def sample(args):
     if args.prime == "-" and sys.stdin is None:
         raise ValueError("standard input is closed")
     prime = sys.stdin.read() if args.prime == "-" else args.prime
-    if args.beam is not None:
-        pieces = [model.beam_search(prime, args.length, width=args.beam, stop=args.stop)]
+    if args.width is not None:
+        pieces = [model.beam_search(prime, args.length, width=args.width, stop=args.stop)]
     else:
         pieces = model.generate(prime, args.length, temperature=args.temperature,
                                 top_k=args.top_k, top_p=args.top_p, seed=args.seed, stop=args.stop)
@@ -335,11 +345,12 @@ def _add_inspect(commands):
 
 def look_inside(args):
     """Write the HTML page of `lstmcore.inspect`."""
-    from lstmcore import LanguageModel, inspect
+    from lstmcore import LanguageModel, checks, inspect
     from lstmcore.models import text
     from lstmcore.formats.disk import check_writable
 
     check_writable(args.out)
+    checks.size("limit", args.limit)
     model = LanguageModel.load(args.model).unfreeze()       # of int8: only floats keep gates
     path, = _existing([args.file])
     shown = text.decode(text.read_bytes(path), args.encoding, args.file)
@@ -353,7 +364,7 @@ def _add_gradflow(commands):
     p = _command(commands, "gradflow", gradflow, "measure how a gradient vanishes in RNN and LSTM",
                  "lstmcore gradflow --out flow.png")
     p.add_argument("--out", metavar="PNG", help="draw it (needs matplotlib)")
-    p.add_argument("--hidden", type=int, default=64, metavar="N", help="(default: 64)")
+    p.add_argument("--hidden-size", "--hidden", type=int, default=64, metavar="N", help="(default: 64)")
     p.add_argument("--steps", type=int, default=100, metavar="N", help="(default: 100)")
     p.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
     p.add_argument("--json", action="store_true", help="a JSON object instead of a table")
@@ -361,11 +372,11 @@ def _add_gradflow(commands):
 
 def gradflow(args):
     """Print, and draw, the norms of `lstmcore.gradflow.compare`."""
-    from lstmcore import gradflow
+    from lstmcore import checks, gradflow
 
     if args.out:
         _check_picture(args.out)
-    flows = gradflow.compare(args.hidden, args.steps, seed=args.seed)
+    flows = gradflow.compare(args.hidden_size, args.steps, seed=checks.size("seed", args.seed, 0))
     if args.out:
         gradflow.plot(flows, args.out)
         _say(f"saved {args.out}")
@@ -393,8 +404,6 @@ def _add_convert(commands):
 
 def convert(args):
     """Convert a file by `lstmcore.formats.convert`."""
-    import warnings
-
     import lstmcore
     from lstmcore.formats.disk import check_writable
 
@@ -478,11 +487,13 @@ def _say(line):
     print(line, file=sys.stderr, flush=True)
 
 
-def _in_options(message):
+def _in_options(message, parser):
     """A message about an argument in Python, about the option that gave it."""
+    options = {action.dest: action.option_strings[0] for action in parser._actions
+               if action.option_strings}
     before, name, rest = re.fullmatch(r"(a resumed run cannot change )?(\w*)(.*)", message,
                                       re.DOTALL).groups("")
-    return f"{before}--{OPTIONS[name].replace('_', '-')}{rest}" if name in OPTIONS else message
+    return f"{before}{options.get(name, name)}{rest}"
 
 
 def _mistake(line):

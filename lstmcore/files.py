@@ -134,7 +134,7 @@ def save(module: Any, path: Path, **options: Any) -> None:
     if isinstance(module, Module):
         write(path, module, **options)
     elif os.fsdecode(path).endswith(".onnx") and hasattr(module, "network"):
-        module._check_fitted()
+        module._trained()
         write(path, module.network, tokens=True, **options)
     elif options:
         raise TypeError(f"a {type(module).__name__} is saved without options, got {options}")

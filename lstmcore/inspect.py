@@ -84,18 +84,15 @@ def activations(model: Model, text: str) -> Activations:
 
 def _read(model, text):
     """Tokens as strs, what the recurrent layers read for them, (T, 1) or (T, 1, I), and these."""
-    if getattr(model, "vocabulary_", None) is not None:             # an estimator
-        vocabulary, network = model.vocabulary_, model.network_
-        x, _ = vocabulary.encode([text]).batch([0])
-        tokens = list(vocabulary.split(text))
-        spaced = tokens if vocabulary.tokenizer == "char" else [token + " " for token in tokens]
-        return spaced, network.embed(x), network.recurrent
-    network = getattr(model, "network", None)
-    if network is None:
+    vocabulary = getattr(model, "vocabulary", getattr(model, "vocabulary_", None))
+    if vocabulary is None:
         raise TypeError("model must be a trained LanguageModel, or an estimator fitted on strings, "
                         f"got {type(model).__name__}")
-    ids = model.vocabulary.encode(text)
-    return model.vocabulary.split(text), network.inputs(ids[:, None]), network.recurrent
+    network, x = model._trained(), vocabulary.encode(text)[:, None]
+    tokens = vocabulary.split(text)
+    if callable(vocabulary.level):
+        tokens = [f"{token} " for token in tokens]
+    return tokens, network.inputs(x), network.recurrent
 
 
 def features(tokens: Sequence[str]) -> dict[str, Floats]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lstmcore import checks, dense, functional
+from lstmcore import checks, dense, functional, renames
 from lstmcore._types import Array, ArrayLike, Bools, Compute, Dtype, Floats, Lengths, Seed
 from lstmcore.module import Module, dropout_mask, products
 from lstmcore.precision import Quantized
@@ -22,6 +22,7 @@ __all__ = ["Module", "LSTM", "GRU", "RNN", "LSTMTrace", "GRUTrace", "RNNTrace", 
            "MeanOverTime", "MaxOverTime", "sequence_mask", "sigmoid"]
 
 
+@renames.checked
 class Embedding(Module):
     """A table with a row of E numbers for each of V tokens: tokens (...) ints -> (..., E).
 
@@ -32,17 +33,17 @@ class Embedding(Module):
     (1, 3, 4)
     """
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, *, dtype: Dtype = "float32",
+    def __init__(self, vocab_size: int, embed_size: int, *, dtype: Dtype = "float32",
                  seed: Seed = None) -> None:
-        self.num_embeddings = checks.size("num_embeddings", num_embeddings)
-        self.embedding_dim = checks.size("embedding_dim", embedding_dim)
+        self.vocab_size = checks.size("vocab_size", vocab_size)
+        self.embed_size = checks.size("embed_size", embed_size)
         self.dtype = checks.float_dtype(dtype)
-        rng, shape = np.random.default_rng(seed), (num_embeddings, embedding_dim)
+        rng, shape = np.random.default_rng(seed), (vocab_size, embed_size)
         self._declare("weight", shape, lambda: rng.standard_normal(shape))
 
     def __call__(self, tokens: ArrayLike) -> Floats:
         """Token ids in 0..V-1, in any shape -> their rows."""
-        tokens = checks.ids(tokens, "tokens", self.num_embeddings)
+        tokens = checks.ids(tokens, "tokens", self.vocab_size)
         y = self._rows(tokens)
         self._keep(y, tokens)
         return y
@@ -58,8 +59,8 @@ class Embedding(Module):
         dy, tokens = self._take(dy)
         # SciPy trusts the tokens to be rows of the table, also of one that was resized.
         table = checks.out("the gradient of weight", self._own["weight"][1],
-                           (self.num_embeddings, self.embedding_dim), self.dtype)
-        _add_rows(table, tokens.ravel(), dy.reshape(-1, self.embedding_dim))
+                           (self.vocab_size, self.embed_size), self.dtype)
+        _add_rows(table, tokens.ravel(), dy.reshape(-1, self.embed_size))
 
 
 def _add_rows(table, rows, values):

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lstmcore import checks
+from lstmcore import checks, renames
 from lstmcore._types import Compute, Floats, Path, Precision
 from lstmcore.precision import Quantized, check_precision, format_of_call, format_of_weights
 
@@ -198,7 +198,7 @@ class Module:
         return state
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update(renames.current(type(self), state))
         self._own = {name: _outline(pair, self.dtype) if name in self._without else pair
                      for name, pair in self._own.items()}
         self._fix(self._frozen_in)

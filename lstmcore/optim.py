@@ -309,6 +309,20 @@ def clip_grad_value(gradients: Module | Mapping[str, Floats], max_value: float) 
         np.clip(g, -max_value, max_value, out=g)
 
 
+RULES = {"sgd": SGD, "rmsprop": RMSprop, "adagrad": Adagrad, "adam": Adam, "adamw": AdamW}
+
+
+def by_name(name: str, model: Trained, **options: Any) -> Optimizer:
+    """The optimizer that a word names: "sgd", "rmsprop", "adagrad", "adam" or "adamw".
+
+    options : lr, weight_decay and whatever else its class takes
+
+    >>> by_name("sgd", ({}, {}), lr=0.1, momentum=0.9).momentum
+    0.9
+    """
+    return RULES[checks.choice("optimizer", name, RULES)](model, **options)
+
+
 class Schedule:
     """What all schedules share: `step()` after every epoch, or every update, sets optimizer.lr."""
 

@@ -230,12 +230,12 @@ class _Recurrent(Module, Generic[State, Trace]):
         """
         if embedding is None:
             return x, self._weights
-        x, E = np.asarray(checks.unmasked("x", x)), embedding.embedding_dim
+        x, E = np.asarray(checks.unmasked("x", x)), embedding.embed_size
         if embedding.dtype != self.dtype:
             raise TypeError(f"embedding must be {self.dtype}, got {embedding.dtype}")
         if E != self.input_size:
             raise ValueError(f"embedding must have rows of I = {self.input_size} numbers, got {E}")
-        if x.ndim != 2 or x.dtype.kind not in "iu" or embedding.num_embeddings >= x.size:
+        if x.ndim != 2 or x.dtype.kind not in "iu" or embedding.vocab_size >= x.size:
             return embedding(x), self._weights
         table, D = embedding._rows(), self.directions
         first = []
@@ -251,7 +251,7 @@ class _Recurrent(Module, Generic[State, Trace]):
                 rest = np.zeros(alone, self.dtype) if b is None else b[-alone:]
                 rows = np.hstack([rows, np.broadcast_to(rest, (len(rows), alone))])
             first.append({**w, "W_ih": functional.TokenTable(rows), "b": None})
-        ids = functional.TokenIds(self._swap(x), embedding.num_embeddings)
+        ids = functional.TokenIds(self._swap(x), embedding.vocab_size)
         return ids, first + self._weights[D:]
 
     def _through_table(self, n, g, embedding):

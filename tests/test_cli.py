@@ -1,5 +1,6 @@
 """The command: what it prints where, its exit codes, and one clear line for each mistake."""
 
+import csv
 import io
 import json
 import os
@@ -74,6 +75,49 @@ def test_train_json_is_one_object_per_line(run):
     assert len(lines[-1]["sample"]) > 300
 
 
+def test_train_writes_a_log_and_samples_on_the_way(run, tmp_path):
+    (tmp_path / "a.txt").write_text(STORY)
+    asked = ("train", "a.txt", "--evaluate-every", 5, "--sample-every", 10, "--log", "run.csv", "--out", "m",
+             *SMALL)
+    code, out, err = run(*asked, "--steps", 20)
+    assert code == 0 and err.count("step 10 writes:") == err.count("step 20 writes:") == 1
+    assert run(*asked, "--resume", "m", "--steps", 30, "--json")[0] == 0
+    with open("run.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    history = LanguageModel.load("m").history
+    assert [int(row["step"]) for row in rows] == [5, 10, 15, 20, 25, 30]
+    assert [float(row["validation"]) for row in rows] == [record["validation"] for record in history]
+
+
+def test_an_epoch_longer_than_the_budget_tells_of_itself(run, tmp_path):
+    (tmp_path / "a.txt").write_text(STORY)
+    asked = ("train", "a.txt", "--out", "m", "--no-sample", "--steps", 20, *SMALL)
+    lines = [line for line in run(*asked)[2].splitlines() if line.startswith("epoch ")]
+    assert [int(line.split()[3]) for line in lines] == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
+    assert all("loss" in line and "tokens/s" in line for line in lines) and "validation" in lines[-1]
+    lines = [line for line in run(*asked, "--evaluate-every", 2)[2].splitlines() if line[:6] == "epoch "]
+    assert all("validation" in line for line in lines)
+    assert run(*asked, "--json")[2] == ""
+
+
+def test_a_loss_that_runs_away_is_said_once(run, tmp_path):
+    (tmp_path / "a.txt").write_text(STORY)
+    asked = ("train", "a.txt", "--out", "m", "--steps", 30, "--evaluate-every", 3, *SMALL)
+    code, _, err = run(*asked, "--optimizer", "sgd", "--clip", 0, "--lr", 60)
+    assert code == 0 and err.count("warning: the loss runs away: ") == 1
+    assert "may help" in err and "warning" not in run(*asked)[2]
+
+
+@pytest.mark.parametrize("long, short, value", [("hidden-size", "hidden", 7), ("num-layers", "layers", 1),
+                                                ("embed-size", "embed", 5), ("vocab-size", "vocab", 9)])
+def test_options_have_python_s_names_and_short_ones(run, tmp_path, long, short, value):
+    (tmp_path / "a.txt").write_text(STORY)
+    for option in long, short:
+        code, _, err = run("train", "a.txt", "--out", "m", "--steps", 1, "--" + option, value)
+        assert code == 0, err
+        assert LanguageModel.load("m").config[long.replace("-", "_")] == value
+
+
 def test_train_resumes_to_the_same_model(run, trained):
     assert run("train", "story.txt", "--out", "whole", "--steps", 45, *SMALL)[0] == 0
     code, _, err = run("train", "story.txt", "--resume", "m", "--steps", 45)
@@ -81,7 +125,7 @@ def test_train_resumes_to_the_same_model(run, trained):
     one, two = (LanguageModel.load(name).network.state_dict() for name in ("whole", "m"))
     assert all(one[name].tobytes() == two[name].tobytes() for name in one)
     code, _, err = run("train", "story.txt", "--resume", "m", "--steps", 50, "--hidden", 12)
-    assert code == 2 and "cannot change --hidden from 11 to 12" in err
+    assert code == 2 and "cannot change --hidden-size from 11 to 12" in err
 
 
 def test_train_plots(run, trained):
@@ -190,10 +234,10 @@ def test_a_picture_without_matplotlib_says_what_to_install(run, trained, args, m
     ("train story.txt --encoding ascii --out none/m", "none/m: No such file or directory"),
     ("train story.txt --out .", "is a directory"),
     ("train story.txt --encoding utf-99", "unknown encoding 'utf-99'"),
-    ("train story.txt --hidden 0", "lstmcore: --hidden must be at least 1, got 0"),
+    ("train story.txt --hidden 0", "lstmcore: --hidden-size must be at least 1, got 0"),
     ("train story.txt --batch-size -3", "--batch-size must be at least 1, got -3"),
     ("train story.txt --lr nan", "--lr must be at least 0 and finite, got nan"),
-    ("train story.txt --val 1.5", "--val must be at least 0 and below 1, got 1.5"),
+    ("train story.txt --val 1.5", "--validation must be at least 0 and below 1, got 1.5"),
     ("train story.txt --dropout 2", "--dropout must be in 0..1, got 2.0"),
     ("train story.txt --minutes -1", "--minutes must be at least 0 and finite"),
     ("train story.txt --threads 0", "--threads must be at least 1, got 0"),
@@ -209,7 +253,7 @@ def test_a_picture_without_matplotlib_says_what_to_install(run, trained, args, m
     ("train story.txt --plot x.xyz", "x.xyz must end in one of"),
     ("train story.txt --plot none/x.png", "none/x.png: No such file"),
     ("train story.txt --seed -1", "--seed must be at least 0, got -1"),
-    ("train story.txt --vocab 1", "--vocab must be at least 2"),
+    ("train story.txt --vocab 1", "--vocab-size must be at least 2"),
     ("train story.txt --epochs few", "argument --epochs: invalid float value: 'few'"),
     ("train tiny.txt", "needs at least 2 tokens, got 1: validation is 0.05 of 20 tokens"),
     ("convert m b.pt", "must end in .safetensors, .onnx, .weights.h5"),

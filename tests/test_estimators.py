@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import signal
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,8 +18,9 @@ from sklearn.preprocessing import FunctionTransformer  # noqa: E402
 from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
 
 import lstmcore  # noqa: E402
-from lstmcore import Forecaster, LSTMClassifier, LSTMRegressor  # noqa: E402
+from lstmcore import Forecaster, LSTMClassifier, LSTMRegressor, renames  # noqa: E402
 from lstmcore.models import sequences  # noqa: E402
+from lstmcore.models.sources import Batches  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +100,7 @@ def test_classifier_learns_the_first_letter_of_strings(tokenizer):
     test, want = words(100, seed=1)
     if tokenizer == "word":
         X, test = ([" ".join(text) for text in given] for given in (X, test))
-    model = LSTMClassifier(12, tokenizer=tokenizer, epochs=25, embedding_size=6, random_state=0)
+    model = LSTMClassifier(12, tokenizer=tokenizer, epochs=25, embed_size=6, random_state=0)
     assert model.fit(X, y).score(test, want) > 0.9
     assert sorted(model.vocabulary_.tokens) == ["<unk>", "a", "b", "c", "x"]
     assert model.predict_proba(["?!", ""]).shape == (2, 2)       # unseen letters, and none
@@ -114,7 +117,7 @@ def test_dtype_follows_the_input_and_may_be_set():
 
 def test_fit_repeats_bit_for_bit_and_random_state_matters():
     X, y = ragged(100, 2)
-    options = dict(batch_size=16, dropout=0.2, validation_fraction=0.2)
+    options = dict(batch_size=16, dropout=0.2, validation=0.2)
     first, again, other = (small(**options, random_state=seed).fit(X, y).predict(X)
                            for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
@@ -146,6 +149,51 @@ def test_warm_start_and_partial_fit_go_on_also_in_a_copy(duplicate):
         assert model.n_iter_ == 5 and (model.predict(X) != before).any()
 
 
+@pytest.mark.parametrize("tokenizer", ["char", "word"])
+def test_a_pickle_with_the_names_of_before_goes_on(tokenizer):
+    """0.1 kept its layers, vocabulary and parameters under other names."""
+    X, y = words(50)
+    model = small(LSTMClassifier, tokenizer=tokenizer, dropout=0.2, validation=0.1).fit(X, y)
+    twin = copy.deepcopy(model)
+    state, rule = vars(twin), twin._optimizer
+    network, vocabulary = vars(twin.network_), twin.vocabulary_
+
+    def before(arrays):
+        return {name.replace("embedding.", "embed."): a for name, a in arrays.items()}
+    for old, new in renames.RENAMED["LSTMClassifier"].items():
+        state[old] = state.pop(new)
+    for old, new in dict(embed="embedding", before="input_dropout", after="dropout").items():
+        network[old] = network.pop(new)
+    for old, new in renames.RENAMED["Embedding"].items():
+        vars(network["embed"])[old] = vars(network["embed"]).pop(new)
+    rule._parameters, rule._gradients, rule._shapes = map(before, (rule._parameters, rule._gradients,
+                                                                   rule._shapes))
+    rule._slots = {slot: before(arrays) for slot, arrays in rule._slots.items()}
+    rule._blocks = rule._seen = None
+    vocabulary.__dict__ = {"tokenizer": tokenizer, "tokens": vocabulary.tokens, "_ids": vocabulary.ids}
+    loaded = pickle.loads(pickle.dumps(twin))
+    np.testing.assert_array_equal(loaded.predict_proba(X), model.predict_proba(X))
+    np.testing.assert_array_equal(loaded.partial_fit(X, y).predict_proba(X),
+                                  model.partial_fit(X, y).predict_proba(X))
+    assert repr(loaded) == repr(model) and loaded.fit(X, y).n_iter_ == 3
+
+
+def test_an_interrupt_ends_a_fit_between_two_updates():
+    X, y = ragged(50, 2)
+    model = small(epochs=9)
+    ended = model._note
+
+    def interrupt(record):
+        ended(record)
+        if model.n_iter_ == 2:
+            signal.raise_signal(signal.SIGINT)
+    model._note = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(X, y)
+    assert model.n_iter_ == 2 and len(model.history_) == 2
+    np.testing.assert_array_equal(model.predict(X), small(epochs=2).fit(X, y).predict(X))
+
+
 def test_partial_fit_of_a_classifier_knows_all_classes():
     X, y = words(40)
     with pytest.raises(ValueError, match="classes must be passed"):
@@ -164,7 +212,7 @@ def test_partial_fit_of_a_classifier_knows_all_classes():
 def test_early_stopping_keeps_the_best_weights():
     rng = np.random.default_rng(0)
     X, y = rng.standard_normal((60, 5)), rng.standard_normal(60)       # nothing to learn
-    model = LSTMRegressor(32, epochs=200, patience=5, validation_fraction=0.25, random_state=0)
+    model = LSTMRegressor(32, epochs=200, patience=5, validation=0.25, random_state=0)
     model.fit(X, y)
     best = int(np.argmin(model.validation_curve_))
     assert model.n_iter_ == best + 1 + 5 < 200
@@ -185,13 +233,13 @@ def test_pipeline_and_grid_search():
 @pytest.mark.parametrize("options, words", [
     (dict(pooling="first"), "pooling must be one of"), (dict(cell="qrnn"), "cell must be one of"),
     (dict(optimizer="lbfgs"), "optimizer must be one of"), (dict(epochs=0), "epochs must be"),
-    (dict(validation_fraction=1.0), "validation_fraction must be"),
-    (dict(cell="rnn", peepholes=True), "peepholes are an LSTM's"),
+    (dict(validation=1.0), "validation must be"),
+    (dict(cell="rnn", peepholes=True), "peepholes need cell"),
     (dict(dtype="float16"), "dtype must be"), (dict(n_channels=4), "n_channels = 4"),
     (dict(schedule="step"), "schedule must be one of"), (dict(hidden_size=0), "hidden_size must"),
-    (dict(learning_rate=-1), "learning_rate must be at least 0"),
-    (dict(learning_rate="slow"), "learning_rate must be a number, got 'slow'"),
-    (dict(dropout=1.5), "dropout must be in 0..1"), (dict(clip_norm=-1), "clip_norm must be at")])
+    (dict(lr=-1), "lr must be at least 0"),
+    (dict(lr="slow"), "lr must be a number, got 'slow'"),
+    (dict(dropout=1.5), "dropout must be in 0..1"), (dict(clip=-1), "clip must be at")])
 def test_bad_parameters_are_named(options, words):
     with pytest.raises((ValueError, TypeError), match=words):
         small(**options).fit(np.ones((4, 6)), np.arange(4.0))
@@ -214,8 +262,8 @@ def test_bad_input_is_named():
             model.predict(given)
     with pytest.raises(NotFittedError):
         small().predict(X)
-    with pytest.raises(FloatingPointError, match="lower learning_rate"):
-        small(learning_rate=1e200, clip_norm=None, optimizer="sgd", epochs=20).fit(X, y)
+    with pytest.raises(FloatingPointError, match="a lower lr or clip may help"):
+        small(lr=1e200, clip=None, optimizer="sgd", epochs=20).fit(X, y)
 
 
 def test_a_column_of_strings_is_text():
@@ -281,7 +329,7 @@ def test_the_least_that_can_be_learned_from():
 def test_labels_come_back_as_they_were(labels):
     X, _ = ragged(8, 2)
     y = np.asarray(labels)[[0, 1] * 4]
-    model = small(LSTMClassifier, hidden_size=16, epochs=150, learning_rate=0.02).fit(X, y)
+    model = small(LSTMClassifier, hidden_size=16, epochs=150, lr=0.02).fit(X, y)
     assert list(model.classes_) == sorted(labels) and model.predict(X).dtype == y.dtype
     np.testing.assert_array_equal(model.predict(X), y)
 
@@ -302,6 +350,32 @@ def test_batches_are_padded_with_zeros_and_lose_nothing():
     np.testing.assert_array_equal(x[:, 0], values[3:8])
     np.testing.assert_array_equal(x[:3, 1], values[:3])
     assert not x[3:, 1].any() and not x[:, 2].any()
+
+
+def test_an_epoch_has_each_sequence_once_and_nothing_that_is_held_out():
+    seen, weighed, network = [], [], mock.Mock(return_value=(None, None))
+
+    def loss(outputs, targets, weights):
+        seen.extend(targets), weighed.append(weights.sum())
+        return 0.0, outputs
+    source = Batches(sequences.Sequences(np.zeros((30, 1)), np.ones(30)), np.arange(30), np.ones(30),
+                     np.arange(30), batch_size=7, held_out=0.2, epochs=2, loss=loss,
+                     rng=np.random.default_rng(0))
+    for _ in range(2):
+        source.start()
+        at = 0
+        while at < source.length:
+            _, _, at, _ = source.loss(network, at)
+    assert (source.length, source.steps, len(source.held_out)) == (4, 8, 6)
+    assert sorted(seen[:24]) == sorted(seen[24:]) == sorted({*range(30)} - {*source.held_out})
+    assert seen[:24] != seen[24:] and np.allclose(weighed, 1)       # means of each batch
+
+
+def test_an_unseen_token_says_nothing_and_others_as_much():
+    X, y = words(60)
+    table = small(LSTMClassifier, epochs=1, lr=0.0).fit(X, y).network_.embedding.parameters()["weight"]
+    assert not table[0].any()
+    assert np.allclose((table[1:] ** 2).sum(axis=1), 1, atol=0.8)       # 32 squares: a deviation of 0.25
 
 
 def test_digits_read_row_by_row():
@@ -413,11 +487,11 @@ def test_forecaster_names_what_is_wrong():
         Forecaster(window=4).fit(np.arange(30.0), np.ones((29, 1)))
 
 
-@pytest.mark.parametrize("clip_norm", [None, 0])
-def test_no_clipping_is_none_or_zero(clip_norm):
+@pytest.mark.parametrize("clip", [None, 0])
+def test_no_clipping_is_none_or_zero(clip):
     X, y = np.random.default_rng(0).standard_normal((20, 6)), np.arange(20) % 2
-    model = LSTMClassifier(4, epochs=2, clip_norm=clip_norm, random_state=0).fit(X, y)
-    free = LSTMClassifier(4, epochs=2, clip_norm=1e9, random_state=0).fit(X, y)
+    model = LSTMClassifier(4, epochs=2, clip=clip, random_state=0).fit(X, y)
+    free = LSTMClassifier(4, epochs=2, clip=1e9, random_state=0).fit(X, y)
     assert (model.predict_proba(X) == free.predict_proba(X)).all()
 
 

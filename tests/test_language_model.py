@@ -21,9 +21,10 @@ import lstmcore
 from lstmcore import LanguageModel
 from lstmcore.formats import safetensors
 from lstmcore.losses import softmax_cross_entropy
-from lstmcore.models import generation, text
-from lstmcore.models.language import Network
-from lstmcore.models.training import Budget, streams, total_nats
+from lstmcore.models import generation, sequences, text
+from lstmcore.models.network import Network
+from lstmcore.models.sources import streams, total_nats
+from lstmcore.models.training import Budget
 
 WORDS = "the quick brown fox jumps over a lazy dog and runs away from it".split()
 
@@ -94,6 +95,19 @@ def test_vocabulary_keeps_the_most_frequent():
     assert vocabulary.tokens == [" <unk>", " b", " c"]
     assert vocabulary.decode(vocabulary.encode("c d")) == " <unk> <unk>"
     assert text.Vocabulary.of("aabc", "char", min_count=2).tokens == ["\ufffd", "a"]
+
+
+def test_vocabulary_of_many_texts_has_the_most_frequent_first():
+    vocabulary = text.Vocabulary.of_many(["Oh, b a", "A b c A", "<unk>"], text.words, min_count=2)
+    assert vocabulary.tokens == ["<unk>", "a", "b"] and vocabulary.split("No, b!") == ["no", ",", "b", "!"]
+    assert vocabulary.encode("b Z a").tolist() == [2, 0, 1]
+    texts = ["ba", "", "bac"]
+    letters = text.Vocabulary.of_many(texts, "char")
+    ids = sequences.from_texts(texts, letters)
+    assert letters.tokens == ["<unk>", "b", "a", "c"] and list(ids.lengths) == [2, 0, 3]
+    assert ids.values.tolist() == [1, 2, 1, 2, 3]
+    same = sequences.from_texts(texts, text.Vocabulary.of_many(texts, list))
+    assert (same.values == ids.values).all()
 
 
 def test_bytes_are_decoded_when_a_character_is_complete():
@@ -241,7 +255,7 @@ def test_resume_refuses_another_text_model_or_setting(tmp_path):
     fit(small(), data, epochs=1, checkpoint=path)
     with pytest.raises(ValueError, match="not the text"):
         small().fit(data.replace("fox", "dog"), resume=path, epochs=2, progress=False)
-    with pytest.raises(ValueError, match="run of another model"):
+    with pytest.raises(ValueError, match="cannot change hidden_size from 13 to 14"):
         small(hidden_size=14).fit(data, resume=path, epochs=2, progress=False)
     with pytest.raises(ValueError, match="cannot change batch_size from 7 to 8"):
         small().fit(data, resume=path, epochs=2, batch_size=8, progress=False)
@@ -459,6 +473,21 @@ def test_a_name_of_a_file_that_is_not_there_is_no_text():
         with pytest.raises(FileNotFoundError, match="book.txt|b.txt.gz"):
             small().fit(**source, steps=1, progress=False)
     assert text.load("end.") == "end." and text.load("no such.txt") == "no such.txt"
+
+
+def test_callbacks_may_use_the_model_and_change_no_bit():
+    def use(model, record):
+        texts.append(model.sample(length=9, seed=record["step"]))
+        next(model.generate(length=9))              # and is left alone
+        assert model.perplexity("the quick") > 1 and model.beam_search(length=3, width=2)
+        model.network.eval()
+    texts, runs = [], []
+    for callbacks in ((), use):
+        runs.append(fit(small(dropout=0.3), story(200), steps=21, evaluate_every=4, callbacks=callbacks))
+    one, other = (run.network.state_dict() for run in runs)
+    assert all(one[name].tobytes() == other[name].tobytes() for name in one)
+    assert len(texts) == 6 and [r["validation"] for r in runs[0].history] \
+        == [r["validation"] for r in runs[1].history]
 
 
 def test_one_callback_needs_no_list():

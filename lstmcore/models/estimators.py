@@ -1,24 +1,25 @@
 """LSTMClassifier and LSTMRegressor: one vector, class or number per sequence, as scikit-learn does.
 
 X may be a table (n, T), an array (n, T, C), a list of arrays (T_i, C) of different lengths, or a
-list of strings; pandas objects too. A `Network` reads them; training is the loop in
-`_SequenceEstimator._train`.
+list of strings; pandas objects too. A `Network` reads them, in the training loop of all models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from lstmcore import checks, optim
-from lstmcore._types import Array, ArrayLike, Cell, Compute, Floats, Init, Lengths, Precision
-from lstmcore.layers import (GRU, LSTM, RNN, Dropout, Embedding, LastStep, Linear, MaxOverTime,
-                             MeanOverTime, Sequential)
+from lstmcore import checks, renames
+from lstmcore._types import Array, ArrayLike, Cell, Compute, Floats, Init
 from lstmcore.losses import mse_loss, softmax_cross_entropy
-from lstmcore.models import sequences
-from lstmcore.module import Module
+from lstmcore.models import sequences, text
+from lstmcore.models.network import POOLING, Model, Network, checked
+from lstmcore.models.sources import Batches, outputs
+from lstmcore.models.training import Budget, Settings, Trainer, new_optimizer
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
@@ -32,11 +33,6 @@ except ImportError as error:
 
 Self = TypeVar("Self", bound="_SequenceEstimator")
 
-PREDICT_ROWS = 256  # sequences at a time: the memory of a prediction does not grow with X
-
-OPTIMIZERS = {"adam": optim.Adam, "adamw": optim.AdamW, "sgd": optim.SGD,
-              "rmsprop": optim.RMSprop, "adagrad": optim.Adagrad}
-
 PARAMETERS = """
     Parameters
     ----------
@@ -49,14 +45,14 @@ PARAMETERS = """
     n_channels : numbers per step in a two-dimensional X: its rows are (T·n_channels,)
     standardize : scale every channel to mean 0 and variance 1 over the training set
     tokenizer : "char" | "word" | function str -> list of str; for an X of strings
-    embedding_size, min_count : size of a token's vector; rarer tokens are one <unk>
-    epochs, batch_size, optimizer, learning_rate, weight_decay, clip_norm
-        One update per batch; a set no larger than one batch is taken whole. Gradients of a
-        larger norm than clip_norm are scaled down to it; None or 0: not.
+    embed_size, min_count : size of a token's vector; rarer tokens are one <unk>
+    epochs, batch_size, optimizer, lr, weight_decay, clip
+        One update per batch; a set no larger than one batch is taken whole. lr is the learning
+        rate. Gradients of a larger norm than clip are scaled down to it; None or 0: not.
         optimizer : "adam" | "adamw" | "sgd" | "rmsprop" | "adagrad"
     schedule : "constant" | "cosine", the learning rate over the epochs of one fit
-    validation_fraction, patience
-        With a fraction above 0, that part of the training set is held out, training stops
+    validation, patience
+        With a share above 0, that part of the training set is held out, training stops
         after `patience` epochs without a better loss on it, and the best weights are kept.
     warm_start : go on from the weights of the previous fit
     dtype : "float32" | "float64" | None, to compute in X's own (strings, and with a compute of
@@ -68,83 +64,48 @@ PARAMETERS = """
     ----------
     network_ : the trained `lstmcore.Module`; its `recurrent` is the LSTM, for a look inside
     n_iter_, loss_curve_, validation_curve_ : epochs run, and the mean losses after each
+    history_ : of the last fit a dict per epoch, as `LanguageModel.history` has them
     n_features_in_, feature_names_in_ : of a two-dimensional X, its columns; of a DataFrame, their
         names
     vocabulary_ : of an X of strings
 """
 
 
-class Network(Module):
-    """Tokens or channels -> recurrent layers -> one vector per sequence -> outputs."""
-
-    def __init__(self, recurrent: LSTM | GRU | RNN, pool: Any, head: Linear, dropout: list[Any],
-                 embed: Embedding | None = None) -> None:
-        self.embed, self.recurrent, self.pool, self.head = embed, recurrent, pool, head
-        self.before, self.after = dropout
-
-    def __call__(self, x: Array, lengths: Lengths = None) -> Floats:
-        """x (T, B, C), or tokens (T, B), and lengths (B,) -> outputs (B, O)."""
-        if self.embed is not None:
-            x = self.before(self.embed(x))
-        y, _ = self.recurrent(x, lengths=lengths)
-        return self.head(self.after(self.pool(y, lengths)))
-
-    def backward(self, doutputs: Floats) -> None:
-        """doutputs (B, O); adds to the gradients of every layer."""
-        dy = self.pool.backward(self.after.backward(self.head.backward(doutputs)))
-        dx, _ = self.recurrent.backward(dy)
-        if self.embed is not None:
-            self.embed.backward(self.before.backward(dx))
-
-
-class _SequenceEstimator(BaseEstimator):
+@renames.checked
+@dataclass(repr=False, eq=False)
+class _SequenceEstimator(Model, BaseEstimator):
     """Everything but the targets: reading X, building the network, training it, running it."""
 
-    def __init__(self, hidden_size: int = 32, num_layers: int = 1, *, cell: Cell = "lstm",
-                 bidirectional: bool = False, peepholes: bool = False, forget_bias: float = 1.0,
-                 init: Init = "glorot", pooling: Literal["last", "mean", "max"] = "last",
-                 dropout: float = 0.0, n_channels: int = 1, standardize: bool = True,
-                 tokenizer: Literal["char", "word"] | Callable[[str], list[str]] = "char",
-                 embedding_size: int = 32, min_count: int = 1, epochs: int = 100,
-                 batch_size: int = 64,
-                 optimizer: Literal["adam", "adamw", "sgd", "rmsprop", "adagrad"] = "adam",
-                 learning_rate: float = 1e-2, weight_decay: float = 0.0,
-                 clip_norm: float | None = 1.0,
-                 schedule: Literal["constant", "cosine"] = "constant",
-                 validation_fraction: float = 0.0, patience: int = 10, warm_start: bool = False,
-                 dtype: Literal["float32", "float64"] | None = None,
-                 compute: Compute | None = None, n_threads: int | None = None,
-                 verbose: bool = False,
-                 random_state: int | np.random.RandomState | None = None) -> None:
-        self.hidden_size = hidden_size
-        self.num_layers = num_layers
-        self.cell = cell
-        self.bidirectional = bidirectional
-        self.peepholes = peepholes
-        self.forget_bias = forget_bias
-        self.init = init
-        self.pooling = pooling
-        self.dropout = dropout
-        self.n_channels = n_channels
-        self.standardize = standardize
-        self.tokenizer = tokenizer
-        self.embedding_size = embedding_size
-        self.min_count = min_count
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.optimizer = optimizer
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.clip_norm = clip_norm
-        self.schedule = schedule
-        self.validation_fraction = validation_fraction
-        self.patience = patience
-        self.warm_start = warm_start
-        self.dtype = dtype
-        self.compute = compute
-        self.n_threads = n_threads
-        self.verbose = verbose
-        self.random_state = random_state
+    hidden_size: int = 32
+    num_layers: int = 1
+    _: KW_ONLY
+    cell: Cell = "lstm"
+    bidirectional: bool = False
+    peepholes: bool = False
+    forget_bias: float = 1.0
+    init: Init = "glorot"
+    pooling: Literal["last", "mean", "max"] = "last"
+    dropout: float = 0.0
+    n_channels: int = 1
+    standardize: bool = True
+    tokenizer: Literal["char", "word"] | Callable[[str], list[str]] = "char"
+    embed_size: int = 32
+    min_count: int = 1
+    epochs: int = 100
+    batch_size: int = 64
+    optimizer: Literal["adam", "adamw", "sgd", "rmsprop", "adagrad"] = "adam"
+    lr: float = 1e-2
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    validation: float = 0.0
+    patience: int = 10
+    warm_start: bool = False
+    dtype: Literal["float32", "float64"] | None = None
+    compute: Compute | None = None
+    n_threads: int | None = None
+    verbose: bool = False
+    random_state: int | np.random.RandomState | None = None
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -156,24 +117,23 @@ class _SequenceEstimator(BaseEstimator):
         return self._fit(X, y, sample_weight, self.epochs,
                          resume=self.warm_start and hasattr(self, "network_"))
 
-    def freeze(self: Self, precision: Precision | None = None) -> Self:
-        """Fix the weights for predictions in "float32", "bfloat16" or "int8", until `unfreeze`.
+    def set_params(self: Self, **params: Any) -> Self:
+        """Set parameters by their names, as scikit-learn does. Returns self."""
+        renames.check(type(self), params)
+        return super().set_params(**params)
 
-        A fit that starts anew makes new weights; one that goes on (`partial_fit`, warm_start) needs
-        `unfreeze` before it. See `lstmcore.Module.freeze`. Returns self.
-        """
-        check_is_fitted(self)
-        if precision in ("bfloat16", "int8") and self._dtype == np.float64:
-            raise TypeError(f"precision={precision!r} needs a network of float32, this "
-                            f"{type(self).__name__} was fitted in float64: give it dtype='float32'")
-        self.network_.freeze(precision)
-        return self
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        super().__setstate__(renames.current(type(self), state))
+        if "clip_norm" in state:        # an older pickle, whose network called a layer embed
+            rule = vars(self).get("_optimizer")
+            for held in (vars(rule), rule._slots) if rule else ():
+                held.update({what: {name.replace("embed.", "embedding."): a for name, a in arrays.items()}
+                             for what, arrays in held.items()
+                             if isinstance(arrays, dict) and what != "_slots"})
 
-    def unfreeze(self: Self) -> Self:
-        """Let the weights change again, which are as before `freeze`. Returns self."""
+    def _trained(self):
         check_is_fitted(self)
-        self.network_.unfreeze()
-        return self
+        return self.network_
 
     def _fit(self, X, y, sample_weight, epochs, resume):
         self._check_parameters()
@@ -195,32 +155,26 @@ class _SequenceEstimator(BaseEstimator):
         return self
 
     def _check_parameters(self):
-        for name, allowed in dict(cell=("lstm", "gru", "rnn"), pooling=("last", "mean", "max"),
-                                  optimizer=tuple(OPTIMIZERS),
-                                  schedule=("constant", "cosine")).items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("hidden_size", "num_layers", "embedding_size", "epochs", "batch_size",
-                     "n_channels", "min_count", "patience"):
+        dtype = self.dtype or "float32"
+        checked(cell=self.cell, hidden_size=self.hidden_size, num_layers=self.num_layers,
+                embed_size=self.embed_size, dropout=self.dropout, peepholes=self.peepholes,
+                dtype=dtype, compute=self.compute)
+        checks.choice("pooling", self.pooling, POOLING)
+        checks.choice("schedule", self.schedule, ("constant", "cosine"))
+        for name in ("embed_size", "epochs", "n_channels", "min_count"):
             checks.size(name, getattr(self, name))
-        for name in ("learning_rate", "weight_decay"):
-            checks.number(name, getattr(self, name))
-        if self.clip_norm is not None:
-            checks.number("clip_norm", self.clip_norm)
-        checks.probability("dropout", self.dropout)
-        checks.number("validation_fraction", self.validation_fraction)
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError("validation_fraction must be at least 0 and below 1, "
-                             f"got {self.validation_fraction}")
-        if self.cell != "lstm" and self.peepholes:
-            raise ValueError(f"peepholes are an LSTM's: with cell={self.cell!r} they must be False")
-        if self.dtype not in (None, "float32", "float64"):
-            raise ValueError(f"dtype must be 'float32', 'float64' or None, got {self.dtype!r}")
-        if self.compute not in (None, self.dtype or "float32", "bfloat16"):
-            raise ValueError(f"compute must be None, {self.dtype or 'float32'!r} or 'bfloat16', got "
-                             f"{self.compute!r}")
-        if self.compute == "bfloat16" and self.dtype == "float64":
-            raise ValueError("compute='bfloat16' needs dtype='float32' or None, got 'float64'")
+        checks.fraction("validation", self.validation)
+        if not callable(self.tokenizer):
+            checks.choice("tokenizer", self.tokenizer, ("char", "word"))
+        self._settings()
+
+    def _settings(self):
+        named = ("batch_size", "optimizer", "lr", "weight_decay", "schedule", "patience")
+        return Settings(**{name: getattr(self, name) for name in named}, clip=self.clip or 0.0,
+                        momentum=0.0, validation=self.validation)
+
+    def _new_optimizer(self):
+        return new_optimizer(self.network_, self._settings())
 
     def _read(self, X, reset):
         """X as Sequences; with reset, what a later X must look like is noted."""
@@ -232,10 +186,11 @@ class _SequenceEstimator(BaseEstimator):
             if np.ndim(X) == 2 and (reset or hasattr(self, "n_features_in_")):
                 validate_data(self, X, skip_check_array=True, reset=reset)
             if reset:
-                self.vocabulary_ = sequences.Vocabulary(given, self.tokenizer, self.min_count)
+                how = text.words if self.tokenizer == "word" else self.tokenizer
+                self.vocabulary_ = text.Vocabulary.of_many(given, how, self.min_count)
             elif self.vocabulary_ is None:
                 raise TypeError("X must hold numbers, as in fit, got strings")
-            return self.vocabulary_.encode(given)
+            return sequences.from_texts(given, self.vocabulary_)
         if reset:
             self.vocabulary_ = None
         elif self.vocabulary_ is not None:
@@ -264,41 +219,26 @@ class _SequenceEstimator(BaseEstimator):
         return [np.float64, np.float32] if self.dtype is None else self.dtype
 
     def _build(self, read, targets, weights):
-        text = self.vocabulary_ is not None
-        own = "float32" if text or self.compute else read.values.dtype
+        strings = self.vocabulary_ is not None
+        own = "float32" if strings or self.compute else read.values.dtype
         self._dtype = np.dtype(self.dtype or own)
         rng = self._rng = np.random.default_rng(
             check_random_state(self.random_state).randint(2**31))
-        if not text:
+        if not strings:
             self._shift, self._scale = _moments(read.values, np.repeat(weights, read.lengths),
                                                 self.standardize)
         self._set_up_targets(targets, weights)
-        embed, width = None, None if text else read.values.shape[1]
-        if text:
-            width = self.embedding_size
-            embed = Embedding(len(self.vocabulary_), width, dtype=self._dtype, seed=rng)
-            table = embed.parameters()["weight"]
-            table /= width**0.5     # length 1: rare words keep their first vector, which is noise
-            table[0] = 0            # an unseen token says nothing
-        options = dict(num_layers=self.num_layers, dropout=self.dropout, init=self.init,
-                       bidirectional=self.bidirectional, dtype=self._dtype, compute=self.compute,
-                       seed=rng)
-        if self.cell == "lstm":
-            recurrent = LSTM(width, self.hidden_size, peepholes=self.peepholes,
-                             forget_bias=self.forget_bias, **options)
-        else:
-            recurrent = (GRU if self.cell == "gru" else RNN)(width, self.hidden_size, **options)
-        recurrent.n_threads = self.n_threads
-        pool = {"mean": MeanOverTime, "max": MaxOverTime}.get(self.pooling)
         self.network_ = Network(
-            recurrent, pool() if pool else LastStep(bidirectional=self.bidirectional),
-            Linear(self.hidden_size * (1 + bool(self.bidirectional)), self._n_outputs(),
-                   dtype=self._dtype, compute=self.compute, seed=rng),
-            [Dropout(self.dropout, seed=rng) if self.dropout else Sequential() for _ in range(2)],
-            embed)
-        self.network_.head.n_threads = self.n_threads
-        self._optimizer = OPTIMIZERS[self.optimizer](
-            self.network_, self.learning_rate, weight_decay=self.weight_decay)
+            len(self.vocabulary_) if strings else read.values.shape[1], self._n_outputs(),
+            embed_size=self.embed_size if strings else 0, dtype=self._dtype, seed=rng,
+            **{name: getattr(self, name) for name in (
+                "cell", "hidden_size", "num_layers", "bidirectional", "peepholes", "forget_bias",
+                "init", "pooling", "dropout", "compute", "n_threads")})
+        if strings:
+            table = self.network_.embedding.parameters()["weight"]
+            table /= self.embed_size**0.5   # length 1: rare words keep their first vector, which is noise
+            table[0] = 0                    # an unseen token says nothing
+        self._optimizer = self._new_optimizer()
         self.n_iter_, self.loss_curve_, self.validation_curve_ = 0, [], []
 
     def _scaled(self, read):
@@ -309,80 +249,30 @@ class _SequenceEstimator(BaseEstimator):
 
     def _train(self, read, targets, weights, rows, epochs):
         """Updates over `rows` of the sequences, for some epochs; see PARAMETERS."""
-        weights = weights / weights[rows].mean()
-        rows, held = self._hold_out(rows)
-        batches = -(-len(rows) // self.batch_size)
-        self._optimizer.lr = self.learning_rate
-        schedule = None
-        if self.schedule == "cosine":
-            schedule = optim.CosineDecay(self._optimizer, epochs * batches)
-        best, best_weights, best_epoch = np.inf, None, 0
-        for epoch in range(1, epochs + 1):
-            self.network_.train()
-            if batches > 1:
-                rows = self._rng.permutation(rows)
-            total = sum(len(batch) * self._update(read, targets, weights, batch, schedule)
-                        for batch in np.array_split(rows, batches))
-            self.network_.eval()
-            self.n_iter_ += 1
-            self.loss_curve_.append(total / len(rows))
-            said = f"epoch {self.n_iter_}: loss {self.loss_curve_[-1]:.4f}"
-            if len(held):
-                loss = self._loss_of(read, targets, weights, held)
-                self.validation_curve_.append(loss)
-                said += f", validation {loss:.4f}"
-                if loss < best:
-                    best, best_epoch = loss, epoch
-                    best_weights = self.network_.state_dict()
-            if self.verbose:
-                print(said)
-            if best_weights is not None and epoch - best_epoch >= self.patience:
-                break
-        if best_weights is not None:
-            self.network_.load_state_dict(best_weights)
+        settings = self._settings()
+        source = Batches(read, targets, weights / weights[rows].mean(), rows, epochs=epochs,
+                         batch_size=settings.batch_size, held_out=settings.validation,
+                         rng=self._rng, loss=self._loss)
+        trainer = Trainer(self.network_, source, settings, Budget(epochs=epochs),
+                          optimizer=self._optimizer, report=self._note)
+        self.history_ = trainer.history
+        if trainer.run().outcome.startswith("SIG"):     # between two updates: now as ever
+            signal.raise_signal(signal.Signals[trainer.outcome])
+            raise KeyboardInterrupt         # a handler that comes back does not finish the fit
 
-    def _hold_out(self, rows):
-        n = int(np.ceil(self.validation_fraction * len(rows)))
-        if n == len(rows):
-            raise ValueError(f"validation_fraction = {self.validation_fraction} leaves none of "
-                             f"{n} sequences to train on")
-        if n:
-            rows = self._rng.permutation(rows)
-        return rows[n:], rows[:n]
-
-    def _update(self, read, targets, weights, batch, schedule):
-        self.network_.zero_grad()
-        outputs = self.network_(*read.batch(batch))
-        with np.errstate(over="ignore", invalid="ignore"):      # seen in the loss
-            loss, doutputs = self._loss(outputs, targets[batch], weights[batch] / len(batch))
-        if not np.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} in epoch {self.n_iter_ + 1}: "
-                                     f"lower learning_rate = {self.learning_rate}")
-        self.network_.backward(doutputs)
-        if self.clip_norm:      # None or 0: not at all
-            optim.clip_grad_norm(self.network_, self.clip_norm)
-        self._optimizer.step()
-        if schedule is not None:
-            schedule.step()
-        return loss
-
-    def _loss_of(self, read, targets, weights, rows):
-        outputs = self._outputs(read, rows)
-        return self._loss(outputs, targets[rows], weights[rows] / weights[rows].sum())[0]
-
-    def _outputs(self, read, rows=None):
-        """The outputs for some sequences, (n, O), those of like length together."""
-        rows = np.arange(len(read)) if rows is None else rows
-        order = np.argsort(read.lengths[rows], kind="stable")
-        outputs = np.empty((len(rows), self.network_.head.out_features), self._dtype)
-        for at in range(0, len(rows), PREDICT_ROWS):
-            some = order[at:at + PREDICT_ROWS]
-            outputs[some] = self.network_(*read.batch(rows[some]))
-        return outputs
+    def _note(self, record):
+        self.n_iter_ += 1
+        self.loss_curve_.append(record["loss"])
+        said = f"epoch {self.n_iter_}: loss {record['loss']:.4f}"
+        if record["validation"] is not None:
+            self.validation_curve_.append(record["validation"])
+            said += f", validation {record['validation']:.4f}"
+        if self.verbose:
+            print(said)
 
     def _run(self, X):
-        check_is_fitted(self)
-        return self._outputs(self._scaled(self._read(X, reset=False)))
+        network = self._trained()
+        return outputs(network, self._scaled(self._read(X, reset=False)))
 
 
 def _moments(values, weights, standardize):

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lstmcore import checks
-from lstmcore._types import ArrayLike, Path, Precision
+from lstmcore._types import ArrayLike, Path
 from lstmcore.models.estimators import LSTMRegressor
+from lstmcore.models.network import Model
+from lstmcore.module import products
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Forecaster:
+class Forecaster(Model):
     """Forecasts a series from windows of its past, block by block.
 
     Parameters
@@ -54,8 +56,7 @@ class Forecaster:
         self.season = checks.size("season", season)
         self.anchored = bool(anchored)
         self.regressor, self.compute = regressor, compute
-        if compute not in (None, "float32", "bfloat16"):
-            raise ValueError(f"compute must be 'float32', 'bfloat16' or None, got {compute!r}")
+        products(compute, checks.F32)
         if self.season > self.window:
             raise ValueError(f"season must be at most window = {window}, got {season}")
 
@@ -96,21 +97,6 @@ class Forecaster:
         self._index, self._name, self._exog_names = index, name, names
         return self
 
-    def freeze(self, precision: Precision | None = None) -> Forecaster:
-        """Fix the weights for forecasts in a precision: see `LSTMRegressor.freeze`. Returns self.
-
-        The regressor must have been fitted in float32: by compute= here, or its own dtype=.
-        """
-        self._check_fitted()
-        self.regressor_.freeze(precision)
-        return self
-
-    def unfreeze(self) -> Forecaster:
-        """Let the weights change again, which are as before `freeze`. Returns self."""
-        self._check_fitted()
-        self.regressor_.unfreeze()
-        return self
-
     def predict(self, steps: int = 1, exog: ArrayLike | None = None) -> Any:
         """The `steps` values after the end of the series in fit, (steps,).
 
@@ -119,7 +105,7 @@ class Forecaster:
         exog : (m, K), what is known of the steps to come, if fit was given any; m is `steps`,
             rounded up to a multiple of `horizon`
         """
-        self._check_fitted()
+        self._trained()
         steps = checks.size("steps", steps)
         blocks = -(-steps // self.horizon)
         series, known = self._past, None
@@ -149,7 +135,7 @@ class Forecaster:
         Returns a dict: origins (m,), the last known index of each forecast; forecast, naive and
         actual, (m, horizon); mae and naive_mae, their mean absolute errors.
         """
-        self._check_fitted()
+        self._trained()
         series, exog = self._check(series, exog)
         if not self.window <= start <= len(series) - self.horizon:
             raise ValueError(f"start must be in window..n - horizon = {self.window}.."
@@ -174,7 +160,7 @@ class Forecaster:
         except ImportError as error:
             raise ImportError("Forecaster.plot needs matplotlib: pip install 'lstmcore[plot]'") \
                 from error
-        self._check_fitted()
+        self._trained()
         self._check_next("actual", actual)
         actual = _series("actual", actual)
         forecast = np.asarray(self.predict(len(actual), exog))
@@ -237,9 +223,10 @@ class Forecaster:
                                  f"got {len(exog)}")
         return series, exog
 
-    def _check_fitted(self):
+    def _trained(self):
         if not hasattr(self, "regressor_"):
             raise ValueError("this Forecaster is not fitted yet: call fit first")
+        return self.regressor_.network_
 
     def _block(self, series, exog, origins):
         """The `horizon` values after each origin, (m, horizon)."""

@@ -7,23 +7,23 @@ safetensors file that holds weights, configuration, vocabulary and, if wanted, t
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from lstmcore import checks, formats
-from lstmcore._types import Array, Cell, Compute, Dtype, Floats, Ints, Path, Precision
+from lstmcore._types import Cell, Compute, Dtype, Path
 from lstmcore.formats import description, disk, safetensors
-from lstmcore.layers import GRU, LSTM, RNN, Dropout, Embedding, Linear
-from lstmcore.losses import linear_cross_entropy
 from lstmcore.models import generation, text
-from lstmcore.models.training import Budget, Settings, Trainer, total_nats
-from lstmcore.module import Module, blank, products
+from lstmcore.models.network import Model, Network, checked
+from lstmcore.models.sources import Streams, total_nats
+from lstmcore.models.training import Budget, Settings, Trainer, check_run, checked_history
+from lstmcore.module import blank
 from lstmcore.precision import Quantized
 
 Source: TypeAlias = Path | bytes | Iterable[Path | bytes]
@@ -41,72 +41,9 @@ class Evaluation(NamedTuple):
 
 
 KEY, RUN = description.MODEL, "lstmcore.training"
-CELLS = ("lstm", "gru", "rnn")
 
 
-class Network(Module):
-    """Tokens (T, B) -> logits (T, B, V): a table or one-hot rows, recurrent layers, linear head.
-
-    Dropout acts between the recurrent layers and before the head.
-    """
-
-    def __init__(self, V: int, *, cell: Cell, hidden_size: int, num_layers: int, embed_size: int,
-                 peepholes: bool, dropout: float, dtype: Dtype, compute: Compute | None = None,
-                 seed: int | None) -> None:
-        rng = np.random.default_rng(seed)
-        self.embedding = Embedding(V, embed_size, dtype=dtype, seed=rng) if embed_size else None
-        inputs, common = embed_size or V, dict(dtype=dtype, compute=compute, seed=rng)
-        if cell == "lstm":
-            self.recurrent = LSTM(inputs, hidden_size, num_layers, dropout=dropout,
-                                  peepholes=peepholes, **common)
-        else:
-            layer = GRU if cell == "gru" else RNN
-            self.recurrent = layer(inputs, hidden_size, num_layers, dropout=dropout, **common)
-        self.dropout = Dropout(dropout, seed=rng) if dropout else None
-        self.head = Linear(hidden_size, V, **common)
-
-    def __call__(self, tokens: Array, state: Any = None) -> tuple[Floats, Any]:
-        """Tokens (T, B) and the state so far -> logits (T, B, V) and the state after them."""
-        y, state = self._read(tokens, state)
-        return self.head(y), state
-
-    def backward(self, dlogits: Floats) -> None:
-        """The gradient by the logits -> gradients of all parameters; none by the first state."""
-        self.backward_below(self.head.backward(dlogits))
-
-    def loss(self, tokens: Array, targets: Ints, state: Any = None,
-             **options: Any) -> tuple[float, Floats | None, Any]:
-        """Tokens and targets (T, B) -> the loss, the gradient by what the head reads, the state.
-
-        options: of `lstmcore.losses.linear_cross_entropy`, which adds to the head's gradients.
-        """
-        y, state = self._read(tokens, state)
-        return *linear_cross_entropy(self.head, y, targets, **options), state
-
-    def backward_below(self, dy: Floats) -> None:
-        """The gradient by what the head reads -> gradients of all parameters below it."""
-        self.recurrent.backward(self.dropout.backward(dy) if self.dropout else dy)
-
-    def _read(self, tokens, state):
-        y, state = self.recurrent(tokens, state, embedding=self.embedding)
-        return self.dropout(y) if self.dropout else y, state
-
-    def reader(self, state: Any) -> Callable[[int], Floats]:
-        """A function that reads one token after another, from a state on: id -> logits (V,)."""
-        stream = self.recurrent.stream(1)
-        head = copy.deepcopy(self.head).freeze(self.head._frozen_in)
-        stream.state = state
-
-        def read(token):
-            return head(stream.step(self.inputs(np.array([token]))))[0]
-        return read
-
-    def inputs(self, tokens: Array) -> Array:
-        """What the recurrent layers read for tokens (T, B): rows of the table, or the tokens."""
-        return self.embedding(tokens) if self.embedding else tokens
-
-
-class LanguageModel:
+class LanguageModel(Model):
     """A character, byte or word model of text.
 
     Parameters
@@ -138,30 +75,31 @@ class LanguageModel:
     1.0
     """
 
+    cell: Cell
+    hidden_size: int
+    num_layers: int
+    embed_size: int
+    dropout: float
+    peepholes: bool
+    dtype: Dtype
+    compute: Compute | None
+
     def __init__(self, level: Literal["char", "byte", "word"] = "char", *, cell: Cell = "lstm",
                  hidden_size: int = 256, num_layers: int = 2, embed_size: int | None = None,
                  dropout: float = 0.0, peepholes: bool = False, vocab_size: int | None = None,
                  min_count: int | None = None, dtype: Dtype = "float32",
                  compute: Compute | None = None, seed: int | None = 0) -> None:
-        text.Vocabulary(level)
-        if cell not in CELLS:
-            raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
-        if peepholes and cell != "lstm":
-            raise ValueError("peepholes need cell='lstm'")
+        self.level = checks.choice("level", level, text.LEVELS)
         if embed_size is None:
             embed_size = 128 if level == "word" else 64
         if min_count is None:
             min_count = 2 if level == "word" else 1
-        self.level, self.cell, self.peepholes = level, cell, bool(peepholes)
-        self.seed = None if seed is None else checks.size("seed", seed, at_least=0)
-        self.hidden_size = checks.size("hidden_size", hidden_size)
-        self.num_layers = checks.size("num_layers", num_layers)
-        self.embed_size = checks.size("embed_size", embed_size, at_least=0)
-        self.dropout = checks.probability("dropout", dropout)
+        vars(self).update(checked(
+            cell=cell, hidden_size=hidden_size, num_layers=num_layers, embed_size=embed_size,
+            dropout=dropout, peepholes=peepholes, dtype=dtype, compute=compute))
         self.vocab_size = None if vocab_size is None else checks.size("vocab_size", vocab_size, 2)
         self.min_count = checks.size("min_count", min_count)
-        self.dtype = str(checks.float_dtype(dtype))
-        self.compute = products(compute, checks.float_dtype(dtype))
+        self.seed = None if seed is None else checks.size("seed", seed, at_least=0)
         self.network: Any = None
         self.vocabulary: Any = None
         self.outcome: str | None = None
@@ -170,7 +108,7 @@ class LanguageModel:
     def fit(self, source: Source | None = None, *, validation: float | Source | None = None,
             epochs: float | None = None, minutes: float | None = None, steps: int | None = None,
             checkpoint: Path | None = None, resume: Path | None = None,
-            callbacks: Callback | Iterable[Callback] = (), progress: bool = True,
+            callbacks: Callback | Iterable[Callback] = (), progress: bool | Literal["lines"] = True,
             encoding: str | None = None, **settings: Any) -> LanguageModel:
         """Train on a text.
 
@@ -186,9 +124,10 @@ class LanguageModel:
         resume : a checkpoint whose run is to be continued, on the same text. It goes on with the
             settings and, bit for bit, with the numbers that it would have had without the break
         callbacks : a function, or several, of the model and a dict: step, epoch, loss, validation,
-            lr, seconds, tokens_per_second, best. Called after every evaluation; a true result ends
-            the training
-        progress : show a bar on standard error
+            lr, seconds, tokens_per_second, best. Called after every evaluation; it may sample,
+            evaluate and generate, which changes no bit of the run; a true result ends the training
+        progress : show a bar on standard error; "lines": a line there for each tenth of the budget
+            without an evaluation
         encoding : of files; found out by default
         **settings : seq_length=100, batch_size=64, optimizer="adam", lr=2e-3, clip=5.0,
             schedule=None, decay=0.97, decay_after=10, warmup=0, momentum=0.9, weight_decay=0.0,
@@ -207,21 +146,22 @@ class LanguageModel:
         callbacks = (callbacks,) if callable(callbacks) else tuple(callbacks)
         if isinstance(validation, (int, float)):
             settings["validation"] = checks.number("validation", validation)
-        settings = _settings({**(run[2]["settings"] if run else {}), **settings})
+        settings = Settings.of({**(run[2]["settings"] if run else {}), **settings})
         if run and epochs is minutes is steps is None:
             budget = Budget(**run[2]["budget"])
         else:
             budget = Budget(epochs, minutes, steps)
         train, held_out = self._tokens(source, validation, settings, encoding)
 
-        bar = _Bar() if progress else None
-        trainer = Trainer(self.network, train, held_out, settings, budget,
-                          tick=bar and bar.tick, report=lambda record: report(record))
+        bar = (_Lines() if progress == "lines" else _Bar()) if progress else None
+        source = Streams(train, held_out, settings.batch_size, settings.seq_length)
+        trainer = Trainer(self.network, source, settings, budget, tick=bar and bar.tick,
+                          report=lambda record: report(record))
 
         def report(record):
             self.history = [h for h in self.history if h is not record] + [record]
             if bar:
-                bar.report(record)
+                bar.report(trainer, record)
             if checkpoint is not None:
                 self._save_run(checkpoint, trainer)
             return any([callback(self, record) for callback in callbacks])
@@ -229,8 +169,6 @@ class LanguageModel:
         if run:
             try:
                 trainer.restore(run[1], run[2], run[0])
-                if trainer.position >= len(trainer.x):
-                    raise IndexError(f"position {trainer.position} of {len(trainer.x)}")
             except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
                 raise _damaged_run(resume, error) from None
         self.history = list(trainer.history)
@@ -249,29 +187,13 @@ class LanguageModel:
             self._save_run(checkpoint, trainer)
         return self
 
-    def freeze(self, precision: Precision | None = None) -> LanguageModel:
-        """Fix the weights for inference, in a precision of "float32", "bfloat16" or "int8".
-
-        `evaluate`, `sample` and the others then compute in it, and `save` of a model in int8 writes
-        a quarter of the bytes, which `load` gives back frozen. See `Module.freeze`. Returns self.
-        """
-        self._check_fitted()
-        self.network.freeze(precision)
-        return self
-
-    def unfreeze(self) -> LanguageModel:
-        """Let the weights change again, which are as before `freeze`. Returns self."""
-        self._check_fitted()
-        self.network.unfreeze()
-        return self
-
     def evaluate(self, source: Source, *, encoding: str | None = None) -> Evaluation:
         """How well the model predicts a text (or a file; see `fit`), all of it but the first token.
 
         Returns (nats, bits_per_char, perplexity, tokens, unknown): nats and perplexity are per
         token; unknown counts the tokens that are not in the vocabulary.
         """
-        self._check_fitted()
+        self._trained()
         data = text.load(source, self.level, encoding)
         tokens = self.vocabulary.encode(data)
         n = len(tokens) - 1
@@ -296,7 +218,7 @@ class LanguageModel:
                  top_k: int | None = None, top_p: float | None = None, seed: int | None = None,
                  stop: str | Iterable[str] | None = None) -> Iterator[str]:
         """An iterator over the pieces of a text that goes on from `prime`: see `sample`."""
-        self._check_fitted()
+        self._trained()
         prime = self.vocabulary.encode(self._check_prime(prime))
         draw = generation.drawing(temperature, top_k, top_p, seed)
         return generation.generate(self.network.eval(), self.vocabulary, prime,
@@ -327,7 +249,7 @@ class LanguageModel:
 
         With `stop`, texts that end with it compete by their mean log-probability per token.
         """
-        self._check_fitted()
+        self._trained()
         prime = self.vocabulary.encode(self._check_prime(prime))
         return generation.beam_search(self.network.eval(), self.vocabulary, prime,
                                       checks.size("length", length, 0), checks.size("width", width),
@@ -335,7 +257,7 @@ class LanguageModel:
 
     def save(self, path: Path) -> None:
         """Write the model to one safetensors file, at once or not at all."""
-        self._check_fitted()
+        self._trained()
         _check_place(path)
         self._write(path, safetensors.stored(self.network), {})
 
@@ -353,7 +275,7 @@ class LanguageModel:
                 description.check_version(path, saved)
                 model = cls(**saved["config"])
                 model.vocabulary = text.Vocabulary(saved["level"], saved["tokens"])
-                model.history, model.outcome = _checked_history(saved["history"]), saved["outcome"]
+                model.history, model.outcome = checked_history(saved["history"]), saved["outcome"]
                 weights = description.joined(weights)
                 model._check_sizes(description.outlines(weights))
                 model._set(weights)
@@ -369,10 +291,10 @@ class LanguageModel:
         """The arguments of the constructor, as they act."""
         names = ("level cell hidden_size num_layers embed_size dropout peepholes vocab_size "
                  "min_count dtype compute seed").split()
-        return {name: getattr(self, name) for name in names}
+        return {**{name: getattr(self, name) for name in names}, "compute": self.compute or self.dtype}
 
     def __repr__(self) -> str:
-        default = LanguageModel(self.level).config
+        default = {**LanguageModel(self.level).config, "compute": self.dtype}
         said = [f"{name}={value!r}" for name, value in self.config.items()
                 if value != default[name]]
         level = [] if self.level == "char" else [repr(self.level)]
@@ -397,7 +319,7 @@ class LanguageModel:
 
     def _check_sizes(self, weights):
         """The sizes that a file claims are those of its weights, before they take memory."""
-        V, rows = len(self.vocabulary), {"lstm": 4, "gru": 3, "rnn": 1}[self.cell] * self.hidden_size
+        V, rows = len(self.vocabulary), description.GATES[self.cell.upper()] * self.hidden_size
         shapes = {"head.weight": (V, self.hidden_size)}
         if self.embed_size:
             shapes["embedding.weight"] = V, self.embed_size
@@ -450,14 +372,16 @@ class LanguageModel:
         if self.network is None:
             self.vocabulary = saved.vocabulary
             self._build()
-        if (len(self.vocabulary), self.config) != (len(saved.vocabulary), saved.config):
-            raise ValueError(f"{os.fsdecode(path)} is the run of another model, {saved}")
+        saved.check_same(self)
+        if len(self.vocabulary) != len(saved.vocabulary):
+            raise ValueError(f"{os.fsdecode(path)} is the run of a model of {len(saved.vocabulary)} "
+                             f"tokens, this one has {len(self.vocabulary)}")
         weights = {name: a for name, a in arrays.items() if not name.startswith("training.")}
         rest = {name[len("training."):]: a for name, a in arrays.items()
                 if name.startswith("training.")}
         try:
             meta = json.loads(metadata[RUN])
-            _check_run(meta)
+            check_run(meta)
         except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
             raise _damaged_run(path, error) from None
         return weights, rest, meta
@@ -470,15 +394,22 @@ class LanguageModel:
     def _write(self, path, arrays, metadata):
         tokens = self.vocabulary.tokens[1:] if self.level != "byte" else []
         config = {name: value for name, value in self.config.items()
-                  if (name, value) != ("compute", None)}      # so that an older lstmcore reads it
+                  if (name, value) != ("compute", self.dtype)}     # so that an older lstmcore reads it
         saved = {"version": description.VERSION, "config": config, "level": self.level,
                  "tokens": tokens,
                  "history": self.history, "outcome": self.outcome}
         safetensors.write(path, arrays, {KEY: json.dumps(saved), **metadata})
 
-    def _check_fitted(self):
+    def check_same(self, other: LanguageModel) -> None:
+        """ValueError unless another model may go on with this one's run."""
+        for name, then in self.config.items():
+            if (now := other.config[name]) != then:
+                raise ValueError(f"a resumed run cannot change {name} from {then} to {now}")
+
+    def _trained(self):
         if self.network is None:
             raise ValueError("this LanguageModel has no weights yet: call fit first, or load one")
+        return self.network
 
     def _check_prime(self, prime):
         if not isinstance(prime, str):
@@ -495,30 +426,46 @@ class _Bar:
     def __init__(self):
         from tqdm.auto import tqdm
         self.bar = tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
-        self.loss, self.validation, self.shown = None, "", -1.0
+        self.record, self.shown = {"loss": None, "validation": None}, -1.0
 
-    def tick(self, trainer):
-        if trainer.seconds - self.shown >= 0.2:
-            self.show(trainer)
+    def report(self, trainer, record):
+        self.record = record
 
-    def show(self, trainer):
-        self.shown = trainer.seconds
+    def tick(self, trainer, every=0.2):
+        if trainer.seconds - self.shown < every:
+            return
+        self.shown, loss, validation = trainer.seconds, self.record["loss"], self.record["validation"]
         if trainer.loss_tokens:
-            self.loss = trainer.loss_sum / trainer.loss_tokens
-        if self.loss is not None:
-            rate = trainer.tokens_seen / trainer.seconds
-            self.bar.set_postfix_str(f"loss {self.loss:.3f}{self.validation}, "
-                                     f"{rate:,.0f} tokens/s", refresh=False)
-        self.bar.update(100 * trainer._share() - self.bar.n)
-
-    def report(self, record):
-        self.loss = record["loss"]
-        if record["validation"] is not None:
-            self.validation = f", validation {record['validation']:.3f}"
+            loss = trainer.loss_sum / trainer.loss_tokens
+        if loss is not None:
+            said = "" if validation is None else f", validation {validation:.3f}"
+            self.bar.set_postfix_str(f"loss {loss:.3f}{said}, "
+                                     f"{trainer.seen / trainer.seconds:,.0f} tokens/s", refresh=False)
+        self.bar.update(100 * trainer.share - self.bar.n)
 
     def close(self, trainer):
-        self.show(trainer)
+        self.tick(trainer, every=0)
         self.bar.close()
+
+
+class _Lines:
+    """The progress of a run between its evaluations, which tell of themselves."""
+
+    due = 0.1
+
+    def report(self, trainer, record):
+        self.due = (int(10 * trainer.share) + 1) / 10
+
+    def tick(self, trainer):
+        if self.due <= trainer.share < 1:
+            self.due = (int(10 * trainer.share) + 1) / 10
+            print(f"epoch {trainer.epochs:7.2f}  step {trainer.step:6}  "
+                  f"loss {trainer.loss_sum / trainer.loss_tokens:.4f}  "
+                  f"{trainer.seen / trainer.seconds:,.0f} tokens/s  {trainer.seconds:.0f} s",
+                  file=sys.stderr, flush=True)
+
+    def close(self, trainer):
+        pass
 
 
 def _check_place(path):
@@ -530,47 +477,9 @@ def _check_place(path):
     disk.check_writable(path)
 
 
-def _check_run(meta):
-    """KeyError, TypeError or ValueError unless this is what `Trainer.snapshot` says of a run."""
-    for name, kind in (("digest", str), ("rng", dict), ("settings", dict), ("budget", dict)):
-        if not isinstance(meta[name], kind):
-            raise TypeError(f"{name} must be a {kind.__name__}, got {meta[name]!r:.40}")
-    for name in ("epoch", "position", "step", "loss_tokens", "waited"):
-        if type(meta[name]) is not int or not 0 <= meta[name] < 1 << 62:
-            raise ValueError(f"{name} must be a count, got {meta[name]!r:.40}")
-    for name in ("seconds", "loss_sum", "scale"):
-        if type(meta[name]) not in (int, float) or not math.isfinite(meta[name]):
-            raise ValueError(f"{name} must be a finite number, got {meta[name]!r:.40}")
-    if meta["best_loss"] is not None and type(meta["best_loss"]) not in (int, float):
-        raise TypeError(f"best_loss must be a number, got {meta['best_loss']!r:.40}")
-    _checked_history(meta["history"])
-    _settings(meta["settings"])
-    if missing := Settings.__dataclass_fields__.keys() - meta["settings"].keys():
-        raise KeyError(*sorted(missing))
-    Budget(**meta["budget"])
-
-
-def _checked_history(history):
-    """The records of a file; TypeError or KeyError where one lacks what a record says."""
-    if not isinstance(history, list) or not all(isinstance(record, dict) for record in history):
-        raise TypeError(f"history must be a list of records, got {history!r:.100}")
-    for record in history:
-        for name in ("step", "epoch", "loss", "validation", "lr", "seconds", "best"):
-            if record[name] is not None and not isinstance(record[name], (int, float)):
-                raise TypeError(f"{name} in history must be a number, got {record[name]!r:.40}")
-    return list(history)
-
-
 def _damaged_run(path, error):
     return ValueError(f"{os.fsdecode(path)} holds a training run that is damaged or of another "
                       f"version of lstmcore: {error!r:.200}")
-
-
-def _settings(given):
-    known = list(Settings.__dataclass_fields__)
-    if unknown := sorted(given.keys() - set(known)):
-        raise TypeError(f"fit has no setting {', '.join(unknown)}; it has {', '.join(known)}")
-    return Settings(**given)
 
 
 def _read(path):

@@ -1,18 +1,13 @@
 """What the estimators read: tables, arrays, lists of arrays and strings, all as `Sequences`.
 
-`recognize` says which of the four an X is, `from_...` turn it into sequences of channels, and a
-`Vocabulary` turns strings into sequences of token ids. Nothing here knows a network.
+`recognize` says which of the four an X is, `from_...` turn it into sequences of channels or of token
+ids. Nothing here knows a network.
 """
-
-import re
-from collections import Counter
 
 import numpy as np
 
 from lstmcore import checks
-
-WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
-UNKNOWN = "<unk>"
+from lstmcore.models.text import Vocabulary     # noqa: F401  where older pickles look for it
 
 
 class Sequences:
@@ -143,39 +138,9 @@ def float_type(arrays, dtype=None):
     return np.dtype("float32" if all(a.dtype == np.float32 for a in arrays) else "float64")
 
 
-class Vocabulary:
-    """The tokens of some texts, numbered by frequency; 0 stands for every token not among them.
-
-    tokenizer is "char", "word" (lower-case words and single marks), or a function str -> [str].
-
-    >>> v = Vocabulary(["to be or not to be"], "word")
-    >>> v.tokens
-    ['<unk>', 'to', 'be', 'or', 'not']
-    >>> v.encode(["To live!"]).values
-    array([1, 0, 0])
-    """
-
-    def __init__(self, texts, tokenizer="char", min_count=1):
-        self.tokenizer = tokenizer
-        counts = Counter(token for text in texts for token in self.split(text))
-        kept = [token for token, count in counts.most_common() if count >= min_count]
-        self.tokens = [UNKNOWN] + kept
-        self._ids = {token: n for n, token in enumerate(kept, start=1)}
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def split(self, text):
-        """One text -> its tokens."""
-        if callable(self.tokenizer):
-            return self.tokenizer(text)
-        if self.tokenizer == "word":
-            return WORD.findall(text.lower())
-        if self.tokenizer == "char":
-            return text
-        raise ValueError(f"tokenizer must be 'char', 'word' or a function, got {self.tokenizer!r}")
-
-    def encode(self, texts):
-        """Texts -> Sequences of token ids."""
-        ids = [[self._ids.get(token, 0) for token in self.split(text)] for text in texts]
-        return Sequences(np.array([n for row in ids for n in row], np.int64), [len(r) for r in ids])
+def from_texts(texts, vocabulary):
+    """Strings -> Sequences of token ids."""
+    if vocabulary.level == "char":
+        return Sequences(vocabulary.encode("".join(texts)), [len(text) for text in texts])
+    ids = [vocabulary.encode(text) for text in texts]
+    return Sequences(np.concatenate(ids), [len(row) for row in ids])

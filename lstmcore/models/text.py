@@ -16,6 +16,8 @@ from collections import Counter
 
 import numpy as np
 
+from lstmcore import checks
+
 LEVELS = ("char", "byte", "word")
 UNKNOWN = {"char": "\ufffd", "word": " <unk>"}      # what stands for a token never seen
 BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"),
@@ -24,6 +26,8 @@ BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"),
 
 # A word with the space before it, so that joining the tokens gives the text back.
 WORD = re.compile(r" ?\w+(?:['’]\w+)*| ?<unk>| ?[^\w\s]+| +(?= )|\s")
+
+LOWER = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
 FILE = re.compile(r"\S+\.\w{1,4}")      # what cannot be a text to learn from
 
@@ -115,6 +119,11 @@ def _is_path(text):
         and os.path.isfile(text)
 
 
+def words(text):
+    """A text -> its words in lower case, and single marks; blanks are left out."""
+    return LOWER.findall(text.lower())
+
+
 def count_chars(data):
     """How many characters a text has; of bytes, those that begin one in UTF-8."""
     if isinstance(data, str):
@@ -125,19 +134,19 @@ def count_chars(data):
 class Vocabulary:
     """The tokens of a level and their numbers.
 
-    Level "byte" has 256 tokens. "char" and "word" have token 0 for whatever is not among `tokens`,
-    which stand in the order given. Words keep the space before them.
+    Level "byte" has 256 tokens. "char", "word" and a function str -> list of tokens have token 0,
+    `unknown`, for whatever is not among `tokens`, which stand in the order given. Words keep the
+    space before them.
 
     >>> v = Vocabulary.of("abracadabra", "char")
     >>> v.encode("cabin").tolist(), v.decode([1, 2, 5])
     ([3, 1, 2, 0, 0], 'abr')
     """
 
-    def __init__(self, level, tokens=()):
-        if level not in LEVELS:
-            raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
-        self.level = level
-        self.tokens = list(range(256)) if level == "byte" else [UNKNOWN[level], *tokens]
+    def __init__(self, level, tokens=(), unknown=None):
+        self.level = level if callable(level) else checks.choice("level", level, LEVELS)
+        unknown = unknown or UNKNOWN.get(level)
+        self.tokens = list(range(256)) if level == "byte" else [unknown, *tokens]
         self.ids = {token: n for n, token in enumerate(self.tokens)}
         if len(self.ids) != len(self.tokens):
             raise ValueError("a vocabulary must not name a token twice")
@@ -160,16 +169,38 @@ class Vocabulary:
             kept = sorted(kept, key=lambda token: (-counts[token], token))[:max_size - 1]
         return cls(level, sorted(kept))
 
+    @classmethod
+    def of_many(cls, texts, level, min_count=1):
+        """The tokens that texts have at least min_count times, the most frequent first.
+
+        >>> Vocabulary.of_many(["To be, or not to be"], words).tokens
+        ['<unk>', 'to', 'be', ',', 'or', 'not']
+        """
+        split = cls(level).split
+        counts = Counter(token for text in texts for token in split(text))
+        counts.pop("<unk>", None)
+        return cls(level, [token for token, count in counts.most_common() if count >= min_count],
+                   "<unk>")
+
+    def __setstate__(self, state):
+        if "tokenizer" in state:        # of an estimator of an older pickle
+            how = state["tokenizer"]
+            self.__init__(words if how == "word" else how, state["tokens"][1:], state["tokens"][0])
+        else:
+            vars(self).update(state)
+
     def __len__(self):
         return len(self.tokens)
 
     def split(self, data):
-        """A text -> its tokens, known or not, as strs that give the text again when joined.
+        """A text -> its tokens, known or not; of a level strs that give the text again when joined.
 
         The bytes of one character are "" until the last of them.
         """
         if self.level == "byte":
             return list(map(self.decoder(), self.encode(data)))
+        if callable(self.level):
+            return self.level(data)
         return list(data) if self.level == "char" else WORD.findall(data)
 
     def encode(self, data):
@@ -177,7 +208,7 @@ class Vocabulary:
         if self.level == "byte":
             data = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
             return np.frombuffer(data, np.uint8).astype(np.int32)
-        if self.level == "word":
+        if self.level != "char":
             return np.array([self.ids.get(word, 0) for word in self.split(data)], np.int32)
         codes = np.frombuffer(data.encode("utf-32-le", "surrogatepass"), "<u4")
         if not len(self._codes):

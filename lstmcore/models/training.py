@@ -1,35 +1,31 @@
-"""The training loop of the language model: truncated backpropagation through time over a stream.
+"""The training loop: budget, learning rate, clipping, best weights, patience, reports, Ctrl-C.
 
-The text is cut into B streams that run side by side; each step reads the next window of T tokens
-of all of them, and the state at the end of a window is where the next one starts (Williams and
-Peng 1990). A run can be taken apart anywhere between two steps and put together again: `snapshot`
-holds all that the next step depends on. Knows a network, tokens and time; knows no text and no
-files.
+A run can be taken apart anywhere between two steps and put together again: `snapshot` holds all
+that the next step depends on. Knows a network, a source of examples (`lstmcore.models.sources`) and
+time; knows no text and no files.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from lstmcore import checks, optim
-from lstmcore._types import Array, Floats, Ints
-from lstmcore.threads import one_blas_thread
+from lstmcore._types import Array, Floats
 
-CONTEXT = 100           # tokens that a stream of `total_nats` reads before it is scored
 SCHEDULES = ("step", "cosine", "plateau", "constant")
-OPTIMIZERS = {"sgd": optim.SGD, "rmsprop": optim.RMSprop, "adagrad": optim.Adagrad,
-              "adam": optim.Adam, "adamw": optim.AdamW}
 FIXED = ("batch_size", "seq_length", "optimizer", "validation")     # not to be changed by resuming
+# What a run counts, by which it goes on.
+OWN = ("epoch", "position", "step", "seconds", "loss_sum", "loss_tokens", "scale", "waited", "history")
 
 
 @dataclasses.dataclass
@@ -42,8 +38,8 @@ class Settings:
     lr : the learning rate, reached after `warmup` steps
     schedule : "step": lr · decay^n, where n counts the epochs after epoch decay_after;
         "cosine": half a cosine down to 1 % of lr at the end of the budget (epochs, minutes or
-        steps); "plateau": lr halves when the validation loss did not fall; "constant".
-        By default "cosine" where the budget is minutes, else "step"
+        steps; an estimator's down to 0); "plateau": lr halves when the validation loss did not fall;
+        "constant". By default "cosine" where the budget is minutes, else "step"
     clip : the largest norm of all gradients together; 0 for no limit
     weight_decay : as the optimizer has it
     evaluate_every : steps from one evaluation to the next; by default one epoch
@@ -74,13 +70,21 @@ class Settings:
         for name in ("evaluate_every", "patience"):
             if getattr(self, name) is not None:
                 checks.size(name, getattr(self, name))
-        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        checks.choice("optimizer", self.optimizer, optim.RULES)
         if self.schedule is not None:
-            _check_choice("schedule", self.schedule, SCHEDULES)
+            checks.choice("schedule", self.schedule, SCHEDULES)
         for name in ("lr", "clip", "weight_decay", "momentum", "decay"):
             checks.number(name, getattr(self, name))
-        if self.validation is not None and not 0 <= self.validation < 1:
-            raise ValueError(f"validation must be at least 0 and below 1, got {self.validation}")
+        if self.validation is not None:
+            checks.fraction("validation", self.validation)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Settings:
+        """These settings; TypeError for what is none."""
+        known = list(cls.__dataclass_fields__)
+        if unknown := sorted(given.keys() - set(known)):
+            raise TypeError(f"fit has no setting {', '.join(unknown)}; it has {', '.join(known)}")
+        return cls(**given)
 
 
 @dataclasses.dataclass
@@ -106,28 +110,24 @@ class Budget:
 
 
 class Trainer:
-    """One run over `tokens` (N,) with `validation` (M,), or None, to choose the best weights by.
+    """One run over a source of examples, which may hold some out to choose the best weights by.
 
+    optimizer : one to go on with; by default a new one, by the settings
     report : called with each new record of `history`, after the evaluation that it tells about;
         a true result ends the run
     tick : called after each step with the trainer, to show progress
     """
 
-    def __init__(self, network: Any, tokens: Ints, validation: Ints | None, settings: Settings,
-                 budget: Budget, report: Callable[[dict[str, Any]], object] | None = None,
+    def __init__(self, network: Any, source: Any, settings: Settings, budget: Budget, *,
+                 optimizer: optim.Optimizer | None = None,
+                 report: Callable[[dict[str, Any]], object] | None = None,
                  tick: Callable[[Trainer], object] | None = None) -> None:
-        self.network, self.settings, self.budget = network, settings, budget
+        self.network, self.source, self.settings, self.budget = network, source, settings, budget
         self.report, self.tick = report or (lambda record: None), tick or (lambda trainer: None)
-        self.x, self.targets = streams(tokens, settings.batch_size, settings.seq_length)
-        self.validation = validation
-        self.digest = hashlib.sha256(np.ascontiguousarray(tokens)).hexdigest()
-        options = dict(weight_decay=settings.weight_decay)
-        if settings.optimizer in ("sgd", "rmsprop"):
-            options["momentum"] = settings.momentum if settings.optimizer == "sgd" else 0.0
-        self.optimizer = OPTIMIZERS[settings.optimizer](network, settings.lr, **options)
-        self.schedule = settings.schedule or ("step" if budget.minutes is None else "cosine")
+        self.optimizer = optimizer or new_optimizer(network, settings)
         self.gradients = network.gradients()
-        self.state = None               # what the streams carry from window to window
+        self.schedule = settings.schedule or ("step" if budget.minutes is None else "cosine")
+        self._rise, self._fall = self._schedules()
         self.epoch = self.position = self.step = 0
         self.seconds = 0.0              # of this run and those that it resumes
         self.loss_sum, self.loss_tokens = 0.0, 0        # since the last evaluation
@@ -135,20 +135,24 @@ class Trainer:
         self.best, self.best_loss = None, math.inf      # weights, by validation
         self.chosen, self.chosen_loss = None, math.inf  # the same with the run's last evaluation
         self.last = None                                # the weights when the run has ended
-        self.history, self.outcome = [], None
+        self.history, self.outcome, self._warned = [], None, False
 
     @property
-    def tokens_seen(self) -> int:
-        """Tokens that the run has trained on, repetitions included."""
-        L, B = self.x.shape
-        return (self.epoch * L + self.position) * B
+    def seen(self) -> int:
+        """Tokens or sequences that the run has trained on, repetitions included."""
+        return round(self.epochs * self.source.size)
 
     @property
     def epochs(self) -> float:
         """Epochs done, as a fraction."""
-        return self.epoch + self.position / len(self.x)
+        return self.epoch + self.position / self.source.length
 
-    def run(self) -> None:
+    @property
+    def share(self) -> float:
+        """The share of the budget that is used up, from 0 to 1."""
+        return self.budget.spent(self.epochs, self.seconds, self.step)
+
+    def run(self) -> Trainer:
         """Train until the budget is spent, the loss stops falling, or an interrupt asks to end.
 
         The network is left with the best weights; `outcome` says why the run ended. Raises
@@ -156,14 +160,12 @@ class Trainer:
         """
         self.network.train()
         self._clock = time.perf_counter() - self.seconds
-        # The kernels' threads and BLAS's, taking turns, wait for each other: 2.5 times the time of
-        # one thread for BLAS (hidden 128, 2 cores). What overflows is found by _check_finite.
-        with one_blas_thread(), np.errstate(all="ignore"), _interrupts() as interrupted:
-            while self.outcome is None and self._share() < 1:
-                due = self._advance()
-                self.tick(self)
-                if due:
+        # What overflows is found by _check_finite.
+        with np.errstate(all="ignore"), _interrupts() as interrupted:
+            while self.outcome is None and self.share < 1:
+                if self._advance():
                     self._evaluate(scheduled=True)
+                self.tick(self)
                 if interrupted:
                     self.outcome = interrupted[0].name
         self.outcome = self.outcome or "finished"
@@ -188,20 +190,18 @@ class Trainer:
         for kind, kept in (("last", last), ("best", self.best)):
             if kept is not None and kept is not weights:
                 arrays.update({f"{kind}.{name}": a for name, a in kept.items()})
-        for n, part in enumerate(_parts(self.state)):
+        for n, part in enumerate(_parts(self.source.state) if self.position else ()):
             arrays[f"state.{n}"] = part
-        own = ("epoch", "position", "step", "seconds", "loss_sum", "loss_tokens", "scale", "waited",
-               "history", "digest")
         best_loss = self.best_loss if self.best is not None else None
         return weights, arrays, {
-            **{name: getattr(self, name) for name in own}, "best_loss": best_loss,
-            "settings": dataclasses.asdict(self.settings),
+            **{name: getattr(self, name) for name in OWN}, "digest": self.source.digest,
+            "best_loss": best_loss, "settings": dataclasses.asdict(self.settings),
             "budget": dataclasses.asdict(self.budget), "rng": self.network.rng_state()}
 
     def restore(self, arrays: Mapping[str, Array], meta: Mapping[str, Any],
                 weights: Mapping[str, Floats]) -> None:
         """Go on where a snapshot was taken, with the same tokens."""
-        if meta["digest"] != self.digest:
+        if meta["digest"] != self.source.digest:
             raise ValueError("this is not the text that the run to resume was trained on (or it "
                              "was divided otherwise into training and validation)")
         for name in FIXED:
@@ -214,68 +214,74 @@ class Trainer:
         self.network.load_rng_state(meta["rng"])
         self.optimizer.load_state_dict(part["optimizer"])
         state = tuple(np.array(part["state"][str(n)]) for n in range(len(part["state"])))
-        self.state = state if len(state) > 1 else state[0] if state else None
-        for name in ("epoch", "position", "step", "seconds", "loss_sum", "loss_tokens", "scale",
-                     "waited", "history"):
+        self.source.state = state if len(state) > 1 else state[0] if state else None
+        for name in OWN:
             setattr(self, name, meta[name])
         if meta["best_loss"] is not None:
             self.best = {name: np.array(a) for name, a in (part["best"] or weights).items()}
             self.best_loss = meta["best_loss"]
         self.chosen, self.chosen_loss = self.best, self.best_loss
+        if self.position >= self.source.length:
+            raise IndexError(f"position {self.position} of {self.source.length}")
 
     def _advance(self):
-        """One update on the next window. Whether an evaluation is due."""
-        end = min(self.position + self.settings.seq_length, len(self.x))
-        window = slice(self.position, end)
+        """One update. Whether an evaluation is due."""
+        if not self.position:
+            self.source.start()
         self.optimizer.lr = self._learning_rate()
         self.network.zero_grad()
-        loss, dy, self.state = self.network.loss(self.x[window], self.targets[window], self.state)
+        loss, count, end, backward = self.source.loss(self.network, self.position)
         self._check_finite("loss", loss)
-        self.network.backward_below(dy)
+        backward()
         norm = optim.clip_grad_norm(self.gradients, self.settings.clip or 1e300)
         self._check_finite("norm of the gradients", norm)
         self.optimizer.step()
 
         self.step += 1
-        count = self.x[window].size
         self.loss_sum += loss * count
         self.loss_tokens += count
         self.position, every = end, self.settings.evaluate_every
-        if end == len(self.x):
-            self.epoch, self.position, self.state = self.epoch + 1, 0, None
+        if end == self.source.length:
+            self.epoch, self.position = self.epoch + 1, 0
         self.seconds = time.perf_counter() - self._clock
         return self.step % every == 0 if every else self.position == 0
 
-    def _share(self):
-        return self.budget.spent(self.epochs, self.seconds, self.step)
+    def _schedules(self):
+        """The schedules of `optim`: of the rate while it rises, and of its factor from then on."""
+        s, unit = self.settings, optim.SGD(({}, {}), lr=1.0)
+        rise = optim.WarmUp(optim.SGD(({}, {}), lr=s.lr), s.warmup) if s.warmup else None
+        if self.schedule == "step":
+            return rise, optim.StepDecay(unit, 1, s.decay, start=s.decay_after - 1)
+        if self.schedule == "cosine":
+            return rise, optim.CosineDecay(unit, self.source.steps or 1, final=self.source.final)
+        return rise, None
 
     def _learning_rate(self):
-        s, lr = self.settings, self.settings.lr * self.scale
-        if self.step < s.warmup:
-            return lr * (self.step + 1) / s.warmup
-        if self.schedule == "step":
-            return lr * s.decay ** max(0, self.epoch + 1 - s.decay_after)
-        if self.schedule == "cosine":
-            return lr * (0.01 + 0.99 * (1 + math.cos(math.pi * self._share())) / 2)
-        return lr
+        if self._rise and self.step < self._rise.steps:
+            return self.scale * self._rise.lr_at(self.step)
+        lr = self.settings.lr * self.scale
+        if not self._fall:
+            return lr
+        at = self.step if self.source.steps else self.share
+        return lr * self._fall.lr_at(self.epoch if self.schedule == "step" else at)
 
     def _evaluate(self, scheduled):
         """Measure, remember the best weights, report. Only what is `scheduled` steers the run."""
         train = self.loss_sum / self.loss_tokens if self.loss_tokens else None
-        loss = None
-        if self.validation is not None:
-            self.network.eval()
-            loss = total_nats(self.network, self.validation) / (len(self.validation) - 1)
-            self.network.train()
+        self.network.eval()
+        loss = self.source.validation(self.network)
+        if loss is not None:
             self._check_finite("validation loss", loss)
         better = loss is None or loss < self.chosen_loss
         if better:
-            self.chosen, self.chosen_loss = self.network.state_dict(), loss or math.inf
+            self.chosen = self.network.state_dict()
+            self.chosen_loss = math.inf if loss is None else loss
         record = {"step": self.step, "epoch": round(self.epochs, 4), "loss": train,
                   "validation": loss, "lr": self.optimizer.lr, "seconds": round(self.seconds, 3),
-                  "tokens_per_second": round(self.tokens_seen / max(self.seconds, 1e-9)),
+                  f"{self.source.unit}_per_second": round(self.seen / max(self.seconds, 1e-9)),
                   "best": better}
         if scheduled:
+            self._warn_if_it_runs_away(train)
             self.best, self.best_loss = self.chosen, self.chosen_loss
             self.loss_sum, self.loss_tokens = 0.0, 0
             self.waited = 0 if better else self.waited + 1
@@ -286,7 +292,17 @@ class Trainer:
                 self.outcome = "no progress"
         if self.report(record):
             self.outcome = self.outcome or "stopped by a callback"
+        self.network.train()        # whatever a callback has done with it
         self.seconds = time.perf_counter() - self._clock
+
+    def _warn_if_it_runs_away(self, loss):
+        """Once, where the loss is above the run's first and half as much again as its least."""
+        losses = [record["loss"] for record in self.history if record["loss"] is not None]
+        if losses and loss is not None and not self._warned and loss > max(losses[0], 1.5 * min(losses)):
+            self._warned = True
+            warnings.warn(f"the loss runs away: {min(losses):.4g} before, {loss:.4g} at step {self.step} "
+                          f"(learning rate {self.optimizer.lr:.3g}); a lower lr or clip may help",
+                          stacklevel=2)
 
     def _check_finite(self, what, value):
         if math.isfinite(value):
@@ -299,41 +315,41 @@ class Trainer:
             f"{self.optimizer.lr:.3g}); a lower lr or clip may help")
 
 
-def streams(tokens: Ints, B: int, T: int) -> tuple[Ints, ...]:
-    """Tokens (N,) as B streams side by side: inputs and their successors, each (L, B).
-
-    The last N - 1 - L·B tokens, fewer than B, are left out. A text below B·T tokens gets fewer
-    streams.
-    """
-    n = len(tokens) - 1
-    B = min(B, max(1, n // T))
-    L = n // B
-    return tuple(np.ascontiguousarray(tokens[shift:shift + B * L].reshape(B, L).T)
-                 for shift in (0, 1))
+def new_optimizer(network: Any, settings: Settings) -> optim.Optimizer:
+    """The optimizer that the settings name, over the parameters of a network."""
+    momentum = {"momentum": settings.momentum} if settings.optimizer == "sgd" else {}
+    return optim.by_name(settings.optimizer, network, lr=settings.lr,
+                         weight_decay=settings.weight_decay, **momentum)
 
 
-@one_blas_thread()
-def total_nats(network: Any, tokens: Ints) -> float:
-    """-Σ log p(token | those before it), over all of `tokens` (N,) but the first.
+def check_run(meta: Mapping[str, Any]) -> None:
+    """KeyError, TypeError or ValueError unless this is what `Trainer.snapshot` says of a run."""
+    kinds = {"digest": str, "rng": dict, "settings": dict, "budget": dict, **dict.fromkeys(
+        ("epoch", "position", "step", "loss_tokens", "waited"), int), **dict.fromkeys(
+        ("seconds", "loss_sum", "scale"), (int, float)), "best_loss": (int, float, type(None))}
+    for name, kind in kinds.items():
+        if not isinstance(value := meta[name], kind) or isinstance(value, bool):
+            raise TypeError(f"{name} must be of another type than {value!r:.40}")
+        if kind is int and not 0 <= value < 1 << 62:
+            raise ValueError(f"{name} must be a count, got {value!r:.40}")
+        if kind == (int, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r:.40}")
+    checked_history(meta["history"])
+    Settings.of(meta["settings"])
+    if missing := Settings.__dataclass_fields__.keys() - meta["settings"].keys():
+        raise KeyError(*sorted(missing))
+    Budget(**meta["budget"])
 
-    A long text is cut into up to 64 pieces of at least 1000 tokens, each read together with the
-    100 tokens before it; below 2000 tokens the sum is exact.
-    """
-    n = len(tokens) - 1
-    S = max(1, min(64, n // (10 * CONTEXT)))
-    context = CONTEXT if S > 1 else 0
-    L = -(-(n - context) // S)
-    at = np.arange(context + L)[:, None] + L * np.arange(S)
-    scored = ((np.arange(S) == 0) | (np.arange(context + L)[:, None] >= context)) & (at < n)
-    at = np.minimum(at, n - 1)
-    x, targets = tokens[at], tokens[at + 1]
-    state, total = None, 0.0
-    for t in range(0, len(x), 4 * CONTEXT):
-        window = slice(t, t + 4 * CONTEXT)
-        loss, _, state = network.loss(x[window], targets[window], state, mask=scored[window],
-                                      reduction="sum")
-        total += loss
-    return total
+
+def checked_history(history: Any) -> list[dict[str, Any]]:
+    """The records of a file; TypeError or KeyError where one lacks what a record says."""
+    if not isinstance(history, list) or not all(isinstance(record, dict) for record in history):
+        raise TypeError(f"history must be a list of records, got {history!r:.100}")
+    for record in history:
+        for name in ("step", "epoch", "loss", "validation", "lr", "seconds", "best"):
+            if record[name] is not None and not isinstance(record[name], (int, float)):
+                raise TypeError(f"{name} in history must be a number, got {record[name]!r:.40}")
+    return list(history)
 
 
 @contextlib.contextmanager
@@ -364,8 +380,3 @@ def _interrupts():
 
 def _parts(state):
     return () if state is None else state if isinstance(state, tuple) else (state,)
-
-
-def _check_choice(name, value, choices):
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -19,8 +19,10 @@ KERNELS_PXD, MEMORY_PXD, PRODUCTS_PXD, RECURRENCE_PXD = (
 REF, CALLS, DENSE_PY, CHECKS, MODULE, LAYERS, LOSSES_PY, THREADS = (
     f"lstmcore/{name}.py" for name in ("reference", "functional", "dense", "checks", "module",
                                        "layers", "losses", "threads"))
-FILES, PRECISION, RECURRENT = (f"lstmcore/{name}.py"
-                               for name in ("files", "precision", "recurrent"))
+FILES, PRECISION, RECURRENT, RENAMES = (
+    f"lstmcore/{name}.py" for name in ("files", "precision", "recurrent", "renames"))
+NETWORK, SOURCES, TRAINING, TEXT, ESTIMATORS = (
+    f"lstmcore/models/{name}.py" for name in ("network", "sources", "training", "text", "estimators"))
 DISK, STATE_DICT, SAFETENSORS, ONNX, GRAPH, OPERATORS, KERAS, DESCRIPTION = (
     f"lstmcore/formats/{name}.py" for name in ("disk", "state_dict", "safetensors", "onnx",
                                                "onnx_graph", "onnx_operators", "keras",
@@ -632,9 +634,9 @@ MUTANTS = [
     ("a layer's tape is not looked at again", MODULE, "if (now := _forms(tape)) != forms:",
      "if (now := forms) != forms:"),
     ("Embedding keeps the caller's tokens", LAYERS,
-     'tokens = checks.ids(tokens, "tokens", self.num_embeddings)\n'
+     'tokens = checks.ids(tokens, "tokens", self.vocab_size)\n'
      '        y = self._rows(tokens)\n',
-     'y = self._rows(checks.ids(tokens, "tokens", self.num_embeddings))\n'
+     'y = self._rows(checks.ids(tokens, "tokens", self.vocab_size))\n'
      "        tokens = np.asarray(tokens)\n"),
     ("a resized table is trusted", LAYERS,
      'checks.out("the gradient of weight", self._own["weight"][1],',
@@ -832,6 +834,35 @@ MUTANTS = [
      "if isinstance(value, _Unknown):"),
     ("any constant lengths will do", ONNX, "not np.all(lengths == len(x))", "0"),
     ("a storage may serve any number of layers", FILES, "if room < 0:", "if 0:"),
+    # models
+    ("a state goes on into the next epoch", SOURCES, "        self.state = None\n", "        pass\n"),
+    ("a window repeats its last token", SOURCES, "self.length)\n        window",
+     "self.length) - 1\n        window"),
+    ("batches are never shuffled", SOURCES, "        if self.length > 1:", "        if 0:"),
+    ("a batch weighs as much as its sequences", SOURCES, "self.weights[batch] / len(batch)",
+     "self.weights[batch]"),
+    ("what is held out is trained on", SOURCES, "self.rows, self.held_out = rows[n:], rows[:n]",
+     "self.rows, self.held_out = rows, rows[:n]"),
+    ("predictions in the order of lengths", SOURCES, "found[some], _ =", "found[at:at + ROWS], _ ="),
+    ("a callback leaves its mode", TRAINING, "        self.network.train()        # whatever",
+     "        # whatever"),
+    ("the last weights win", TRAINING, "better = loss is None or loss < self.chosen_loss",
+     "better = True"),
+    ("a loss that is not finite passes", TRAINING, "        if math.isfinite(value):", "        if 1:"),
+    ("the plateau is not resumed", TRAINING, '"scale", "waited", "history")', '"waited", "history")'),
+    ("a warm-up that ends low", TRAINING, "return self.scale * self._rise.lr_at(self.step)",
+     "return self.scale * self._rise.lr_at(self.step - 1)"),
+    ("half a cosine by epochs", TRAINING, 'if self.schedule == "step" else at)', "if 1 else at)"),
+    ("embedded tokens are not dropped", NETWORK, "x, table = self.input_dropout(table(x)), None",
+     "x, table = table(x), None"),
+    ("pooling reads the padding", NETWORK, "y = self.pool(y, lengths)", "y = self.pool(y)"),
+    ("the rarest tokens come first", TEXT, "for token, count in counts.most_common()",
+     "for token, count in counts.most_common()[::-1]"),
+    ("an unseen token says something", ESTIMATORS, "            table[0] = 0 ", "            0 "),
+    ("an interrupt is forgotten", ESTIMATORS, 'if trainer.run().outcome.startswith("SIG"):',
+     "if not trainer.run():"),
+    ("an old keyword is a stranger", RENAMES, "        if name in new:", "        if 0:"),
+    ("an old state keeps its names", RENAMES, "{new.get(name, name): value", "{name: value"),
     ("another version is read", DESCRIPTION, "said.get(\"version\", 1)) != VERSION",
      "said.get(\"version\", 1)) != version"),
 ]

@@ -52,6 +52,8 @@ NOTICE = {
     "lstmcore/layers": ((), ("test_layers", *CALLS)),
     "lstmcore/files": ((), FILES),
     "lstmcore/formats/": ((), FILES),
+    "lstmcore/models/": ((), ("test_language_model", "test_estimators", "test_inspect")),
+    "lstmcore/renames": ((), ("test_renames", "test_estimators")),
     "lstmcore/": ((), CALLS),
 }
 

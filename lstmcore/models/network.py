@@ -1,0 +1,167 @@
+"""The network of every model: tokens or channels -> recurrent layers -> a linear head.
+
+`Model` is what the models share: weights that can be fixed for inference. Knows layers; knows no
+text, no training and no files.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from lstmcore import checks
+from lstmcore._types import Array, Cell, Compute, Dtype, Floats, Ints, Lengths, Precision, Seed
+from lstmcore.layers import (GRU, LSTM, RNN, Dropout, Embedding, LastStep, Linear, MaxOverTime,
+                             MeanOverTime, Sequential)
+from lstmcore.losses import linear_cross_entropy
+from lstmcore.module import Module, products
+
+M = TypeVar("M", bound="Model")
+
+CELLS = {"lstm": LSTM, "gru": GRU, "rnn": RNN}
+POOLING = {"last": LastStep, "mean": MeanOverTime, "max": MaxOverTime}
+
+
+def checked(*, cell: Any, hidden_size: Any, num_layers: Any, embed_size: Any, dropout: Any,
+            peepholes: Any, dtype: Any, compute: Any) -> dict[str, Any]:
+    """What every model lets its user choose, found to be right, by the names of the arguments."""
+    checks.choice("cell", cell, CELLS)
+    if peepholes and cell != "lstm":
+        raise ValueError(f"peepholes need cell='lstm', got {cell!r}")
+    return dict(cell=cell, hidden_size=checks.size("hidden_size", hidden_size),
+                num_layers=checks.size("num_layers", num_layers),
+                embed_size=checks.size("embed_size", embed_size, at_least=0),
+                dropout=checks.probability("dropout", dropout), peepholes=bool(peepholes),
+                dtype=str(checks.float_dtype(dtype)),
+                compute=products(compute, checks.float_dtype(dtype)))
+
+
+class Network(Module):
+    """[A table of tokens] -> recurrent layers -> [one vector per sequence] -> linear head.
+
+    Parameters
+    ----------
+    inputs, outputs : V tokens, or C channels; and as many outputs as inputs by default
+    embed_size : width of the table of tokens; 0 for channels, and for one-hot rows of tokens
+    pooling : "last", "mean" or "max" of the steps; None for outputs at each step
+    dropout : probability, between layers and before the head; with pooling on embedded tokens too
+    recurrent : what else the layers take; peepholes and forget_bias only an LSTM
+    """
+
+    pool: Any = None
+    input_dropout: Any = None
+
+    def __init__(self, inputs: int, outputs: int | None = None, *, cell: Cell, hidden_size: int,
+                 num_layers: int, embed_size: int, dropout: float = 0.0,
+                 pooling: Literal["last", "mean", "max"] | None = None, dtype: Dtype = "float32",
+                 compute: Compute | None = None, n_threads: int | None = None, seed: Seed = None,
+                 **recurrent: Any) -> None:
+        rng = np.random.default_rng(seed)
+        common: dict[str, Any] = dict(dtype=dtype, compute=compute, seed=rng)
+        if cell != "lstm":
+            recurrent = {name: value for name, value in recurrent.items()
+                         if name not in ("peepholes", "forget_bias")}
+        self.embedding = Embedding(inputs, embed_size, dtype=dtype, seed=rng) if embed_size else None
+        self.recurrent = CELLS[cell](embed_size or inputs, hidden_size, num_layers, dropout=dropout,
+                                     **recurrent, **common)
+        if pooling:
+            last = {"bidirectional": self.recurrent.bidirectional} if pooling == "last" else {}
+            self.pool = POOLING[pooling](**last)
+            self.input_dropout = Dropout(dropout, seed=rng) if dropout else Sequential()
+        self.dropout = Dropout(dropout, seed=rng) if dropout else None
+        self.head = Linear(hidden_size * self.recurrent.directions, outputs or inputs, **common)
+        self.recurrent.n_threads = self.head.n_threads = n_threads
+
+    def __call__(self, x: Array, state: Any = None, lengths: Lengths = None) -> tuple[Floats, Any]:
+        """x (T, B, C) or tokens (T, B), the state so far, lengths (B,) -> outputs, final state.
+
+        Outputs are (T, B, O), or (B, O) with pooling.
+        """
+        y, state = self._read(x, state, lengths)
+        return self.head(y), state
+
+    def backward(self, doutputs: Floats) -> None:
+        """The gradient by the outputs -> gradients of all parameters; none by the first state."""
+        self.backward_below(self.head.backward(doutputs))
+
+    def loss(self, tokens: Array, targets: Ints, state: Any = None,
+             **options: Any) -> tuple[float, Floats | None, Any]:
+        """Tokens and targets (T, B) -> the loss, the gradient by what the head reads, the state.
+
+        options: of `lstmcore.losses.linear_cross_entropy`, which adds to the head's gradients.
+        """
+        y, state = self._read(tokens, state)
+        return *linear_cross_entropy(self.head, y, targets, **options), state
+
+    def backward_below(self, dy: Floats) -> None:
+        """The gradient by what the head reads -> gradients of all parameters below it."""
+        dy = self.dropout.backward(dy) if self.dropout else dy
+        dx, _ = self.recurrent.backward(self.pool.backward(dy) if self.pool else dy)
+        if self._embeds_first():
+            self.embedding.backward(self.input_dropout.backward(dx))
+
+    def inputs(self, tokens: Array) -> Array:
+        """What the recurrent layers read for tokens (T, B): rows of the table, or the tokens."""
+        return self.embedding(tokens) if self.embedding else tokens
+
+    def reader(self, state: Any) -> Callable[[int], Floats]:
+        """A function that reads one token after another, from a state on: id -> logits (V,)."""
+        stream = self.recurrent.stream(1)
+        head = copy.deepcopy(self.head).freeze(self.head._frozen_in)
+        stream.state = state
+
+        def read(token):
+            return head(stream.step(self.inputs(np.array([token]))))[0]
+        return read
+
+    def _read(self, x, state=None, lengths=None):
+        """What the head reads, and the final state."""
+        table = self.embedding
+        if self._embeds_first():
+            x, table = self.input_dropout(table(x)), None
+        y, state = self.recurrent(x, state, lengths, embedding=table)
+        if self.pool:
+            y = self.pool(y, lengths)
+        return self.dropout(y) if self.dropout else y, state
+
+    def _embeds_first(self):
+        """Whether the layers read rows of the table; else they look up what each is projected to."""
+        return self.embedding is not None and self.input_dropout is not None
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        # An estimator of an older pickle calls its layers so.
+        names = {"embed": "embedding", "before": "input_dropout", "after": "dropout"}
+        super().__setstate__({names.get(name, name): value for name, value in state.items()})
+
+
+class Model:
+    """Weights that can be fixed for inference, of whatever has a network within."""
+
+    def freeze(self: M, precision: Precision | None = None) -> M:
+        """Fix the weights for inference in "float32", "bfloat16" or "int8", until `unfreeze`.
+
+        What is computed from then on is computed in it. A `fit` that goes on from these weights
+        needs `unfreeze` first; one that starts anew makes new ones. See `lstmcore.Module.freeze`.
+        Returns self.
+
+        Raises TypeError for a precision that the weights' dtype does not have.
+        """
+        network = self._trained()
+        try:
+            network.freeze(precision)
+        except TypeError as error:
+            fit = "float64" if precision == "float64" else "float32"
+            raise TypeError(f"{error}: train with dtype={fit!r}") from None
+        return self
+
+    def unfreeze(self: M) -> M:
+        """Let the weights change again, which are as before `freeze`. Returns self."""
+        self._trained().unfreeze()
+        return self
+
+    def _trained(self) -> Network:
+        """The network, or an error that says that there is none yet."""
+        raise NotImplementedError
