@@ -186,7 +186,7 @@ def _torch_layer(x, W_ih, W_hh, b, h0, c0, lengths, reverse):
     lengths = None if lengths is None else torch.from_numpy(lengths)
     b_hh = None if b is None else torch.zeros_like(b)       # PyTorch's second one
     y, h_n, c_n = layer(x, W_ih, W_hh, b, b_hh, h0[None], c0[None], None, None, lengths, reverse,
-                        compute)
+                        "lstm", compute)
     return y, h_n[0], c_n[0]
 
 

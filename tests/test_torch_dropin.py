@@ -8,9 +8,9 @@ import warnings
 
 import numpy as np
 import pytest
-from torch_pairs import (CELLS, EVERYTHING, IGNORED, LAYERS, MODULES, TOLERANCE, B, H, I, P, T,
-                         assert_close, build, called, flat, inputs, is_cell, pair, parts, states,
-                         torch, weight)
+from torch_pairs import (CELLS, CONFIGS, EVERYTHING, IGNORED, LAYERS, MODULES, TOLERANCE, B, H, I, P,
+                         T, assert_close, build, called, flat, inputs, is_cell, leaves,
+                         pack_padded_sequence, pair, parts, states, torch, weight)
 
 import lstmcore.torch
 from lstmcore import functional
@@ -33,6 +33,48 @@ def test_packed_output_keeps_its_indices(layer):
     x, hx = inputs(ours, "packed-unsorted")
     for got, expected in zip(ours(x, hx)[0][1:], theirs(x, hx)[0][1:]):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("config", ["plain", "stack-batch-first", "bidirectional"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_lengths_are_a_packed_sequence_without_packing(layer, config):
+    theirs, ours = pair(**LAYERS[layer], **CONFIGS[config])
+    x, hx = inputs(ours, "batched")
+    lengths, first = [2, T, 1, 6, 6], ours.batch_first
+    results = []
+    for m in (theirs, ours):
+        x_m, hx_m, wanted = leaves(m, x, hx)
+        if m is ours:
+            y, state = m(x_m, hx_m, torch.tensor(lengths))
+        else:
+            packed = pack_padded_sequence(x_m, lengths, first, enforce_sorted=False)
+            y, state = m(packed, hx_m)
+            y, _ = torch.nn.utils.rnn.pad_packed_sequence(y, first)
+        found = [y, *parts(state)]
+        gradients = torch.autograd.grad(sum((t * t.detach().cos()).sum() for t in found), wanted)
+        results.append([*found, *gradients])
+    assert_close(*results)
+
+
+def test_a_length_may_be_0():
+    _, ours = pair()
+    x, hx = inputs(ours, "batched")
+    y, (h_n, c_n) = ours(x, hx, [0, T, 3, 0, 1])
+    assert not y[:, 0].any() and not y[3:, 2].any() and y[2, 2].all()
+    assert torch.equal(h_n[:, 0], hx[0][:, 0]) and torch.equal(c_n[:, 3], hx[1][:, 3])
+
+
+@pytest.mark.parametrize("lengths, kind, said", [
+    ([1, 2, 3, 4, T + 1], "batched", "lengths must be in 0..T = 0..7"),
+    ([1, 2], "batched", r"lengths must be \(B,\) = \(5,\)"),
+    ([0.5] * B, "batched", "lengths must be"),
+    ([1], "unbatched", "lengths need a batch, 3D, got an input of 2D"),
+    ([1] * B, "packed", "a PackedSequence has lengths of its own"),
+])
+def test_bad_lengths_are_named(lengths, kind, said):
+    _, ours = pair()
+    with pytest.raises((ValueError, TypeError), match=said):
+        ours(*inputs(ours, kind), lengths)
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -1,10 +1,11 @@
 """The layers: `torch.nn.LSTM`, `GRU` and `RNN` on lstmcore's kernels, direction by direction."""
 
 import torch
+from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from lstmcore.torch.module import Kernels, check_state, converted, each
+from lstmcore.torch.module import Kernels, as_leaf, check_state, converted, each
 from lstmcore.torch.operators import layer
 
 
@@ -55,7 +56,22 @@ class _Layer(Kernels):
     def _peephole_names(self):
         return [f"weight_peephole_{s}" for s in self._suffixes()] if self.peepholes else []
 
-    def _compute(self, input, hx):
+    def forward(self, input, hx=None, lengths=None):
+        if lengths is None:
+            return super().forward(input, hx)
+        if isinstance(input, PackedSequence):
+            raise ValueError("a PackedSequence has lengths of its own: give lengths with a padded "
+                             "batch")
+        if isinstance(input, Proxy):
+            return as_leaf(self, input, hx=hx, lengths=lengths)
+        if torch.onnx.is_in_onnx_export():
+            raise ValueError("torch.onnx.export writes a PackedSequence, not lengths: give it "
+                             "pack_padded_sequence(input, lengths)")
+        if input.dim() != 3:
+            raise ValueError(f"lengths need a batch, 3D, got an input of {input.dim()}D")
+        return self._compute(input, hx, torch.as_tensor(lengths, device="cpu"))
+
+    def _compute(self, input, hx, lengths=None):
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         n, name = input.dim(), self._theirs.__name__
@@ -69,7 +85,7 @@ class _Layer(Kernels):
             hx = None if hx is None else each(torch.Tensor.unsqueeze, hx, 1)
         self._check(input, hx, None)
         x = input.transpose(0, 1).contiguous() if self.batch_first else input
-        y, hx = self._stack(x, hx, None)
+        y, hx = self._stack(x, hx, lengths)
         y = y.transpose(0, 1) if self.batch_first else y
         if not batched:
             y, hx = y.squeeze(batch_axis), each(torch.Tensor.squeeze, hx, 1)
@@ -143,9 +159,12 @@ class LSTM(_Layer, torch.nn.LSTM):
     """`torch.nn.LSTM` on lstmcore's kernels: change the class, keep everything else.
 
     Constructor, parameters, state_dict, inputs (batched, unbatched, PackedSequence), outputs and
-    semantics are those of torch.nn.LSTM. The number of threads is torch's (torch.set_num_threads).
-    Parameters are float32, float64 or bfloat16; under torch.autocast("cpu") those of float32 stay,
-    and products are of bfloat16. Whatever is bfloat16, sums, states and gates are float32 within.
+    semantics are those of torch.nn.LSTM; and `m(x, hx, lengths=lengths)` takes the lengths (B,) of
+    a padded batch, in any order and 0 too: y is 0 past the ends, and the states are those of each
+    sequence's own last step, without the copies of a PackedSequence. The number of threads is
+    torch's (torch.set_num_threads). Parameters are float32, float64 or bfloat16; under
+    torch.autocast("cpu") those of float32 stay, and products are of bfloat16. Whatever is bfloat16,
+    sums, states and gates are float32 within.
 
     Parameters
     ----------

@@ -77,9 +77,8 @@ class Kernels:
                         "with its state_dict")
 
     def forward(self, input, hx=None):
-        if isinstance(input, Proxy):    # torch.fx takes modules of torch alone for leaves
-            tracer, args = input.tracer, (input,) if hx is None else (input, hx)
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, {})
+        if isinstance(input, Proxy):
+            return as_leaf(self, input, *(() if hx is None else (hx,)))
         if torch.onnx.is_in_onnx_export():
             return self._forward_for_onnx(input, hx)
         return self._compute(input, hx)
@@ -139,6 +138,12 @@ def each(function, states, *args):
     if isinstance(states, torch.Tensor):
         return function(states, *args)
     return tuple(function(state, *args) for state in states)
+
+
+def as_leaf(module, input, *args, **options):
+    """The call of a module as one node of torch.fx, which takes modules of torch alone for leaves."""
+    tracer = input.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input, *args), options)
 
 
 def check_state(x, hx):
