@@ -52,6 +52,7 @@ NOTICE = {
     "lstmcore/layers": ((), ("test_layers", *CALLS)),
     "lstmcore/files": ((), FILES),
     "lstmcore/formats/": ((), FILES),
+    "lstmcore/torch/": ((), ("test_torch_dropin", "test_torch_operators", "test_torch_precision")),
     "lstmcore/": ((), CALLS),
 }
 
