@@ -344,6 +344,31 @@ def test_a_stored_tape_may_lie_anyhow_in_memory(name, layout):
         assert np.array_equal(g, want) if want is not None else g is None
 
 
+@pytest.mark.parametrize("lengths", [None, "ragged"])
+@pytest.mark.parametrize("cell", ["gru", "gru_before", "tanh", "relu"])
+def test_a_stored_tape_of_every_cell_gives_its_gradients(cell, lengths):
+    rng, row = np.random.default_rng(0), functional.cell_row(cell)
+    arrays = dict(x=rng.standard_normal((T, B, I)), W_ih=rng.standard_normal((row.fed * H, I)),
+                  W_hh=rng.standard_normal((row.fed * H, H)), h0=rng.standard_normal((B, H)),
+                  lengths=lengths and np.arange(B) % (T + 1))
+    kind, options = "rnn", dict(nonlinearity=cell)
+    if "gru" in cell:
+        kind, options = "gru", dict(reset_after=cell == "gru")
+    backward = getattr(functional, f"{kind}_backward")
+    y, _, tape = getattr(functional, f"{kind}_forward")(**arrays, **options)
+    dy, gates = rng.standard_normal(y.shape), getattr(tape, "raw_gates", None)
+    stored = functional.tape_from(cell, **arrays, y=y,
+                                  raw_gates=None if gates is None else gates.copy())
+    assert type(stored) is type(tape)
+    for g, want in zip(backward(stored, dy), backward(tape, dy), strict=True):
+        assert np.array_equal(g, want)
+    wrong = np.zeros(1) if gates is None else None
+    with pytest.raises(TypeError, match=f"raw_gates must be .* for a {cell} cell, got "):
+        functional.tape_from(cell, **arrays, y=y, raw_gates=wrong)
+    with pytest.raises(TypeError, match=f"raw_c must be None for a {cell} cell, got ndarray"):
+        functional.tape_from(cell, **arrays, y=y, raw_gates=gates, raw_c=np.zeros(1))
+
+
 @copies
 def test_token_ids_stay_as_they_were_checked(copied):
     ids = COPIES[copied](functional.TokenIds(np.array([[3, 1], [3, 0]]), 4))

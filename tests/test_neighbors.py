@@ -17,31 +17,36 @@ def has(*modules):
 
 # ---- PyTorch -------------------------------------------------------------------------------------
 
-def tagger(torch, **options):
+def tagger(torch, cls="LSTM", **options):
     class Tagger(torch.nn.Module):
         def __init__(self):
             super().__init__()
             torch.manual_seed(0)
-            self.rnn, self.head = torch.nn.LSTM(4, 5, **options), torch.nn.Linear(5, 2)
+            self.rnn, self.head = getattr(torch.nn, cls)(4, 5, **options), torch.nn.Linear(5, 2)
 
         def forward(self, x):
-            y, (h_n, _) = self.rnn(x)
-            return self.head(y) + self.head(h_n[-1])
+            if cls.endswith("Cell"):
+                h = self.rnn(x[0])
+                return self.head(h[0] if cls == "LSTMCell" else self.rnn(x[1], h))
+            y, h_n = self.rnn(x)
+            return self.head(y) + self.head((h_n[0] if cls == "LSTM" else h_n)[-1])
 
     return Tagger()
 
 
 @has("torch")
-def test_fx_sees_a_leaf_that_still_runs():
+@pytest.mark.parametrize("cls, leaves", [
+    ("LSTM", ["rnn", "head", "head"]), ("GRU", ["rnn", "head", "head"]), ("LSTMCell", ["rnn", "head"]),
+    ("GRUCell", ["rnn", "rnn", "head"])])
+def test_fx_sees_a_leaf_that_still_runs(cls, leaves):
     import torch
 
     import lstmcore.torch
 
-    model, x = tagger(torch), torch.randn(7, 2, 4)
+    model, x = tagger(torch, cls), torch.randn(7, 2, 4)
     lstmcore.torch.accelerate(model)
     traced = torch.fx.symbolic_trace(model)
-    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == [
-        "rnn", "head", "head"]
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == leaves
     assert torch.equal(traced(x), model(x)) and traced.rnn is model.rnn
 
 
@@ -65,7 +70,8 @@ def test_fx_takes_a_state_too():
 
 @has("torch")
 @pytest.mark.parametrize("dynamo, needs", [(False, "onnx"), (True, "onnxscript")])
-@pytest.mark.parametrize("options", [{}, dict(num_layers=2, batch_first=True)])
+@pytest.mark.parametrize("options", [{}, dict(num_layers=2, batch_first=True), *(
+    dict(cls=cls) for cls in ("GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"))], ids=str)
 def test_both_exporters_write_an_accelerated_model(tmp_path, capfd, dynamo, needs, options):
     if importlib.util.find_spec(needs) is None:
         pytest.skip(f"needs {needs}")
@@ -75,7 +81,7 @@ def test_both_exporters_write_an_accelerated_model(tmp_path, capfd, dynamo, need
     import lstmcore.torch
 
     model, x = tagger(torch, **options).eval(), torch.randn(2, 7, 4)
-    model = model.rnn if options else model     # h_n is never batch-first: it fits no y there
+    model = model.rnn if "batch_first" in options else model    # h_n is never batch-first: it fits no y there
     assert len(lstmcore.torch.accelerate(model).replaced) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -204,6 +204,17 @@ def test_frozen_weights_have_gradients_and_train_ends_it(module):
     assert ours.train()._frozen is None and ours.training
 
 
+def test_a_frozen_cell_follows_its_nonlinearity():
+    m = lstmcore.torch.RNNCell(I, H).freeze()
+    x = torch.randn(B, I)
+    with torch.no_grad():
+        for m.nonlinearity in "tanh", "relu":
+            assert_close(m(x), torch.nn.RNNCell.forward(m, x), torch.float32)
+        m.nonlinearity = "sigmoid"
+        with pytest.raises(RuntimeError, match="'sigmoid', expected 'tanh' or 'relu'"):
+            m(x)
+
+
 def test_frozen_projection():
     x, _ = inputs(pair()[1], "batched")
     projected = pair(proj_size=P)[1].freeze()

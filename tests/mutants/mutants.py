@@ -27,6 +27,9 @@ DISK, STATE_DICT, SAFETENSORS, ONNX, GRAPH, OPERATORS, KERAS, DESCRIPTION = (
     f"lstmcore/formats/{name}.py" for name in ("disk", "state_dict", "safetensors", "onnx",
                                                "onnx_graph", "onnx_operators", "keras",
                                                "description"))
+TORCH_ROWS, TORCH_OPERATORS, TORCH_MODULE, TORCH_LAYERS, TORCH_CELLS, TORCH_REPLACING, TORCH_TWICE = (
+    f"lstmcore/torch/{name}.py" for name in ("rows", "operators", "module", "layers", "cells",
+                                             "replacing", "double_backward"))
 
 MUTANTS = [
     # the cell, forward
@@ -865,6 +868,34 @@ MUTANTS = [
     ("an old state keeps its names", RENAMES, "{new.get(name, name): value", "{name: value"),
     ("another version is read", DESCRIPTION, "said.get(\"version\", 1)) != VERSION",
      "said.get(\"version\", 1)) != version"),
+    # inside PyTorch
+    ("torch: b_hn is fed", TORCH_ROWS, "cat([b_ih[:rz] + b_hh[:rz], b_ih[rz:], b_hh[rz:]])",
+     "cat([b_ih[:rz] + b_hh[:rz], b_ih[rz:] + b_hh[rz:], 0 * b_hh[rz:]])"),
+    ("torch: b_hh gets b_ih's gradient", TORCH_ROWS, "cat([db[:2 * H], db[3 * H:]])",
+     "cat([db[:3 * H]])"),
+    ("torch: two biases share a gradient", TORCH_ROWS, "return db, cat([db])", "return db, db"),
+    ("torch: b_hn outside of the reset", TORCH_ROWS, "* (q_n + b_hn)", "* q_n + b_hn"),
+    ("torch: z and 1 - z", TORCH_ROWS, "return (1 - z) * n + z * h, c", "return z * n + (1 - z) * h, c"),
+    ("torch: a GRU's type under autocast", TORCH_ROWS, "_gru_parted, _gru_step,\n               True),",
+     "_gru_parted, _gru_step,\n               False),"),
+    ("torch: c wherever h is", TORCH_OPERATORS, "c_n[None] if ROWS[cell].kernels.has_c else None",
+     "c_n[None]"),
+    ("torch: packed as another cell", TORCH_OPERATORS, "seen = [cell, precision, *((W",
+     "seen = [precision, *((W"),
+    ("torch: ragged tapes split", TORCH_OPERATORS,
+     "keep_tape = keep_tape and lengths is None  # a ragged", "keep_tape = keep_tape  # a ragged"),
+    ("torch: the gates are spoiled", TORCH_OPERATORS,
+     "gates.clone(memory_format=torch.contiguous_format)", "gates.contiguous()"),
+    ("torch: an unbatched state", TORCH_CELLS, "lead = (None,) * (3 - n)", "lead = (None,)"),
+    ("torch: a cell's shapes", TORCH_CELLS, "if state.shape != (*rows, H):", "if False:"),
+    ("torch: a state of another type", TORCH_CELLS, "check_state(input, states)", "pass"),
+    ("torch: a cell stays frozen", TORCH_MODULE, "self._frozen = self._precision = None\n        return",
+     "return"),
+    ("torch: h of an LSTM as its c", TORCH_LAYERS, "state = x if hx is None else c if pair else h",
+     "state = x if hx is None else h"),
+    ("torch: relu is tanh", TORCH_LAYERS, '"tanh" if self.mode == "RNN_TANH" else "relu"', '"tanh"'),
+    ("torch: cells are left", TORCH_REPLACING, "(LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell)}",
+     "(LSTM, GRU, RNN)}"),
 ]
 
 # Of these instruction sets alone: others do not reach the place.

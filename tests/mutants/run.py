@@ -54,6 +54,7 @@ NOTICE = {
     "lstmcore/formats/": ((), FILES),
     "lstmcore/models/": ((), ("test_language_model", "test_estimators", "test_inspect")),
     "lstmcore/renames": ((), ("test_renames", "test_estimators")),
+    "lstmcore/torch/": ((), ("test_torch_dropin", "test_torch_operators", "test_torch_precision")),
     "lstmcore/": ((), CALLS),
 }
 
