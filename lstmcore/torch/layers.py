@@ -74,9 +74,10 @@ class _Layer(Kernels):
     def _compute(self, input, hx, lengths=None):
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
-        n, name = input.dim(), self._theirs.__name__
+        n = input.dim()
         if n not in (2, 3):
-            raise ValueError(f"{name}: Expected input to be 2D or 3D, got {n}D instead")
+            raise ValueError(f"{self._theirs.__name__}: Expected input to be 2D or 3D, got {n}D "
+                             "instead")
         if hx is not None:
             self._check_dims(hx, n)
         batched, batch_axis = n == 3, 0 if self.batch_first else 1
@@ -128,7 +129,8 @@ class _Layer(Kernels):
         pair = cell == "lstm"
         absent = [None] * len(weights)
         h, c = (None, None) if hx is None else hx if pair else (hx, None)
-        h0, c0 = (absent if state is None else state.split(1) for state in (h, c))
+        h0 = absent if h is None else h.split(1)
+        c0 = absent if c is None else c.split(1)
         state = x if hx is None else c if pair else h
         compute, y_dtype, c_dtype = self._formats(
             self.weight_hh_l0, state, pair and lengths is None and not self.proj_size)

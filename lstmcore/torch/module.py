@@ -148,7 +148,7 @@ def as_leaf(module, input, *args, **options):
 
 def check_state(x, hx):
     """Only states of the input's type; autocast may convert them."""
-    for name, state in zip("hc", hx if isinstance(hx, tuple | list) else (hx,)):
+    for name, state in zip("hc", hx if isinstance(hx, (tuple, list)) else (hx,)):
         if state.dtype != x.dtype and not (autocasts(state) and autocasts(x)):
             raise ValueError(f"{name} of the initial state must be {x.dtype} as the input is, "
                              f"got {state.dtype}")

@@ -61,7 +61,7 @@ def _joined(cell, b_ih, b_hh):
 
 def _run(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, cell, compute, keep_tape,
          frozen=None):
-    """The forward function of a cell on tensors, b too if it is one: y, h_n, c_n as arrays, tape."""
+    """The forward function of a cell on tensors, and on b, an array: y, h_n, c_n, arrays, tape."""
     if frozen is None and compute == "int8":
         frozen = Frozen(False)
     if frozen is None:
@@ -70,9 +70,10 @@ def _run(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, cell, comp
         weights, packed = frozen.pack(cell, compute, W_ih, W_hh, W_hr)
     W_ih, W_hh, W_hr = weights
     return ROWS[cell].forward(
-        _array(x), W_ih, W_hh, _array(b), _array(h0), _array(c0), _array(peepholes), W_hr,
-        lengths=_array(lengths), reverse=reverse, keep_tape=keep_tape,
-        n_threads=torch.get_num_threads(), packed=packed, compute=None if packed else compute)
+        _array(x), W_ih, W_hh, b, _array(h0), _array(c0), _array(peepholes), W_hr,
+        dict(lengths=_array(lengths), reverse=reverse, keep_tape=keep_tape,
+             n_threads=torch.get_num_threads(), packed=packed,
+             compute=None if packed else compute))
 
 
 def _run_backward(cell, tape, dy, dh_n, dc_n):
@@ -143,8 +144,8 @@ def _present(arrays, like):
                         "(Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor c)")
 def recurrent(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, cell, compute,
               keep_tape):
-    y, h_n, c_n, tape = _run(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, cell,
-                             compute, keep_tape)
+    y, h_n, c_n, tape = _run(x, W_ih, W_hh, _array(b), h0, c0, peepholes, W_hr, lengths, reverse,
+                             cell, compute, keep_tape)
     tokens = x.shape[:2] if lengths is None else (-1,)
     kept = [getattr(tape, name, None) for name in ("raw_gates", "raw_c")]
     gates, c = (None if raw is None else raw.reshape(*tokens, raw.shape[-1]) for raw in kept)
@@ -168,8 +169,8 @@ def recurrent_backward(dy, dh_n, dc_n, x, W_ih, W_hh, b, h0, c0, peepholes, W_hr
                        cell, compute, y, gates, c):
     row = ROWS[cell].kernels
     if row.keeps_gates and gates.dim() == 1:
-        tape = _run(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, lengths, reverse, cell, compute,
-                    True)[-1]
+        tape = _run(x, W_ih, W_hh, _array(b), h0, c0, peepholes, W_hr, lengths, reverse, cell,
+                    compute, True)[-1]
     else:
         gates = gates.clone(memory_format=torch.contiguous_format)  # the kernels overwrite them
         tape = functional.tape_from(
@@ -308,8 +309,11 @@ class _Eager(torch.autograd.Function):
 
 def _run_eager(x, W_ih, W_hh, b_ih, b_hh, h0, c0, peepholes, W_hr, lengths, reverse, cell, compute,
                keep_tape, frozen=None):
-    y, h_n, c_n, tape = _run(x, W_ih, W_hh, _joined(cell, b_ih, b_hh), _first(h0), _first(c0),
-                             peepholes, W_hr, lengths, reverse, cell, compute, keep_tape, frozen)
+    b = b_ih
+    if b is not None:
+        b = ROWS[cell].joined(_array(b_ih), _array(b_hh), np.concatenate)
+    y, h_n, c_n, tape = _run(x, W_ih, W_hh, b, _first(h0), _first(c0), peepholes, W_hr, lengths,
+                             reverse, cell, compute, keep_tape, frozen)
     return (torch.from_numpy(y), torch.from_numpy(h_n[None]),
             None if c_n is None else torch.from_numpy(c_n[None]), tape)
 
@@ -321,9 +325,8 @@ def _eager_gradients(ctx, _, dy, dh_n, dc_n):
         tape = tape.again()
     else:
         ctx.tape = None
-    gradients = _run_backward(ctx.cell, tape, dy, _first(dh_n), _first(dc_n))
-    return (torch.from_numpy(g) if g is not None else None
-            for g in _as_torch_has_them(ctx.cell, gradients, np.concatenate))
+    gradients = _stacked(_run_backward(ctx.cell, tape, dy, _first(dh_n), _first(dc_n)))
+    return _parted(ctx.cell, [None if g is None else torch.from_numpy(g) for g in gradients])
 
 
 def _operator_gradients(ctx, saved, dy, dh_n, dc_n):
@@ -335,14 +338,19 @@ def _operator_gradients(ctx, saved, dy, dh_n, dc_n):
     gradients = _recurrent_backward(
         dy, _first(dh_n), _first(dc_n), x, W_ih, W_hh, b, _first(h0), _first(c0), peepholes, W_hr,
         lengths, ctx.reverse, ctx.cell, ctx.compute, y, gates, c)
-    return _as_torch_has_them(ctx.cell, gradients, torch.cat)
+    return _parted(ctx.cell, _stacked(gradients))
 
 
-def _as_torch_has_them(cell, gradients, cat):
-    """Gradients of the arguments of `layer` from those of `ARGUMENTS`."""
-    dx, dW_ih, dW_hh, db, dh0, dc0, dpeepholes, dW_hr = gradients
-    return (dx, dW_ih, dW_hh, *ROWS[cell].parted(db, cat), dh0[None],
-            None if dc0 is None else dc0[None], dpeepholes, dW_hr)
+def _stacked(gradients):
+    """Gradients in the order of `ARGUMENTS`, those of the states as `layer` has them, (1,B,·)."""
+    *others, dh0, dc0, dpeepholes, dW_hr = gradients
+    return *others, dh0[None], None if dc0 is None else dc0[None], dpeepholes, dW_hr
+
+
+def _parted(cell, gradients):
+    """Tensors in the order of `ARGUMENTS`, with those of both biases in the place of db."""
+    dx, dW_ih, dW_hh, db, *others = gradients
+    return dx, dW_ih, dW_hh, *ROWS[cell].parted(db), *others
 
 
 def _first(states):

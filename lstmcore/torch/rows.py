@@ -1,8 +1,8 @@
 """What PyTorch's side knows of a cell: one row for each, by the name that functional.pack has for it.
 
 A row's functions take every argument that some cell has, in one order (`ARGUMENTS`), and give None
-for what theirs has not. `joined` and `parted` are written for tensors and arrays alike: cat is
-torch.cat or np.concatenate.
+for what theirs has not. `joined` is written for tensors and arrays alike: cat is torch.cat or
+np.concatenate.
 """
 
 from collections import namedtuple
@@ -15,7 +15,7 @@ from lstmcore import functional
 from lstmcore.functional import cell_row
 
 # kernels   the row of functional.cell_row: gates, fed, has_c and so on
-# forward   arrays and options -> y, h_n, c_n and tape, as functional's
+# forward   arrays and a dict of options -> y, h_n, c_n and tape, as functional's
 # backward  tape, dy, dh_n, dc_n and options -> gradients in the order of ARGUMENTS
 # joined    PyTorch's two biases -> the kernels' b
 # parted    db -> the gradients of the two
@@ -27,7 +27,7 @@ ARGUMENTS = "x", "W_ih", "W_hh", "b", "h0", "c0", "peepholes", "W_hr"
 
 # LSTM ---------------------------------------------------------------------------------------------
 
-def _lstm_forward(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, **options):
+def _lstm_forward(x, W_ih, W_hh, b, h0, c0, peepholes, W_hr, options):
     y, (h_n, c_n), tape = functional.lstm_forward(x, W_ih, W_hh, b, h0, c0, peepholes=peepholes,
                                                   W_hr=W_hr, **options)
     return y, h_n, c_n, tape
@@ -48,7 +48,7 @@ def _lstm_step(x, W_ih, W_hh, b, h, c, peepholes, W_hr):
 
 # GRU ----------------------------------------------------------------------------------------------
 
-def _gru_forward(x, W_ih, W_hh, b, h0, _c0, _peepholes, _W_hr, **options):
+def _gru_forward(x, W_ih, W_hh, b, h0, _c0, _peepholes, _W_hr, options):
     y, h_n, tape = functional.gru_forward(x, W_ih, W_hh, b, h0, **options)
     return y, h_n, None, tape
 
@@ -62,9 +62,9 @@ def _gru_joined(b_ih, b_hh, cat):
     return cat([b_ih[:rz] + b_hh[:rz], b_ih[rz:], b_hh[rz:]])
 
 
-def _gru_parted(db, cat):
+def _gru_parted(db):
     H = db.shape[0] // 4
-    return db[:3 * H], cat([db[:2 * H], db[3 * H:]])
+    return db[:3 * H], torch.cat([db[:2 * H], db[3 * H:]])
 
 
 def _gru_step(x, W_ih, W_hh, b, h, c, _peepholes, _W_hr):
@@ -77,8 +77,8 @@ def _gru_step(x, W_ih, W_hh, b, h, c, _peepholes, _W_hr):
 
 # Vanilla RNN --------------------------------------------------------------------------------------
 
-def _rnn_forward(x, W_ih, W_hh, b, h0, _c0, _peepholes, _W_hr, **options):
-    y, h_n, tape = functional.rnn_forward(x, W_ih, W_hh, b, h0, **options)
+def _rnn_forward(nonlinearity, x, W_ih, W_hh, b, h0, _c0, _peepholes, _W_hr, options):
+    y, h_n, tape = functional.rnn_forward(x, W_ih, W_hh, b, h0, nonlinearity=nonlinearity, **options)
     return y, h_n, None, tape
 
 
@@ -94,15 +94,15 @@ def _sum(b_ih, b_hh, cat):
     return b_ih + b_hh
 
 
-def _both(db, cat):
-    return db, cat([db])        # a copy: each may become the .grad of a parameter
+def _both(db):
+    return db, db       # one tensor: autograd copies what becomes the .grad of two parameters
 
 
 ROWS = {
     "lstm": Row(cell_row("lstm"), _lstm_forward, _lstm_backward, _sum, _both, _lstm_step, True),
     "gru": Row(cell_row("gru"), _gru_forward, _gru_backward, _gru_joined, _gru_parted, _gru_step,
                True),
-    **{name: Row(cell_row(name), partial(_rnn_forward, nonlinearity=name), _rnn_backward, _sum,
+    **{name: Row(cell_row(name), partial(_rnn_forward, name), _rnn_backward, _sum,
                  _both, partial(_rnn_step, getattr(torch, name)), False)
        for name in ("tanh", "relu")},
 }

@@ -871,9 +871,9 @@ MUTANTS = [
     # inside PyTorch
     ("torch: b_hn is fed", TORCH_ROWS, "cat([b_ih[:rz] + b_hh[:rz], b_ih[rz:], b_hh[rz:]])",
      "cat([b_ih[:rz] + b_hh[:rz], b_ih[rz:] + b_hh[rz:], 0 * b_hh[rz:]])"),
-    ("torch: b_hh gets b_ih's gradient", TORCH_ROWS, "cat([db[:2 * H], db[3 * H:]])",
-     "cat([db[:3 * H]])"),
-    ("torch: two biases share a gradient", TORCH_ROWS, "return db, cat([db])", "return db, db"),
+    ("torch: b_hh gets b_ih's gradient", TORCH_ROWS, "torch.cat([db[:2 * H], db[3 * H:]])",
+     "db[:3 * H].clone()"),
+    ("torch: two biases share a gradient", TORCH_ROWS, "return db, db ", "return db, db.detach() "),
     ("torch: b_hn outside of the reset", TORCH_ROWS, "* (q_n + b_hn)", "* q_n + b_hn"),
     ("torch: z and 1 - z", TORCH_ROWS, "return (1 - z) * n + z * h, c", "return z * n + (1 - z) * h, c"),
     ("torch: a GRU's type under autocast", TORCH_ROWS, "_gru_parted, _gru_step,\n               True),",
