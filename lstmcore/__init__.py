@@ -6,6 +6,7 @@ Where each lives stands in __init__.pyi alone, which type checkers and editors r
 import importlib
 import importlib.util
 import os
+import sys
 
 __version__ = "0.1.0"
 
@@ -17,7 +18,7 @@ if os.path.exists(os.path.join(os.path.dirname(__path__[0]), "csrc", "lstm.h")):
 from lstmcore.threads import get_num_threads, set_num_threads, threads
 
 _EXTRAS = {"LSTMClassifier": "sklearn", "LSTMRegressor": "sklearn", "Forecaster": "sklearn",
-           "keras": "keras", "torch": "torch"}      # public names that only exist beside another library
+           "torch": "torch"}     # public names that only exist beside another library
 
 
 def _homes():
@@ -52,6 +53,8 @@ def __dir__():
 
 
 def _is_there(name):
+    if name == "keras":     # whose import fails where the backend that it is set to is missing
+        return "keras" in sys.modules
     return name not in _EXTRAS or importlib.util.find_spec(_EXTRAS[name]) is not None
 
 

@@ -566,6 +566,7 @@ import inspect
 import lstmcore
 from lstmcore import *
 assert "LSTM" in dir() and "LSTMClassifier" not in dir() and "torch" not in dir(lstmcore)
+assert "keras" not in dir(lstmcore)     # importing it may want a backend that is not there
 assert dict(inspect.getmembers(lstmcore))["gradflow"].compare
 """)
     assert code == 0, said
