@@ -159,8 +159,8 @@ def train(args):
         return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
     out = args.out or args.resume or DEFAULT_OUT
-    for path in (out, args.log):
-        check_writable(path) if path else None
+    for path in filter(None, (out, args.log)):
+        check_writable(path)
     if args.plot:
         _check_picture(args.plot)
     settings, budget = asked(Settings.__dataclass_fields__), asked(Budget.__dataclass_fields__)

@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lstmcore import _dense, _kernels, _products, checks
+from lstmcore import _dense, _kernels, _products, arguments, checks
 from lstmcore._memory import empty
 from lstmcore._types import ArrayLike, Compute, Floats
-from lstmcore.functional import _found, _found_packed, _threads
 from lstmcore.precision import format_of_call
 
 
@@ -43,7 +42,7 @@ def linear_forward(x: Floats, W: Floats, b: Floats | None = None, *, n_threads: 
            [3.5]])
     """
     x, W, b, dtype = _layer(x, W, b, packed)
-    y, n_threads = empty((len(x), len(W)), dtype), _threads(n_threads, len(x), *W.shape)
+    y, n_threads = empty((len(x), len(W)), dtype), arguments.threads_for(n_threads, len(x), *W.shape)
     if y.size:
         _dense.run_forward(x, W, b, y, n_threads=n_threads, packed=packed,
                            format=format_of_call(compute, dtype, packed))
@@ -64,7 +63,7 @@ def linear_backward(x: Floats, W: Floats, dy: Floats, *, need_dx: bool = True,
     """
     x, W, dtype = _matrices(x, W)
     dy = checks.array(dy, "dy", "(n, O)", (len(x), len(W)), dtype)
-    g, n_threads = _room(x, W, need_dx, into, dy), _threads(n_threads, len(x), *W.shape)
+    g, n_threads = _room(x, W, need_dx, into, dy), arguments.threads_for(n_threads, len(x), *W.shape)
     if dy.size:
         _dense.run_backward(x, W, dy, g, add=into is not None, n_threads=n_threads,
                             format=format_of_call(compute, dtype))
@@ -93,7 +92,7 @@ def _clear(g, into):
 def _layer(x, W, b, packed):
     """x, W, b and the dtype of all, with `packed` found to be of W."""
     if packed is not None:
-        _found_packed(packed, "linear", (W, None, None))
+        arguments.found_packed(packed, "linear", (W, None, None))
     x, W, dtype = _matrices(x, W, packed is not None and packed.format == "int8")
     return x, W, checks.optional(b, "b", "(O,)", (len(W),), dtype), dtype
 
@@ -109,7 +108,7 @@ def _matrices(x, W, lowered=False):
     if W.shape[1] == 0:
         raise ValueError(f"W must be (O, I) with I >= 1, got {W.shape}")
     return (checks.array(x, "x", "(n, I)", (len(x), W.shape[1]), dtype),
-            (_found if lowered else checks.array)(W, "W", "(O, I)", W.shape, dtype), dtype)
+            (arguments.found if lowered else checks.array)(W, "W", "(O, I)", W.shape, dtype), dtype)
 
 
 # ---- a loss ------------------------------------------------------------------------------------------
@@ -137,7 +136,7 @@ def cross_entropy(logits: Floats, targets: ArrayLike, weights: Floats, dlogits: 
     logits = checks.array(logits, "logits", "(n, V)", (n, V), dtype)
     targets = checks.ids(targets, "targets", V, (n,))
     losses = np.empty(n, dtype)
-    n_threads = _threads(n_threads, n, V, 16)   # an exponential costs 16 multiply-adds
+    n_threads = arguments.threads_for(n_threads, n, V, 16)   # an exponential costs 16 multiply-adds
     if logits.size:
         _dense.run_cross_entropy(logits, targets, weights, (losses, dlogits), n_threads=n_threads)
     return losses
@@ -173,7 +172,7 @@ def linear_cross_entropy(x: Floats, W: Floats, b: Floats | None, targets: ArrayL
     if format == "int8" and gradients:
         raise ValueError("weights packed as int8 are for inference: gradients must be False")
     g = _room(x, W, True, into, b, weights) if gradients else None
-    n_threads = _threads(n_threads, n, *W.shape)
+    n_threads = arguments.threads_for(n_threads, n, *W.shape)
     if n:
         _dense.run_head(x, W, b, targets, weights, losses, g, add=into is not None, packed=packed,
                         format=format, n_threads=n_threads)
@@ -206,4 +205,4 @@ def adam_step(p: Floats, g: Floats, m: Floats, v: Floats, *, betas: tuple[float,
             checks.out(name, a, g.shape, dtype, *others)
     rule = dict(b1=betas[0], b2=betas[1], rate=rate, eps=eps, decay=decay, keep=keep)
     # root and quotient cost about 16 multiply-adds
-    _dense.run_adam(p, g, m, v, rule, n_threads=_threads(n_threads, p.size, 16, 1))
+    _dense.run_adam(p, g, m, v, rule, n_threads=arguments.threads_for(n_threads, p.size, 16, 1))

@@ -7,428 +7,28 @@ later one (a tape, packed weights, a step) remembers what it was made of, and is
 
 from __future__ import annotations
 
-import functools
 from collections import namedtuple
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from lstmcore import _backward, _forward, _kernels, _products, checks
+from lstmcore import _backward, _forward, _kernels, _products, arguments, checks
 from lstmcore._memory import empty
 from lstmcore._recurrence import cell as cell_row  # the row of a cell, by name
-from lstmcore._types import Array, ArrayLike, Compute, Floats, Ints, Lengths, Precision
+from lstmcore._types import Array, Compute, Floats, Lengths, Precision
+from lstmcore.arguments import Batch, TokenIds, TokenTable, Weights
 from lstmcore.checks import F32, F64
 from lstmcore.precision import Quantized, format_of_call, format_of_weights, lowered
 from lstmcore.reference import Gradients, GRUGradients, RNNGradients
+from lstmcore.tapes import GRUTape, RNNTape, Tape
 from lstmcore.threads import get_num_threads, resolve
 
-_SERIAL_WORK = 1_000_000  # multiply-adds that are done before a second thread pays: about 20 µs
-
-Self = TypeVar("Self", bound="_GateTape")
 Cell: TypeAlias = Literal["lstm", "tanh", "relu", "gru", "gru_before"]
 
 # What goes to the plans, by name.
-Sizes = namedtuple("Sizes", "T B I H K dtype")
-Weights = namedtuple("Weights", "W_ih W_hh b peepholes W_hr format")
-Batch = namedtuple("Batch", "x h0 c0 order lengths reverse table")
 Room = namedtuple("Room", "y h_n c_n gates c")
 Upstream = namedtuple("Upstream", "dy dy_last")
-
-
-# ---- token ids ---------------------------------------------------------------------------------------
-
-class TokenIds:
-    """Token ids (T, B) in 0..size-1: an own copy, checked once, for several calls.
-
-    >>> import numpy as np
-    >>> from lstmcore.functional import TokenIds
-    >>> TokenIds(np.array([[3, 1], [3, 0]]), 4).shape
-    (2, 2)
-    """
-
-    __slots__ = ("array", "size", "_used")
-
-    def __init__(self, ids: ArrayLike, size: int) -> None:
-        self.size, self._used = checks.size("size", size), None
-        own = checks.ids(ids, "token ids", self.size)
-        own.flags.writeable = False
-        self.array = own[...]       # a view of what is read-only cannot be made writable
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TokenIds, (self.array, self.size)    # a copy is checked like any ids
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    def used(self) -> tuple[Ints, Ints]:
-        """The ids that occur, and the place of each id among them, as this array."""
-        if self._used is None:
-            used, places = np.unique(self.array, return_inverse=True)
-            self._used = used, places.reshape(self.shape)
-        return self._used
-
-
-class TokenTable:
-    """What each of V tokens projects to, bias included: rows (V, 4H), in place of W_ih and b.
-
-    In the backward pass dW_ih is then the gradient of the rows. They are as wide as b, in its order.
-    """
-
-    __slots__ = ("rows",)
-
-    def __init__(self, rows: Floats) -> None:
-        self.rows = rows
-
-
-def _looked_up(cell, ids, W_ih, b, quantized=None):
-    """Token ids and the table that they look up, what each projects to.
-
-    The table is W_ihᵀ + b (I, G) or, if it has more rows than there are tokens, the rows in use.
-    """
-    if isinstance(W_ih, TokenTable):
-        return ids.array, _turned(cell, W_ih.rows)
-    W_ih = quantized[0].floats() if quantized else W_ih
-    if ids.array.size >= W_ih.shape[1]:
-        return ids.array, _projected(cell, W_ih.T, b)
-    used, places = ids.used()
-    return places, _projected(cell, W_ih.T[used], b)
-
-
-def _projected(cell, rows, b):
-    apart = cell.gates - cell.fed
-    if apart:          # h alone feeds the last gates: they start from the bias
-        rows = np.pad(rows, ((0, 0), (0, rows.shape[1] // cell.fed * apart)))
-    return np.ascontiguousarray(_turned(cell, rows if b is None else rows + b))
-
-
-def _turned(cell, a, back=False):
-    """a (..., G), in the order of b, in that of the kernels' rows of gates, which begin with the gates
-    that x feeds alone; or back. It is a itself if the cell has none."""
-    if not cell.turn or a is None:
-        return a
-    H = a.shape[-1] // cell.gates
-    cut, end = (cell.fed - cell.turn if back else cell.turn) * H, cell.fed * H
-    return np.concatenate([a[..., cut:end], a[..., :cut], a[..., end:]], axis=-1)
-
-
-# ---- checks ------------------------------------------------------------------------------------------
-
-# How the error messages write the shapes of a cell's arrays.
-Letters = namedtuple("Letters", "W_ih W_hh b h table")
-
-
-@functools.cache
-def _letters(cell, projected):
-    G, fed = ("H" if gates == 1 else f"{gates}H" for gates in (cell.gates, cell.fed))
-    P = "P" if projected else "H"
-    return Letters(f"({fed}, I)", f"({fed}, {P})", f"({G},)", f"(B, {P})", f"(V, {G})")
-
-
-def _sizes(cell, x, W_ih, W_hh, W_hr=None):
-    """The sizes and the dtype that x, W_ih, W_hh and W_hr are of, not yet compared.
-
-    Also x: `TokenIds`, if it holds token ids.
-    """
-    is_table = type(W_ih) is TokenTable
-    first = W_ih.rows if is_table else W_ih
-    ids = type(x) is TokenIds
-    if not (ids or isinstance(x, np.ndarray)):
-        _refuse("x", x)
-    if not isinstance(first, np.ndarray) or first.ndim != 2:
-        _refuse("W_ih", first)
-    if not isinstance(W_hh, np.ndarray) or W_hh.ndim != 2:
-        _refuse("W_hh", W_hh)
-    ids = ids or x.dtype.kind in "iu"
-    dtype = W_hh.dtype if ids else x.dtype
-    if dtype is not F32 and dtype is not F64 and dtype != F32 and dtype != F64:
-        raise TypeError(f"{'W_hh' if ids else 'x'} must be float32 or float64, got {dtype}")
-    shape, (rows, K) = x.shape, W_hh.shape
-    if len(shape) != (2 if ids else 3):
-        raise ValueError(f"x must be {'(T, B) of token ids' if ids else '(T, B, I)'}, got shape "
-                         f"{shape}")
-    if rows % cell.fed or not rows or not K:
-        letters = _letters(cell, False).W_hh
-        raise ValueError(f"W_hh must be {letters}, got {W_hh.shape}")
-    if is_table and not ids:
-        raise TypeError(f"a table of tokens needs x to be token ids, got {x.dtype}")
-    I, H = first.shape[not is_table] if ids else shape[2], rows // cell.fed
-    if I == 0:
-        raise ValueError(f"x must have I >= 1 inputs, got x {shape} and W_ih {first.shape}")
-    if W_hr is None:
-        K = H
-    elif isinstance(W_hr, np.ndarray) and W_hr.ndim == 2 and W_hr.shape[1] == H and W_hr.shape[0]:
-        K = W_hr.shape[0]
-    else:
-        raise ValueError(f"W_hr must be a (P, H) = (P, {H}) array, got "
-                         f"{getattr(W_hr, 'shape', type(W_hr).__qualname__)}")
-    if ids and type(x) is not TokenIds:
-        x = TokenIds(x, I)
-    elif ids and x.size != I:
-        raise ValueError(f"token ids must be of I = {I} tokens, got of {x.size}")
-    return x, Sizes(shape[0], shape[1], I, H, K, F64 if dtype == F64 else F32)
-
-
-def _refuse(name, value):
-    """Say why this is no matrix."""
-    if isinstance(value, np.ndarray):
-        raise ValueError(f"{name} must be a matrix, got shape {value.shape}")
-    raise TypeError(f"{name} must be a NumPy array, got {type(value).__module__}."
-                    f"{type(value).__qualname__}")
-
-
-def _x(x, sizes):
-    return x if type(x) is TokenIds else checks.array(x, "x", "(T, B, I)", sizes[:3], sizes[5])
-
-
-def _weights(cell, sizes, W_ih, W_hh, b=None, peepholes=None, W_hr=None, looked_up=False, format=None):
-    """The weights, found to be of these sizes. What is only looked up stays strided: W_ih of tokens, and
-    matrices of format int8, which are read as they were packed.
-    """
-    _, _, I, H, K, dtype = sizes
-    width, rows, letters = cell.gates * H, cell.fed * H, _letters(cell, W_hr is not None)
-    array, matrix = checks.array, _found if format == "int8" else checks.array
-    if type(W_ih) is TokenTable:
-        W_ih = TokenTable(array(W_ih.rows, "rows of the table", letters.table, (I, width), dtype))
-    elif not (looked_up and checks.unmasked("W_ih", W_ih).shape == (rows, I) and W_ih.dtype == dtype):
-        W_ih = matrix(W_ih, "W_ih", letters.W_ih, (rows, I), dtype)
-    return Weights(
-        W_ih, matrix(W_hh, "W_hh", letters.W_hh, (rows, K), dtype),
-        None if b is None else array(b, "b", letters.b, (width,), dtype),
-        None if peepholes is None else array(peepholes, "peepholes", "(3, H)", (3, H), dtype),
-        None if W_hr is None else matrix(W_hr, "W_hr", "(P, H)", (K, H), dtype),
-        format or format_of_call(None, dtype))
-
-
-def _found(value, name, letters, shape, dtype):
-    """value, of this shape and dtype, wherever its numbers lie."""
-    fits = isinstance(value, np.ndarray) and value.shape == shape and value.dtype == dtype
-    return value if fits else checks.array(value, name, letters, shape, dtype)
-
-
-def _states(cell, sizes, h, c, names, projected):
-    """h (B, K) and c (B, H), or None each; a cell without c takes none."""
-    if h is not None:
-        h = checks.array(h, names[0], _letters(cell, projected).h, (sizes.B, sizes.K), sizes.dtype)
-    if c is not None:
-        c = checks.array(c, names[1], "(B, H)", (sizes.B, sizes.H), sizes.dtype)
-    return h, c
-
-
-def _order(lengths, T, B):
-    """None, or lengths (B,) in 0..T with the order of the rows, longest first."""
-    if lengths is None:
-        return None, None
-    lengths = checks.lengths(lengths, T, B)
-    order = np.argsort(-lengths, kind="stable")
-    return order, lengths[order]
-
-
-def _check_order(tape):
-    """An error unless order and lengths, by which the kernels index, are still of `_order`."""
-    order, lengths, (T, B) = tape.batch.order, tape.batch.lengths, tape.sizes[:2]
-    if order is None:
-        return
-    order, lengths = checks.ids(order, "order", B, (B,)), checks.lengths(lengths, T, B)
-    if ((np.bincount(order, minlength=B) != 1).any() or (lengths[1:] > lengths[:-1]).any()
-            or lengths.sum() != tape.tokens):
-        raise ValueError("order and lengths of a tape must stay as the forward pass left them")
-
-
-def _threads(n_threads, tokens, G, width):
-    """Threads for a call: one, if the work is too small to share."""
-    n = None if n_threads is None else resolve(n_threads)
-    if tokens * G * width <= _SERIAL_WORK:
-        return 1
-    return get_num_threads() if n is None else n
-
-
-# ---- tapes -------------------------------------------------------------------------------------------
-
-class _Tape:
-    """What the forward pass keeps for the backward pass, and the sizes that all of it had then."""
-
-    # tokens: steps that were computed, T·B or the sum of the lengths
-    __slots__ = ("cell", "sizes", "weights", "batch", "tokens", "y")
-
-    def __init__(self, cell, sizes, weights, batch, tokens, y):
-        self.cell, self.sizes, self.weights, self.batch = cell, sizes, weights, batch
-        self.tokens, self.y = tokens, y
-
-    @property
-    def x(self) -> Array | TokenIds:
-        return self.batch.x
-
-    @property
-    def lengths(self) -> Ints | None:
-        return self.batch.lengths
-
-    def check(self) -> None:
-        """An error unless every array is still what it was: most are the caller's."""
-        T, B, I, H, K, dtype = self.sizes
-        rows, is_double = self.cell.fed * H, dtype is F64
-        W_ih, W_hh, _, peepholes, W_hr, _ = self.weights
-        x, h0, c0 = self.batch[:3]
-        kept = [("y", self.y, (T, B, K)), ("W_hh", W_hh, (rows, K)), *self._kept()]
-        if type(x) is not TokenIds:         # of token ids neither is read again
-            kept += ("x", x, (T, B, I)), ("W_ih", W_ih, (rows, I))
-        if h0 is not None:
-            kept.append(("h0", h0, (B, K)))
-        if c0 is not None:
-            kept.append(("c0", c0, (B, H)))
-        if peepholes is not None:
-            kept.append(("peepholes", peepholes, (3, H)))
-        if W_hr is not None:
-            kept.append(("W_hr", W_hr, (K, H)))
-        _check_order(self)
-        if not _kernels.all_fit(kept, is_double):
-            for name, a, shape in kept:
-                checks.array(a, f"{name} of the tape", "as in the forward pass", shape, dtype)
-
-    def _kept(self):
-        return ()
-
-
-class _GateTape(_Tape):
-    """A tape with gates: `raw_gates` (tokens, G), whose memory the backward pass uses, and c if any."""
-
-    __slots__ = ("raw_gates", "raw_c", "_turn")
-
-    def __init__(self, cell: Any, sizes: Sizes, weights: Weights, batch: Batch, tokens: int, y: Floats,
-                 raw_gates: Floats, raw_c: Floats | None) -> None:
-        self.cell, self.sizes, self.weights, self.batch = cell, sizes, weights, batch
-        self.tokens, self.y, self.raw_gates, self.raw_c = tokens, y, raw_gates, raw_c
-        self._turn = [True]        # popping it is one step, for threads that race for the tape too
-
-    @property
-    def gates(self) -> Floats:
-        if not self._turn:
-            self._refuse()
-        return _turned(self.cell, self._padded(self.raw_gates), back=True)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes kept beside x and y."""
-        return sum(a.nbytes for a in (self.raw_gates, self.raw_c) if a is not None)
-
-    def check(self) -> None:
-        if not self._turn:
-            self._refuse()
-        super().check()
-        if not self.raw_gates.flags.writeable:
-            raise ValueError("raw_gates of the tape must be writable: they become their gradients")
-
-    def _kept(self):
-        N, H = self.tokens, self.sizes.H
-        kept = [("raw_gates", self.raw_gates, (N, self.cell.gates * H))]
-        return kept if self.raw_c is None else [*kept, ("raw_c", self.raw_c, (N, H))]
-
-    def take(self) -> None:
-        """The tape is used now; an error if it was before."""
-        try:
-            self._turn.pop()
-        except IndexError:
-            self._refuse()
-
-    def again(self: Self) -> Self:
-        """This tape with gates of its own, to be used one time more."""
-        return type(self)(self.cell, self.sizes, self.weights, self.batch, self.tokens, self.y,
-                          self.raw_gates.copy(), self.raw_c)
-
-    def _refuse(self):
-        raise ValueError("this tape was used by an earlier backward pass, which overwrote its "
-                         "gates: run the forward pass again")
-
-    def _padded(self, raw):
-        T, B = self.sizes[:2]
-        order, lengths, reverse = self.batch.order, self.lengths, self.batch.reverse
-        if order is None:
-            return raw.reshape(T, B, raw.shape[-1])
-        out, first = np.zeros((T, B, raw.shape[-1]), raw.dtype), 0
-        for s in range(lengths[0] if B else 0):
-            n = int(np.count_nonzero(lengths > s))
-            t = lengths[:n] - 1 - s if reverse else s
-            out[t, order[:n]] = raw[first:first + n]
-            first += n
-        return out
-
-
-class Tape(_GateTape):
-    """What the forward pass keeps for the backward pass: 5H numbers per token, beside x and y.
-
-    `gates` (T, B, 4H) in the order i, f, g, o and `c` (T, B, H) are views of a dense tape and, of a
-    ragged one, which holds its real tokens only, copies that are zero past the end. `lstm_backward`
-    uses the memory of the gates, so a tape can be used once and shows no gates afterwards.
-    """
-
-    __slots__ = ()
-    raw_c: Floats
-
-    @property
-    def c(self) -> Floats:
-        return self._padded(self.raw_c)
-
-
-class GRUTape(_GateTape):
-    """What `gru_forward` keeps for `gru_backward`: 4H numbers per token, beside x and y.
-
-    `gates` (T, B, 4H) is in the order r, z, n, q, where q = W_hn h_{t-1} + b_hn; without reset_after
-    it is (T, B, 3H), r, z, n. Otherwise as `Tape`, but `gates` is a copy.
-    """
-
-    __slots__ = ()
-
-
-class RNNTape(_Tape):
-    """What `rnn_forward` keeps: references to x, y and the weights; nothing is copied."""
-
-    __slots__ = ()
-
-    def again(self) -> RNNTape:
-        """This tape, which any number of backward passes may read."""
-        return self
-
-
-def tape_from(name: Cell = "lstm", *, x: Array, W_ih: Floats, W_hh: Floats,
-              peepholes: Floats | None = None, W_hr: Floats | None = None,
-              h0: Floats | None = None, c0: Floats | None = None, lengths: Lengths = None,
-              reverse: bool = False, y: Floats, raw_gates: Floats | None = None,
-              raw_c: Floats | None = None, compute: Compute | None = None,
-              ) -> Tape | GRUTape | RNNTape:
-    """A cell's tape from the arrays of an earlier one, for those who must store it as plain arrays.
-
-    raw_gates (tokens, G) is written to by the backward pass, so it shares no memory with the
-    others. It and raw_c are None if the cell keeps none.
-    """
-    cell = cell_row(name)
-    x, sizes = _sizes(cell, x, W_ih, W_hh, W_hr)
-    weights = _weights(cell, sizes, W_ih, W_hh, None, peepholes, W_hr, isinstance(x, TokenIds),
-                       format_of_call(compute, sizes.dtype))
-    h0, c0 = _states(cell, sizes, h0, c0, ("h0", "c0"), W_hr is not None)
-    T, B, _, H, K, dtype = sizes
-    order, lengths = _order(lengths, T, B)
-    batch = Batch(_x(x, sizes), h0, c0, order, lengths, bool(reverse), None)
-    tokens = T * B if order is None else int(lengths.sum())
-    y = checks.array(y, "y", "(T, B, H)" if W_hr is None else "(T, B, P)", (T, B, K), dtype)
-    made, kept = (cell, sizes, weights, batch, tokens, y), {"raw_gates": raw_gates, "raw_c": raw_c}
-    for part, has in (("raw_gates", cell.keeps_gates), ("raw_c", cell.has_c)):
-        if (kept[part] is not None) != has:
-            raise TypeError(f"{part} must be {'an array' if has else 'None'} for a {name} cell, got "
-                            f"{type(kept[part]).__name__}")
-    if cell.has_c:
-        raw_c = checks.array(raw_c, "raw_c", "(tokens, H)", (tokens, H), dtype)
-    if cell.keeps_gates:
-        x = getattr(batch.x, "array", batch.x)
-        checks.out("raw_gates", raw_gates, (tokens, cell.gates * H), dtype, y, raw_c, x,
-                   *weights[1:5], h0, c0)
-    tape: Tape | GRUTape | RNNTape
-    if cell.keeps_gates:
-        tape = (Tape if cell.has_c else GRUTape)(*made, raw_gates, raw_c)
-    else:
-        tape = RNNTape(*made)
-    tape.check()
-    return tape
 
 
 # ---- a layer -----------------------------------------------------------------------------------------
@@ -437,19 +37,19 @@ def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, l
                  keep_tape, n_threads, packed=None, compute=None):
     """What the forward passes of all cells have in common: y, h_n, c_n and the pieces of a tape."""
     cell = cell_row(name)
-    x, sizes = _sizes(cell, x, W_ih, W_hh, W_hr)
+    x, sizes = arguments.sizes_of(cell, x, W_ih, W_hh, W_hr)
     T, B, I, H, K, dtype = sizes
     looked_up = isinstance(x, TokenIds)
-    x = _x(x, sizes)
+    x = arguments.inputs_of(x, sizes)
     if packed is not None:
-        packed = _found_packed(packed, name, (W_ih, W_hh, W_hr), looked_up)
+        packed = arguments.found_packed(packed, name, (W_ih, W_hh, W_hr), looked_up)
     format = format_of_call(compute, dtype, packed)
     if format == "int8" and keep_tape:
         raise ValueError("weights packed as int8 are for inference: keep_tape must be False")
-    weights = _weights(cell, sizes, W_ih, W_hh, b, peepholes, W_hr, looked_up, format)
+    weights = arguments.weights_of(cell, sizes, W_ih, W_hh, b, peepholes, W_hr, looked_up, format)
     if h0 is not None or c0 is not None:
-        h0, c0 = _states(cell, sizes, h0, c0, ("h0", "c0"), W_hr is not None)
-    order, lengths = (None, None) if lengths is None else _order(lengths, T, B)
+        h0, c0 = arguments.states_of(cell, sizes, h0, c0, ("h0", "c0"), W_hr is not None)
+    order, lengths = (None, None) if lengths is None else arguments.order_of(lengths, T, B)
     tokens = T * B if order is None else int(lengths.sum())
     y = empty((T, B, K), dtype) if order is None else np.zeros((T, B, K), dtype)
     h_n, c_n = np.empty((B, K), dtype), np.empty((B, H), dtype) if cell.has_c else None
@@ -458,13 +58,13 @@ def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, l
         gates = empty((tokens, cell.gates * H), dtype)
         c = empty((tokens, H), dtype) if cell.has_c else None
     batch = Batch(x, h0, c0, order, lengths, bool(reverse), None)
-    n_threads = _threads(n_threads, tokens, cell.gates * H, K if looked_up else I + K)
+    n_threads = arguments.threads_for(n_threads, tokens, cell.gates * H, K if looked_up else I + K)
     if tokens:
         run = batch
         if looked_up:
-            ids, table = _looked_up(cell, x, weights.W_ih, weights.b, packed and packed.quantized)
+            ids, table = arguments.look_up(cell, x, weights.W_ih, weights.b, packed and packed.quantized)
             run = batch._replace(x=ids, table=table)
-        turned = weights._replace(b=_turned(cell, weights.b)) if cell.turn else weights
+        turned = weights._replace(b=arguments.turn(cell, weights.b)) if cell.turn else weights
         _forward.run(cell, turned, run, Room(y, h_n, c_n, gates, c), packed=packed,
                      n_threads=n_threads)
     else:
@@ -474,8 +74,14 @@ def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, l
     return y, h_n, c_n, (cell, sizes, weights, batch, tokens, y), (gates, c)
 
 
-def _run_backward(tape, dy, dh_n, dc_n, n_threads, gates=None, c=None):
-    """What the backward passes of all cells have in common: `Gradients`."""
+def _run_backward(kind, of, tape, dy, dh_n, dc_n, n_threads):
+    """What the backward passes of all cells have in common: `Gradients`. tape: of this kind."""
+    if not isinstance(tape, kind):
+        raise TypeError(f"tape must be one of {of}, got {type(tape).__qualname__}")
+    dy, dh_n, dc_n = _checked_upstream(tape, dy, dh_n, dc_n)
+    if n_threads is not None:
+        resolve(n_threads)
+    gates, c = tape.take()
     cell, sizes, weights, batch, y = tape.cell, tape.sizes, tape.weights, tape.batch, tape.y
     T, B, I, H, K, dtype = sizes
     looked_up = isinstance(batch.x, TokenIds)
@@ -498,13 +104,13 @@ def _run_backward(tape, dy, dh_n, dc_n, n_threads, gates=None, c=None):
             batch = batch._replace(x=batch.x.array)
         _backward.run(cell, weights, batch, Room(y, None, None, gates, c),
                       Upstream(dy, None if cell.reads_h else _last_dy(batch, dy, dh_n)), g, dtable=dtable,
-                      n_threads=_threads(n_threads, tokens, G, K if looked_up else I + K))
+                      n_threads=arguments.threads_for(n_threads, tokens, G, K if looked_up else I + K))
     else:
         for d in g.dW_ih, g.dW_hh, g.db, g.dpeepholes, g.dW_hr:
             if d is not None:
                 d[...] = 0
     if looked_up:
-        dtable = _turned(cell, dtable, back=True)
+        dtable = arguments.turn(cell, dtable, back=True)
         g = g._replace(dW_ih=dtable if type(weights.W_ih) is TokenTable else dtable[:, :rows].T)
     return g
 
@@ -527,7 +133,49 @@ def _checked_upstream(tape, dy, dh_n, dc_n):
     tape.check()
     (T, B, _, _, K, dtype), projected = tape.sizes, tape.weights.W_hr is not None
     dy = checks.array(dy, "dy", "(T, B, P)" if projected else "(T, B, H)", (T, B, K), dtype)
-    return np.asarray(dy), *_states(tape.cell, tape.sizes, dh_n, dc_n, ("dh_n", "dc_n"), projected)
+    return np.asarray(dy), *arguments.states_of(tape.cell, tape.sizes, dh_n, dc_n, ("dh_n", "dc_n"),
+                                                projected)
+
+
+def tape_from(name: Cell = "lstm", *, x: Array, W_ih: Floats, W_hh: Floats,
+              peepholes: Floats | None = None, W_hr: Floats | None = None,
+              h0: Floats | None = None, c0: Floats | None = None, lengths: Lengths = None,
+              reverse: bool = False, y: Floats, raw_gates: Floats | None = None,
+              raw_c: Floats | None = None, compute: Compute | None = None,
+              ) -> Tape | GRUTape | RNNTape:
+    """A cell's tape from the arrays of an earlier one, for those who must store it as plain arrays.
+
+    raw_gates (tokens, G) is written to by the backward pass, so it shares no memory with the
+    others. It and raw_c are None if the cell keeps none.
+    """
+    cell = cell_row(name)
+    x, sizes = arguments.sizes_of(cell, x, W_ih, W_hh, W_hr)
+    weights = arguments.weights_of(cell, sizes, W_ih, W_hh, None, peepholes, W_hr, isinstance(x, TokenIds),
+                       format_of_call(compute, sizes.dtype))
+    h0, c0 = arguments.states_of(cell, sizes, h0, c0, ("h0", "c0"), W_hr is not None)
+    T, B, _, H, K, dtype = sizes
+    order, lengths = arguments.order_of(lengths, T, B)
+    batch = Batch(arguments.inputs_of(x, sizes), h0, c0, order, lengths, bool(reverse), None)
+    tokens = T * B if order is None else int(lengths.sum())
+    y = checks.array(y, "y", "(T, B, H)" if W_hr is None else "(T, B, P)", (T, B, K), dtype)
+    made, kept = (cell, sizes, weights, batch, tokens, y), {"raw_gates": raw_gates, "raw_c": raw_c}
+    for part, has in (("raw_gates", cell.keeps_gates), ("raw_c", cell.has_c)):
+        if (kept[part] is not None) != has:
+            raise TypeError(f"{part} must be {'an array' if has else 'None'} for a {name} cell, got "
+                            f"{type(kept[part]).__name__}")
+    if cell.has_c:
+        raw_c = checks.array(raw_c, "raw_c", "(tokens, H)", (tokens, H), dtype)
+    if cell.keeps_gates:
+        x = getattr(batch.x, "array", batch.x)
+        checks.out("raw_gates", raw_gates, (tokens, cell.gates * H), dtype, y, raw_c, x,
+                   *weights[1:5], h0, c0)
+    tape: Tape | GRUTape | RNNTape
+    if cell.keeps_gates:
+        tape = (Tape if cell.has_c else GRUTape)(*made, raw_gates, raw_c)
+    else:
+        tape = RNNTape(*made)
+    tape.check()
+    return tape
 
 
 # ---- LSTM --------------------------------------------------------------------------------------------
@@ -621,13 +269,7 @@ def lstm_backward(tape: Tape, dy: Floats, dh_n: Floats | None = None, dc_n: Floa
     >>> g.dx.shape, g.dW_hh.shape, g.dpeepholes
     ((5, 2, 3), (16, 4), None)
     """
-    if not isinstance(tape, Tape):
-        raise TypeError(f"tape must be one of lstm_forward, got {type(tape).__qualname__}")
-    dy, dh_n, dc_n = _checked_upstream(tape, dy, dh_n, dc_n)
-    if n_threads is not None:
-        resolve(n_threads)
-    tape.take()
-    return _run_backward(tape, dy, dh_n, dc_n, n_threads, tape.raw_gates, tape.raw_c)
+    return _run_backward(Tape, "lstm_forward", tape, dy, dh_n, dc_n, n_threads)
 
 
 # ---- vanilla RNN -------------------------------------------------------------------------------------
@@ -675,10 +317,7 @@ def rnn_backward(tape: RNNTape, dy: Floats, dh_n: Floats | None = None, *,
     >>> lstmcore.rnn_backward(tape, np.ones_like(y)).dW_hh.shape
     (4, 4)
     """
-    if not isinstance(tape, RNNTape):
-        raise TypeError(f"tape must be one of rnn_forward, got {type(tape).__qualname__}")
-    dy, dh_n, _ = _checked_upstream(tape, dy, dh_n, None)
-    g = _run_backward(tape, dy, dh_n, None, resolve(n_threads))
+    g = _run_backward(RNNTape, "rnn_forward", tape, dy, dh_n, None, n_threads)
     return RNNGradients(g.dx, g.dW_ih, g.dW_hh, g.db, g.dh0)
 
 
@@ -743,13 +382,7 @@ def gru_backward(tape: GRUTape, dy: Floats, dh_n: Floats | None = None, *,
     >>> lstmcore.gru_backward(tape, np.ones_like(y)).dW_hh.shape
     (12, 4)
     """
-    if not isinstance(tape, GRUTape):
-        raise TypeError(f"tape must be one of gru_forward, got {type(tape).__qualname__}")
-    dy, dh_n, _ = _checked_upstream(tape, dy, dh_n, None)
-    if n_threads is not None:
-        resolve(n_threads)
-    tape.take()
-    g = _run_backward(tape, dy, dh_n, None, n_threads, tape.raw_gates)
+    g = _run_backward(GRUTape, "gru_forward", tape, dy, dh_n, None, n_threads)
     return GRUGradients(g.dx, g.dW_ih, g.dW_hh, g.db, g.dh0)
 
 
@@ -793,9 +426,9 @@ def pack(cell: Cell | Literal["linear"], W_ih: Floats, W_hh: Floats | None = Non
         raise ValueError(f"a {cell} cell has no projection, got W_hr")
     W_ih = checks.unmasked("W_ih", W_ih)
     x = np.empty((1, 1, *np.shape(W_ih)[1:2]), getattr(W_ih, "dtype", float))
-    x, sizes = _sizes(row, x, W_ih, W_hh, W_hr)
+    x, sizes = arguments.sizes_of(row, x, W_ih, W_hh, W_hr)
     format = format_of_weights(precision, sizes.dtype)
-    w = _weights(row, sizes, W_ih, W_hh, None, None, W_hr, format=format)
+    w = arguments.weights_of(row, sizes, W_ih, W_hh, None, None, W_hr, format=format)
     return _packed(row, format, lowered((w.W_ih, w.W_hh, w.W_hr), format, quantized), origin)
 
 
@@ -810,24 +443,6 @@ def _packed(cell, format, weights, origin):
             W_hh, W_hr = np.split(W_hh, [len(W_hh) // cell.fed * cell.heard])
     return _products.Packed(cell.name, (cell.fed, cell.heard, 1), format, (W_ih, W_hh, W_hr), origin,
                             cell.turn)
-
-
-def _found_packed(packed, cell, weights, looked_up=False):
-    """packed, found made of these very weights as they are, for this cell.
-
-    W_ih is not compared where token ids look up a table that was made of it.
-    """
-    if not isinstance(packed, _products.Packed):
-        raise TypeError(f"packed must be of functional.pack, got {type(packed).__qualname__}")
-    if packed.cell != cell:
-        raise ValueError(f"packed must be of a {cell} cell's weights, got of {packed.cell}")
-    named = zip(("W_ih", "W_hh", "W_hr"), weights, packed.origin, packed.shapes)
-    for name, now, then, shape in named:
-        if name == "W_ih" and looked_up and isinstance(now, TokenTable):
-            continue
-        if now is not then or (now is not None and (now.shape, now.strides, now.dtype) != shape):
-            raise ValueError(f"packed must be of functional.pack with the {name} of this call")
-    return packed
 
 
 # ---- one step at a time ------------------------------------------------------------------------------
@@ -854,11 +469,11 @@ class Step:
         B = checks.size("batch_size", batch_size)
         W_ih = checks.unmasked("W_ih", W_ih)
         x = np.zeros((1, B, *np.shape(W_ih)[1:2]), getattr(W_ih, "dtype", float))
-        x, self._sizes = _sizes(row, x, W_ih, W_hh, W_hr)
+        x, self._sizes = arguments.sizes_of(row, x, W_ih, W_hh, W_hr)
         if (W_hr is not None and not row.has_projection
                 or peepholes is not None and not row.has_peepholes):
             raise ValueError(f"a {cell} cell has neither projection nor peepholes")
-        weights = _weights(row, self._sizes, W_ih, W_hh, b, peepholes, W_hr,
+        weights = arguments.weights_of(row, self._sizes, W_ih, W_hh, b, peepholes, W_hr,
                            format=format_of_weights(precision, self._sizes.dtype))
         self._cell, self._quantized = row, None
         if weights.format == "int8":
@@ -882,7 +497,7 @@ class Step:
         packed = _packed(self._cell, format, self._quantized or (W_ih, W_hh, W_hr), ())
         batch = Batch(np.zeros((1, B, I), dtype), None, None, None, None, False, None)
         room = Room(np.zeros((B, K), dtype), self._h, self._c, None, None)
-        shapes = self._weights._replace(b=_turned(self._cell, b))
+        shapes = self._weights._replace(b=arguments.turn(self._cell, b))
         if self._quantized:         # the kernels ask W_hh for its shape, and whether W_hr is there
             shapes = shapes._replace(W_hh=self._quantized[1].q, W_hr=self._quantized[2])
         self._run = _forward.Stepper(self._cell, shapes, batch, room, packed)
@@ -940,7 +555,7 @@ class Step:
         x_t = checks.ids(x_t, "token ids", I)
         if self._table is None:
             W_ih = self._quantized[0].floats() if self._quantized else self._weights.W_ih
-            self._table = _projected(self._cell, W_ih.T, self._weights.b)
+            self._table = arguments.project(self._cell, W_ih.T, self._weights.b)
         return x_t, self._table
 
 

@@ -172,7 +172,7 @@ def _lengths(mask):
         import torch
         if mask.device.type != "cpu" or torch.compiler.is_compiling():
             return None
-    mask = mask if isinstance(mask, np.ndarray) else mask.numpy(force=True)
+        mask = mask.numpy(force=True)
     lengths = mask.sum(1)
     return lengths if (mask == (np.arange(mask.shape[1]) < lengths[:, None])).all() else None
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from lstmcore import checks, renames
 from lstmcore._types import Compute, Floats, Path, Precision
+from lstmcore.formats.description import one_bias
 from lstmcore.precision import Quantized, check_precision, format_of_call, format_of_weights
 
 M = TypeVar("M", bound="Module")
@@ -407,8 +408,6 @@ def dropout_mask(rng: np.random.Generator, p: float, shape: tuple[int, ...],
 
 def _fold_bias_pairs(state):
     """PyTorch's bias_ih_* and bias_hh_* as the one bias_* that they act as."""
-    from lstmcore.formats.description import one_bias       # arrays alone: it knows no layer
-
     folded = dict(state)
     for name in state:
         match = re.fullmatch(r"(.*)bias_ih_(l\d+(?:_reverse)?)", name)

@@ -68,6 +68,10 @@ class _Recurrent(Module, Generic[State, Trace]):
     def _biases(self):
         return self._gates
 
+    @property
+    def _widths(self):
+        return (self.hidden_size,)
+
     def _build(self, input_size, hidden_size, num_layers, bias, batch_first, dropout,
                bidirectional, init, dtype, compute, seed):
         self.input_size = checks.size("input_size", input_size)
@@ -425,10 +429,6 @@ class GRU(_Recurrent[Floats, GRUTrace]):
     def _biases(self):
         return 3 + self.reset_after
 
-    @property
-    def _widths(self):
-        return (self.hidden_size,)
-
     def _cell_forward(self, weights, x, state, lengths, reverse, keep_tape):
         y, h_n, tape = functional.gru_forward(
             x, **weights, h0=state[0], reset_after=self.reset_after, lengths=lengths,
@@ -469,10 +469,6 @@ class RNN(_Recurrent[Floats, RNNTrace]):
         self.nonlinearity = self._cell = nonlinearity
         self._build(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
                     init, dtype, compute, seed)
-
-    @property
-    def _widths(self):
-        return (self.hidden_size,)
 
     def _cell_forward(self, weights, x, state, lengths, reverse, keep_tape):
         y, h_n, tape = functional.rnn_forward(

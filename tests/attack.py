@@ -28,7 +28,7 @@ import numpy as np
 from conftest import TOLERANCES
 from problems import lstm_problem, rnn_problem
 
-from lstmcore import _kernels, dense, functional, layers, losses, optim, reference
+from lstmcore import _kernels, arguments, dense, functional, layers, losses, optim, reference
 
 F64 = np.dtype("float64")
 LEAST = 0.1     # scale of errors: a state or a slope near 0 is a difference of numbers near 1
@@ -1339,10 +1339,10 @@ TARGETS = [one_layer] * 6 + [step_by_step, dense_layer, softmax, adam_step, a_la
 def attack(seed, n):
     """Call number n of a seed. Raises Finding."""
     call = Call(np.random.default_rng([seed, n]))
-    before = _kernels.isa(), _kernels.plan, functional._SERIAL_WORK
+    before = _kernels.isa(), _kernels.plan, arguments._SERIAL_WORK
     _kernels.use_isa(call.pick(*_kernels.available_isas()))
     _kernels.plan = call.pick(None, "tiles", "fused", "blas")
-    functional._SERIAL_WORK = call.pick(0, before[2])
+    arguments._SERIAL_WORK = call.pick(0, before[2])
     target = refilled if call.chance(0.02) else call.pick(*TARGETS)
     call.say(f"{target.__name__}: {_kernels.isa()}, {_kernels.plan}")
     try:
@@ -1354,7 +1354,7 @@ def attack(seed, n):
                       f"{type(error).__name__}: {error}") from error
     finally:
         _kernels.use_isa(before[0])
-        _, _kernels.plan, functional._SERIAL_WORK = before
+        _, _kernels.plan, arguments._SERIAL_WORK = before
 
 
 def main():

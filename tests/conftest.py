@@ -110,6 +110,6 @@ def plan(request, monkeypatch):
 @pytest.fixture
 def share_small_work(monkeypatch):
     """Small problems use all the threads that they are given, as large ones do."""
-    from lstmcore import functional
+    from lstmcore import arguments
 
-    monkeypatch.setattr(functional, "_SERIAL_WORK", 0)
+    monkeypatch.setattr(arguments, "_SERIAL_WORK", 0)

@@ -150,8 +150,13 @@ def one_bias(bias_ih, bias_hh, weight_hh):
     """PyTorch's two biases as one: their sum, but for a GRU's b_hn, which the reset gate multiplies."""
     if not is_gru(weight_hh) or bias_ih.shape != (len(weight_hh),):
         return bias_ih + bias_hh
-    both = 2 * weight_hh.shape[1]
-    return np.concatenate([bias_ih[:both] + bias_hh[:both], bias_ih[both:], bias_hh[both:]])
+    return gru_bias(bias_ih, bias_hh)
+
+
+def gru_bias(bias_ih, bias_hh, concatenate=np.concatenate):
+    """PyTorch's two biases (3H,) of a GRU as b_r, b_z, b_n, b_hn (4H,)."""
+    rz = bias_ih.shape[0] // 3 * 2
+    return concatenate([bias_ih[:rz] + bias_hh[:rz], bias_ih[rz:], bias_hh[rz:]])
 
 
 def is_gru(weight_hh):

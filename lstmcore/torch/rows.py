@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import linear
 
 from lstmcore import functional
+from lstmcore.formats.description import gru_bias
 from lstmcore.functional import cell_row
 
 # kernels   the row of functional.cell_row: gates, fed, has_c and so on
@@ -57,11 +58,6 @@ def _gru_backward(tape, dy, dh_n, _dc_n, **options):
     return *functional.gru_backward(tape, dy, dh_n, **options), None, None, None
 
 
-def _gru_joined(b_ih, b_hh, cat):
-    rz = b_ih.shape[0] // 3 * 2
-    return cat([b_ih[:rz] + b_hh[:rz], b_ih[rz:], b_hh[rz:]])
-
-
 def _gru_parted(db):
     H = db.shape[0] // 4
     return db[:3 * H], torch.cat([db[:2 * H], db[3 * H:]])
@@ -100,7 +96,7 @@ def _both(db):
 
 ROWS = {
     "lstm": Row(cell_row("lstm"), _lstm_forward, _lstm_backward, _sum, _both, _lstm_step, True),
-    "gru": Row(cell_row("gru"), _gru_forward, _gru_backward, _gru_joined, _gru_parted, _gru_step,
+    "gru": Row(cell_row("gru"), _gru_forward, _gru_backward, gru_bias, _gru_parted, _gru_step,
                True),
     **{name: Row(cell_row(name), partial(_rnn_forward, name), _rnn_backward, _sum,
                  _both, partial(_rnn_step, getattr(torch, name)), False)
