@@ -74,7 +74,16 @@ static const lstm_kernels F(kernels) = {
 #undef NAME_
 #undef NAME
 #undef LEFT
-#undef LEFT_STEP
+#undef LEFT_OF
+#undef WHOLE
+#undef BLOCK
+#undef HEAD
+#undef ROWS
+#undef TILES_BEGIN
+#undef TILES_END
+#undef SUMS_FROM
+#undef DOT
+#undef IN_ORDER
 #undef PACKED
 #undef PACKED_NUMBERS
 #undef STEP

@@ -8,6 +8,9 @@
 #if defined(__GNUC__) && defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#endif
 #if defined(__linux__) && defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
@@ -28,6 +31,21 @@ static int has_avx512(void) {
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
 static int has_avx512vnni(void) { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+#if defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#define AMX
+extern const lstm_kernels *const lstm_tables_amx[];
+/* Linux lends the memory for its tiles to a process that asks. */
+static int has_amx(void) {
+    enum { ASK = 0x1023, TILES = 18, BF16 = 1 << 22, TILE = 1 << 24, INT8 = 1 << 25 };
+    static int known = -1;
+    unsigned a, b, c, d = 0;
+    if (known < 0)
+        known = has_avx512vnni() && __builtin_cpu_supports("avx512bf16") &&
+                __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & BF16) && (d & TILE) && (d & INT8) &&
+                syscall(SYS_arch_prctl, ASK, TILES) == 0;
+    return known;
+}
+#endif
 static int has_avx512bf16(void) { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 #elif defined(__GNUC__) && defined(__aarch64__)
 extern const lstm_kernels *const lstm_tables_neon[], *const lstm_tables_neondot[];
@@ -49,6 +67,9 @@ static const struct {
     const lstm_kernels *const *tables;  /* one per number format, then NULL */
 } known[] = {
 #if defined(__GNUC__) && defined(__x86_64__)
+#ifdef AMX
+    {"amx", has_amx, 1, lstm_tables_amx},
+#endif
     {"avx512bf16", has_avx512bf16, 1, lstm_tables_avx512bf16},
     {"avx512vnni", has_avx512vnni, 1, lstm_tables_avx512vnni},
     {"avx512", has_avx512, 0, lstm_tables_avx512},

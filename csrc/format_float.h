@@ -3,6 +3,7 @@
    What a format is, to the files after it:
        LEFT, PACKED    the numbers of a lowered row and of a packed operand, as they lie in memory
        STEP            numbers k that are packed, and multiplied, together
+       whole           K filled up with the zeros that are packed and lowered too
        KC              numbers k per block of a panel
        vector_bytes    bytes of a packed vector of columns
        lowered_bytes, lower        a row as products take it; LOWERS 0 if that is the row itself
@@ -20,6 +21,8 @@
 #define TRAINS 1
 #define TILE_MODE_BEGIN
 #define TILE_MODE_END
+
+INLINE ptrdiff_t F(whole)(ptrdiff_t K) { return K; }
 
 static ptrdiff_t F(vector_bytes)(ptrdiff_t K) { return K * VL * (ptrdiff_t)sizeof(R); }
 

@@ -18,7 +18,7 @@
 
 #define PACKED int8_t
 #define PACKED_NUMBERS 1
-#define LEFT int32_t    /* a row: its scale, then a word for each step */
+#define LEFT int32_t    /* a row: its scale, then from HEAD on a word for each step */
 #define KC 65536
 #define LOWERS 1
 #define TRAINS 0
@@ -30,6 +30,13 @@
 #define STEP 2
 #else
 #define STEP 1
+#endif
+#ifdef ISA_AMX
+#define HEAD 16
+#define WHOLE 64        /* numbers k: a packed block is filled up to a multiple of it */
+#else
+#define HEAD 1
+#define WHOLE STEP
 #endif
 #ifdef ISA_VNNI
 #define ZERO 128        /* what stands for zero in a row */
@@ -103,7 +110,7 @@ INLINE ivec F(v_words)(int32_t word) {
 
 /* Bytes of the block of K <= KC numbers of a vector: what its sums start from, then the numbers. */
 INLINE ptrdiff_t F(block_bytes)(ptrdiff_t K) {
-    return VL * ((ZERO ? (ptrdiff_t)sizeof(int32_t) : 0) + (K + STEP - 1) / STEP * STEP);
+    return VL * ((ZERO ? (ptrdiff_t)sizeof(int32_t) : 0) + (K + WHOLE - 1) / WHOLE * WHOLE);
 }
 
 static ptrdiff_t F(vector_bytes)(ptrdiff_t K) {
@@ -117,7 +124,8 @@ INLINE PACKED *F(block_at)(const PACKED *panel, int nv, ptrdiff_t k0) {
 
 /* A lowered row is written by whole vectors. */
 static ptrdiff_t F(lowered_bytes)(ptrdiff_t K) {
-    return (ptrdiff_t)sizeof(LEFT) + (K + VL - 1) / VL * VL * (ptrdiff_t)sizeof(LEFT) / STEP;
+    ptrdiff_t whole = MAX(WHOLE, VL);
+    return HEAD * (ptrdiff_t)sizeof(LEFT) + (K + whole - 1) / whole * whole * (ptrdiff_t)sizeof(LEFT) / STEP;
 }
 
 /* ---- packing and lowering ---- */
@@ -134,7 +142,7 @@ INLINE void F(pack_vector)(const lstm_operand *w, ptrdiff_t column, ptrdiff_t n,
         memset(start, 0, VL * sizeof *start);
         out += nv * VL * sizeof *start;
 #endif
-        for (ptrdiff_t k = 0; k < K; k += STEP)
+        for (ptrdiff_t k = 0; k < (K + WHOLE - 1) / WHOLE * WHOLE; k += STEP)
             for (ptrdiff_t l = 0; l < VL; l++)
                 for (ptrdiff_t s = 0; s < STEP; s++) {
                     int8_t q = l < n && k + s < K
@@ -174,7 +182,7 @@ INLINE void F(narrow)(char *row, bits q) {
 
 static void F(lower)(ptrdiff_t K, const void *a_, void *row_) {
     const R *a = a_;
-    char *row = (char *)row_ + sizeof(LEFT);
+    char *row = (char *)row_ + HEAD * sizeof(LEFT);
     vec most = F(v_set1)(0), bad = most;
     R lanes[VECTOR_BYTES / sizeof(R)], other[VECTOR_BYTES / sizeof(R)], top = 0, wrong = 0;
     for (ptrdiff_t k = 0; k < K; k += VL) {
@@ -207,7 +215,7 @@ INLINE void F(tile)(const int mr, const int nv, const ptrdiff_t step, ptrdiff_t 
         const PACKED *restrict p = panel + first * VL * STEP;
         const LEFT *a[MR];
         ivec acc[MR][4];
-        EACH(r, mr) a[r] = rows[r] + 1 + k0 / STEP;
+        EACH(r, mr) a[r] = rows[r] + HEAD + k0 / STEP;
         EACH(v, n) {
 #if ZERO
             const PACKED *starts = panel + (first + v) * VL * (ptrdiff_t)sizeof(int32_t);
@@ -239,3 +247,24 @@ INLINE void F(tile)(const int mr, const int nv, const ptrdiff_t step, ptrdiff_t 
         }
     }
 }
+
+#ifdef ISA_AMX
+
+#define SUMS_FROM(tile, r, v) _tile_loadd(tile, s.start + 64 * (v), 0);
+#define DOT(sums, left, panel) _tile_dpbusd(sums, left, panel);
+
+/* As the last lines of a tile. */
+INLINE void F(add_scaled)(ptrdiff_t n, int nv, const LEFT *const *rows, const PACKED *panel,
+                          const F(row4) *sums, F(row4) *out) {
+    const R *scales = (const R *)(const void *)panel;
+    for (ptrdiff_t r = 0; r < n; r++) {
+        R scale_a;
+        memcpy(&scale_a, rows[r], sizeof scale_a);
+        for (int v = 0; v < nv; v++) {
+            vec scale = F(v_load)(scales + v * VL) * scale_a;
+            out[r][v] = v_fma(F(v_number)((ivec)sums[r][v]), scale, out[r][v]);
+        }
+    }
+}
+
+#endif

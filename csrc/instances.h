@@ -32,7 +32,7 @@ PRAGMA(GCC target(TARGET))
    adds but some formats to another one has said which, by ONLY_... */
 #define BELOW 0
 #define PRODUCTS "format_float.h"
-#if !defined(ONLY_BFLOAT16) && !defined(ONLY_INT8)
+#if !defined(ONLY_BELOW) && !defined(ONLY_BFLOAT16) && !defined(ONLY_INT8)
 #define FORMAT "float32"
 #define F(name) JOIN(name, _f32)
 #define DOUBLE 0

@@ -4,7 +4,11 @@
    cell needs; panels of 1 hold up to four neighboring vectors.  Panels are counted from j0.  What the
    columns mean, and what becomes of the sums, is none of its business. */
 
-#define GROUP (8 * MR)  /* rows per group */
+#ifdef ISA_AMX
+#define GROUP (4 * MR)  /* rows per group */
+#else
+#define GROUP (8 * MR)
+#endif
 
 typedef struct {
     ptrdiff_t col, stride, end; /* column of vector 0, distance of the vectors, end of the last one */
@@ -56,6 +60,13 @@ static void F(pack)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, ptrdiff_t
     }
 }
 
+#ifdef ISA_AMX
+#include "amx.h"        /* its F(group) */
+#else
+
+#define TILES_BEGIN     /* in a kernel, around all that multiplies */
+#define TILES_END
+
 /* acc[r] += a[r] · panel for n <= GROUP rows, in tiles of nearly equal height.  Meanwhile the tiles
    fetch the next panel, a line per k: its first use by the first tile of the next group would wait for
    the third-level cache (6 % of inference at (35,20,650,650)).  The sums lie on the stack, 12 KB. */
@@ -74,6 +85,8 @@ static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, con
     }
     TILE_MODE_END
 }
+
+#endif
 
 /* The size of equal groups of n >= 1 rows. */
 INLINE ptrdiff_t F(group_size)(ptrdiff_t n) {

@@ -10,6 +10,7 @@ static void F(gemm)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, const lst
     const ptrdiff_t n = rows->n, K = w->K;
     const int gates = w->gates, start = rows->start;
     if (n == 0) return;
+    TILES_BEGIN
     ptrdiff_t size = F(group_size)(n);
     for (ptrdiff_t p = 0; p < F(n_panels)(gates, j0, j1); p++) {
         F(panel) g = F(panel_at)(gates, p, w->N, j0, j1);
@@ -30,16 +31,16 @@ static void F(gemm)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, const lst
                     F(v_store_n)((R *)C[r] + g.col + v * g.stride, acc[r][v], F(lanes)(&g, v));
         }
     }
+    TILES_END
 }
 
 #if TRAINS
 
-/* K and what pads it to whole steps. */
-INLINE ptrdiff_t F(whole_steps)(ptrdiff_t K) { return (K + STEP - 1) / STEP * STEP; }
-
 static ptrdiff_t F(weight_gradient_work)(ptrdiff_t M) {
     return ((M + MR - 1) / MR * MR + 16) * KW * (ptrdiff_t)sizeof(R) + 4 * F(vector_bytes)(KW);
 }
+
+#ifndef ISA_AMX
 
 /* acc[r][v] += Σ_k a[LEFT_K(k)·MR + r] panel[k][v]: both operands packed. */
 #define GRADIENT_TILE(nv)                                                                            \
@@ -62,10 +63,12 @@ INLINE void F(packed_tile)(int nv, ptrdiff_t K, const LEFT *a, const PACKED *pan
     TILE_MODE_END
 }
 
+#endif
+
 /* A[tile][k][r] = da[k][m0 + tile·MR + r] as the tiles take it, the last tile and the last step padded
    with zeros; db += Σ_k da[k] */
 static void F(pack_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t M, const void *const *da, R *A, R *db) {
-    const ptrdiff_t padded = F(whole_steps)(K);
+    const ptrdiff_t padded = F(whole)(K);
     for (ptrdiff_t k = 0; k < padded; k++) {
         const R *row = (const R *)da[MIN(k, K - 1)] + m0;
         R *out = A + k * MR;
@@ -80,7 +83,7 @@ static void F(pack_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t M, const void 
 
 /* The columns of a panel of K rows x, packed. */
 INLINE void F(pack_rows)(const F(panel) *g, ptrdiff_t K, const void *const *x, PACKED *panel) {
-    for (ptrdiff_t k = 0; k < K; k += STEP)
+    for (ptrdiff_t k = 0; k < F(whole)(K); k += STEP)
         for (int v = 0; v < g->nv; v++) {
             vec row[STEP];
             for (int s = 0; s < STEP; s++)
@@ -98,6 +101,7 @@ static void F(weight_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t m1, const vo
     PACKED *panel = work;
     R *A = (R *)((char *)work + 4 * F(vector_bytes)(KW)), *db = db_;
     for (ptrdiff_t m = m0; db && !add && m < m1; m++) db[m] = 0;
+    TILES_BEGIN
     for (ptrdiff_t k0 = 0; k0 < K; k0 += KW) {
         ptrdiff_t kn = MIN(KW, K - k0);
         F(pack_gradient)(kn, m0, M, da + k0, A, db);
@@ -107,7 +111,7 @@ static void F(weight_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t m1, const vo
                 F(panel) g = F(panel_at)(1, p, 0, 0, q->N);
                 F(pack_rows)(&g, kn, q->x + k0, panel);
                 for (ptrdiff_t t = 0; t < tiles; t++) {
-                    F(packed_tile)(g.nv, kn, (const LEFT *)(A + t * F(whole_steps)(kn) * MR), panel, acc);
+                    F(packed_tile)(g.nv, kn, (const LEFT *)(A + t * F(whole)(kn) * MR), panel, acc);
                     for (ptrdiff_t r = 0; r < MIN(MR, M - t * MR); r++)
                         for (int v = 0; v < g.nv; v++) {
                             R *out = (R *)q->dW + (m0 + t * MR + r) * q->N + g.col + v * VL;
@@ -119,6 +123,7 @@ static void F(weight_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t m1, const vo
             }
         }
     }
+    TILES_END
 }
 
 static void F(add_rows)(ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1, const void *const *a,

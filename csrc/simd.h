@@ -41,19 +41,26 @@
 #endif
 #if defined(ISA_AVX512)
 #define VECTOR_BYTES 64
-#define MR 6            /* 6 x 4 accumulators + 4 of the panel + 1 broadcast: 29 of 32 registers */
+#define ROWS 6          /* of a register tile, 6 x 4 accumulators + 4 of the panel + 1 broadcast: 29 of 32 registers */
 #elif defined(ISA_AVX2)
 #define VECTOR_BYTES 32
-#define MR 6            /* 6 x 2 accumulators + 2 of the panel + 1 broadcast: 15 of 16 registers */
+#define ROWS 6          /* 6 x 2 accumulators + 2 of the panel + 1 broadcast: 15 of 16 registers */
 #define AT_ONCE(mr) ((mr) > 3 - BELOW ? 2 : 4)  /* few rows would have too few chains of sums */
 #elif defined(ISA_NEON)
 #define VECTOR_BYTES 16
-#define MR 5
+#define ROWS 5
 #elif defined(__GNUC__)
 #define VECTOR_BYTES 16
-#define MR 2
+#define ROWS 2
 #else
-#define MR 2
+#define ROWS 2
+#endif
+#ifdef ISA_AMX
+#define MR 16           /* rows that are multiplied at a time */
+#undef ROWS
+#define ROWS 1          /* and of a register tile, for a row alone */
+#else
+#define MR ROWS
 #endif
 #ifndef AT_ONCE         /* vectors of a panel that a tile of mr rows takes together */
 #define AT_ONCE(mr) 4

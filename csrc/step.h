@@ -32,6 +32,7 @@ static void CELL(step)(const lstm_weights *weights, int descending, ptrdiff_t n,
     const lstm_weights w = *weights;  /* a copy, which no store can change */
     ptrdiff_t panels = F(n_panels)(GATES, j0, j1);
     if (n == 0) return;
+    TILES_BEGIN
     ptrdiff_t size = F(group_size)(n);
     for (ptrdiff_t q = 0; q < panels; q++) {
         ptrdiff_t p = descending ? panels - 1 - q : q, next = descending ? MAX(p - 1, 0) : p + 1;
@@ -61,6 +62,7 @@ static void CELL(step)(const lstm_weights *weights, int descending, ptrdiff_t n,
                 }
         }
     }
+    TILES_END
 }
 
 #if TRAINS
@@ -71,6 +73,7 @@ static void CELL(back_step)(const lstm_weights *weights, int descending, ptrdiff
     const lstm_weights w = *weights;
     ptrdiff_t panels = F(n_panels)(1, j0, j1);
     if (n == 0) return;
+    TILES_BEGIN
     ptrdiff_t size = F(group_size)(n);
     for (ptrdiff_t q = 0; q < panels; q++) {
         ptrdiff_t p = descending ? panels - 1 - q : q, next = descending ? MAX(p - 1, 0) : p + 1;
@@ -94,6 +97,7 @@ static void CELL(back_step)(const lstm_weights *weights, int descending, ptrdiff
                 }
         }
     }
+    TILES_END
 }
 
 #endif

@@ -1,6 +1,6 @@
 /* tile.h: the register tile of the format, for every number of rows and vectors.
 
-   Up to MR rows times a panel of up to four vectors.  It knows neither what the columns are nor where
+   Up to ROWS rows times a panel of up to four vectors.  It knows neither what the columns are nor where
    the rows go: that is panels.h. */
 
 #ifdef __GNUC__
@@ -15,6 +15,8 @@ typedef vec F(row4)[4];
 
 #include PRODUCTS
 
+#if ROWS > 0
+
 typedef void F(tile_fn)(ptrdiff_t k0, ptrdiff_t K, const LEFT *const *rows, const PACKED *panel,
                         uintptr_t ahead, F(row4) *out);
 
@@ -25,25 +27,33 @@ typedef void F(tile_fn)(ptrdiff_t k0, ptrdiff_t K, const LEFT *const *rows, cons
     }
 #define TILES(mr) TILE(mr, 1) TILE(mr, 2) TILE(mr, 3) TILE(mr, 4)
 #define TILE_NAMES(mr) {0, F(tile_##mr##_1), F(tile_##mr##_2), F(tile_##mr##_3), F(tile_##mr##_4)}
-TILES(1) TILES(2)
-#if MR > 2
+TILES(1)
+#if ROWS > 1
+TILES(2)
+#endif
+#if ROWS > 2
 TILES(3)
 #endif
-#if MR > 3
+#if ROWS > 3
 TILES(4) TILES(5)
 #endif
-#if MR > 5
+#if ROWS > 5
 TILES(6)
 #endif
 
-static F(tile_fn) *const F(tiles)[MR + 1][5] = {{0}, TILE_NAMES(1), TILE_NAMES(2),
-#if MR > 2
+static F(tile_fn) *const F(tiles)[ROWS + 1][5] = {{0}, TILE_NAMES(1),
+#if ROWS > 1
+    TILE_NAMES(2),
+#endif
+#if ROWS > 2
     TILE_NAMES(3),
 #endif
-#if MR > 3
+#if ROWS > 3
     TILE_NAMES(4), TILE_NAMES(5),
 #endif
-#if MR > 5
+#if ROWS > 5
     TILE_NAMES(6),
 #endif
 };
+
+#endif

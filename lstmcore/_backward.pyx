@@ -12,7 +12,7 @@ from lstmcore._kernels cimport address, wait
 from lstmcore._lstm cimport START_ADD, START_ZERO, lstm_back_row, lstm_product, lstm_rows, lstm_weights
 from lstmcore._memory cimport Arena, take
 from lstmcore._products cimport (Engine, Operand, Part, Plan, Sums, Widths, choose_engine,
-                                 lay_out_operand, lowered, lowered_stride, operand, packed_at,
+                                 lay_out_operand, lowered, lowered_rows, lowered_stride, operand, packed_at,
                                  run_plan, unit_range)
 from lstmcore._recurrence cimport (Group, Member, Problem, Steps, active, fill_problem, initial,
                                    lay_out_problem, loop_of, note_plan, place, rows_of, scratch_of)
@@ -64,7 +64,7 @@ cdef void lay_out(Plan *plan, Arena *arena) noexcept nogil:
     widths.row, widths.M = max(max(p.G, p.H), max(p.I, p.K)), max(p.G, p.K)
     lay_out_problem(p, arena, widths)
     f.rows = <lstm_back_row *>take(arena, threads * B * sizeof(lstm_back_row))
-    f.low = take(arena, threads * B * lowered_stride(plan.e.k, p.heard))
+    f.low = take(arena, threads * lowered_rows(plan.e.k, B) * lowered_stride(plan.e.k, p.heard))
     f.a = <const void **>take(arena, threads * B * sizeof(void *))
     f.C = <void **>take(arena, threads * B * sizeof(void *))
     f.da = <const void **>take(arena, pointers)
@@ -115,7 +115,8 @@ cdef void backward(void *arg, int me, int team) noexcept nogil:
     if not idle:
         m.own, m.barrier = rows_of(&p.steps, group, grid.rows), &p.shared.barriers[1 + group]
         m.products.a, m.products.C = f.a + me * p.steps.B, f.C + me * p.steps.B
-        m.products.bias, m.low = NULL, f.low + me * p.steps.B * lowered_stride(p.plan.e.k, p.heard)
+        m.products.bias, m.low = NULL, f.low + me * lowered_rows(p.plan.e.k, p.steps.B) \
+            * lowered_stride(p.plan.e.k, p.heard)
         backward_rows(f, &m, f.rows + me * p.steps.B)
     wait(&p.shared.barriers[0], team)
     if f.dx != NULL:

@@ -8,11 +8,11 @@ cimport numpy as cnp
 
 from lstmcore._grid cimport Grid, choose_chunk, choose_fused, choose_grid
 from lstmcore._kernels cimport address, forced_plan, overlap, wait
-from lstmcore._lstm cimport START_ADD, START_BIAS, START_ZERO, lstm_row, lstm_weights
+from lstmcore._lstm cimport START_ADD, START_BIAS, START_ZERO, lstm_kernels, lstm_row, lstm_weights
 from lstmcore._memory cimport Arena, take
 from lstmcore._products cimport (Engine, Operand, Packed, Part, Plan, Widths, choose_engine,
-                                 lay_out_operand, lowered, lowered_stride, operand, packed_at,
-                                 run_plan, unit_range)
+                                 lay_out_operand, lowered, lowered_rows, lowered_stride, operand,
+                                 packed_at, run_plan, unit_range)
 from lstmcore._recurrence cimport (Member, Problem, Steps, active, fill_problem, initial,
                                    lay_out_problem, loop_of, note_plan, place, rows_of, scratch_of)
 
@@ -49,7 +49,7 @@ cdef void lay_out(Plan *plan, Arena *arena) noexcept nogil:
     f.rows = <lstm_row *>take(arena, threads * B * sizeof(lstm_row))
     f.a = <const void **>take(arena, threads * f.chunk * B * sizeof(void *))
     f.C = <void **>take(arena, threads * f.chunk * B * sizeof(void *))
-    f.low = take(arena, threads * B * (lowered_stride(plan.e.k, p.K) + lowered_stride(plan.e.k, p.I)))
+    f.low = take(arena, threads * low_bytes(p))
     lay_out_operand(plan, arena, &f.ih)
     lay_out_operand(plan, arena, &f.hh)
     lay_out_operand(plan, arena, &f.hr)
@@ -57,6 +57,12 @@ cdef void lay_out(Plan *plan, Arena *arena) noexcept nogil:
         f.m = take(arena, B * p.H * p.item)
     if p.cell.keeps_gates and not f.keep:
         p.gates = take(arena, f.chunk * B * p.G * p.item)
+
+
+cdef inline Py_ssize_t low_bytes(const Problem *p) noexcept nogil:
+    """Of the lowered rows of h and x of one thread."""
+    cdef const lstm_kernels *k = p.plan.e.k
+    return lowered_rows(k, p.steps.B) * (lowered_stride(k, p.K) + lowered_stride(k, p.I))
 
 
 cdef void forward(void *arg, int me, int team) noexcept nogil:
@@ -77,8 +83,7 @@ cdef void forward(void *arg, int me, int team) noexcept nogil:
         m.products.a = f.a + me * f.chunk * p.steps.B
         m.products.C = f.C + me * f.chunk * p.steps.B
         m.products.bias = NULL
-        m.low = f.low + me * p.steps.B * (lowered_stride(p.plan.e.k, p.K)
-                                          + lowered_stride(p.plan.e.k, p.I))
+        m.low = f.low + me * low_bytes(p)
         forward_rows(f, &m, f.rows + me * p.steps.B)
 
 
@@ -187,7 +192,7 @@ cdef inline void step(const Forward *f, Py_ssize_t s, Py_ssize_t n, Member *m,
     cdef const Problem *p = &f.p
     cdef bint in_step = p.plan.e.by.in_step, from_zero = s == 0 and p.h0 == NULL
     cdef Py_ssize_t q, j0, j1
-    cdef char *x_low = m.low + p.steps.B * lowered_stride(p.plan.e.k, p.K)
+    cdef char *x_low = m.low + lowered_rows(p.plan.e.k, p.steps.B) * lowered_stride(p.plan.e.k, p.K)
     cdef lstm_weights w
     unit_range(p.H, f.hh.cut, m.slab.part, m.slab.parts, &j0, &j1)
     w.I, w.K, w.H = p.I if f.fused else 0, 0 if from_zero or not in_step else p.K, p.H

@@ -98,6 +98,11 @@ cdef inline const void *lowered(const lstm_kernels *k, Py_ssize_t K, const void 
     return row
 
 
+cdef inline Py_ssize_t lowered_rows(const lstm_kernels *k, Py_ssize_t n) noexcept nogil:
+    """Rows that n lowered ones have room for, as products may read them."""
+    return (n + k.MR - 1) // k.MR * k.MR
+
+
 cdef inline void lay_out_operand(const Plan *plan, Arena *arena, Operand *w) noexcept nogil:
     """Room to pack it, unless it is absent or packed already."""
     if w.w.W != NULL:

@@ -107,6 +107,7 @@ cdef void tile_add_up(const lstm_kernels *k, const Sums *sums, const Part *mine)
 cdef Py_ssize_t tile_scratch_bytes(const lstm_kernels *k, const Widths *widths) noexcept nogil:
     cdef Py_ssize_t bytes = 0
     if k.lower != NULL:
+        # LOWERED_ROWS is a multiple of MR, as lowered_rows has it
         bytes = padded(LOWERED_ROWS * sizeof(void *)) + LOWERED_ROWS * lowered_stride(k, widths.row)
     return max(bytes, k.weight_gradient_work(widths.M) if widths.M else 0)
 

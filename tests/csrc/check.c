@@ -163,19 +163,22 @@ void *room(ptrdiff_t bytes) {
 
 const void **lowered(const matrix *a, ptrdiff_t K) {
     const void **rows = malloc((size_t)(a->rows + 1) * sizeof *rows);
+    ptrdiff_t MR = under_test->MR, room_for = (a->rows + MR - 1) / MR * MR;
+    ptrdiff_t stride = under_test->lower ? (under_test->lowered_bytes(K) + 63) / 64 * 64 : 0;
+    char *all = room(room_for * stride + 1);
+    memset(all, 0xFF, (size_t)(room_for * stride));  /* nan, where nothing is written */
     for (ptrdiff_t r = 0; r < a->rows; r++) {
-        void *row = a->row[r];
-        if (under_test->lower) {
-            row = malloc((size_t)under_test->lowered_bytes(K) + 1);
-            under_test->lower(K, a->row[r], row);
-        }
-        rows[r] = row;
+        rows[r] = a->row[r];
+        if (!under_test->lower) continue;
+        rows[r] = all + r * stride;
+        under_test->lower(K, a->row[r], all + r * stride);
     }
+    rows[a->rows] = all;
     return rows;
 }
 
 void free_lowered(const matrix *a, const void **rows) {
-    for (ptrdiff_t r = 0; r < a->rows && under_test->lower; r++) free((void *)rows[r]);
+    free((void *)rows[a->rows]);
     free(rows);
 }
 

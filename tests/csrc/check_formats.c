@@ -1,7 +1,7 @@
 /* check_formats.c: the number formats below float32, whose bits every instruction set shares.
 
-   A product of them is compared with a plain chain, bit by bit: of bfloat16 one fmaf for each k on
-   rounded operands, of int8 one fmaf for each block of 65,536 k on an exact sum.  A step is compared with
+   A product of them is compared with plain sums, bit by bit: of bfloat16 those of format_bfloat16.h, one
+   fmaf for each k on rounded operands, of int8 one fmaf for each block of 65,536 k on an exact sum.  A step is compared with
    products and then the cell; what the steps hash to is printed, for tests/csrc/run to compare between
    instruction sets and machines. */
 
@@ -88,15 +88,22 @@ static void free_operand(operand *w) {
     free(w->W), free(w->scales), free(w->raw), free(w->panels.panels);
 }
 
+/* out + a block of K <= 32 numbers of a and b, rounded to bfloat16: the even ones, the odd ones, both. */
+static float block(ptrdiff_t K, const float *a, const float *b, float out) {
+    float sums[2] = {0, 0};
+    for (ptrdiff_t k = 0; k < 32; k++) {
+        float x = k < K ? to_bfloat16(a[k]) : 0, y = k < K ? to_bfloat16(b[k]) : 0;
+        sums[k % 2] = flushed(fmaf(flushed(x), flushed(y), sums[k % 2]));
+    }
+    return flushed(flushed(out) + flushed(sums[0] + sums[1]));
+}
+
 /* start + Σ_k a[k] W[k, column], a column of the product: W begins with another gate. */
 static float plain(const float *a, const operand *w, ptrdiff_t column, float start) {
     column = (column + w->panels.w.turn * w->panels.w.N) % w->columns;
     const float *W = w->W + column * w->K;
     if (!is_int8()) {
-        for (ptrdiff_t k = 0; k < w->K; k++)
-            start = flushed(fmaf(flushed(to_bfloat16(a[k])), flushed(to_bfloat16(W[k])),
-                                 flushed(start)));
-        if (w->K % 2) start = flushed(fmaf(0, 0, start));  /* what fills up a pair */
+        for (ptrdiff_t k = 0; k < w->K; k += 32) start = block(least(32, w->K - k), a + k, W + k, start);
         return start;
     }
     float top = 0, scale;
@@ -130,11 +137,12 @@ static void check_gradient(ptrdiff_t K, ptrdiff_t M, ptrdiff_t N) {
     }
     for (ptrdiff_t q = 0; q < M * N; q++)
         for (ptrdiff_t k0 = 0; k0 < K; k0 += 256) {
-            float sum = 0;
-            for (ptrdiff_t k = k0; k < least(k0 + 256, K); k++)
-                sum = flushed(fmaf(flushed(to_bfloat16((float)get(&da, k, q / N))),
-                                   flushed(to_bfloat16((float)get(&x, k, q % N))), sum));
-            if (K % 2 && k0 + 256 > K) sum = flushed(fmaf(0, 0, sum));
+            float sum = 0, left[32], right[32];
+            for (ptrdiff_t k = k0; k < least(k0 + 256, K); k += 32) {
+                for (ptrdiff_t s = 0; s < least(32, K - k); s++)
+                    left[s] = (float)get(&da, k + s, q / N), right[s] = (float)get(&x, k + s, q % N);
+                sum = block(least(32, K - k), left, right, sum);
+            }
             want[q] = k0 ? (float)want[q] + sum : sum;
         }
     void *work = room(under_test->weight_gradient_work(M));
