@@ -21,24 +21,26 @@ static const struct {
 #define IN_ORDER __asm__ volatile("" ::: "memory")  /* the compiler does not see what tiles read and write */
 
 /* The two sides of a product, and its sums: the left rows, `a_row` bytes from one to the next and `a_block`
-   from a block to the next, and a vector of the panel, `b_row` bytes from one word of k to the next. */
+   from a block to the next; the tiles of a panel, `b_block` from a block to the next, and the third vector
+   of four `b_half` from the first. */
 typedef struct {
     const char *a;
     ptrdiff_t a_row, a_block;
     const char *b;
-    ptrdiff_t b_row;
+    ptrdiff_t b_block, b_half;
     const char *start;
     F(row4) *sums;
 } F(sides);
 
 #define A(tile, r) _tile_loadd(tile, s.a + 16 * (r) * s.a_row, s.a_row);
-#define B(tile, v) _tile_loadd(tile, s.b + 64 * (v), s.b_row);
+#define B(tile, v) _tile_loadd(tile, s.b + 1024 * (v), 64);
+#define HALF(tile, v) _tile_loadd(tile, s.b + s.b_half + 1024 * (v), 64);
 #define FROM(tile, r, v) SUMS_FROM(tile, r, v)
 #define TO(tile, r, v) _tile_stored(tile, &s.sums[16 * (r)][v], sizeof(F(row4)));
 #define SHAPE(rows, vectors, BEGIN, EACH_BLOCK, END)                                                 \
     static void F(times_##rows##_##vectors)(ptrdiff_t blocks, F(sides) s) {                          \
         BEGIN                                                                                        \
-        for (; blocks > 0; blocks--, s.a += s.a_block, s.b += 16 * s.b_row) {                        \
+        for (; blocks > 0; blocks--, s.a += s.a_block, s.b += s.b_block) {                           \
             EACH_BLOCK                                                                               \
         }                                                                                            \
         END                                                                                          \
@@ -52,7 +54,7 @@ SHAPE(1, 3, FROM(0, 0, 0) FROM(1, 0, 1) FROM(2, 0, 2),
       A(6, 0) B(7, 0) DOT(0, 6, 7) B(5, 1) DOT(1, 6, 5) B(4, 2) DOT(2, 6, 4),
       TO(0, 0, 0) TO(1, 0, 1) TO(2, 0, 2))
 SHAPE(1, 4, FROM(0, 0, 0) FROM(1, 0, 1) FROM(2, 0, 2) FROM(3, 0, 3),
-      A(6, 0) B(7, 0) DOT(0, 6, 7) B(5, 1) DOT(1, 6, 5) B(4, 2) DOT(2, 6, 4) B(7, 3) DOT(3, 6, 7),
+      A(6, 0) B(7, 0) DOT(0, 6, 7) B(5, 1) DOT(1, 6, 5) HALF(4, 0) DOT(2, 6, 4) HALF(7, 1) DOT(3, 6, 7),
       TO(0, 0, 0) TO(1, 0, 1) TO(2, 0, 2) TO(3, 0, 3))
 SHAPE(2, 1, FROM(0, 0, 0) FROM(1, 1, 0),
       B(7, 0) A(6, 0) DOT(0, 6, 7) A(5, 1) DOT(1, 5, 7),
@@ -75,7 +77,7 @@ static void F(times)(ptrdiff_t n, int vectors, ptrdiff_t blocks, F(sides) s) {
         int together = vectors - v == 4 ? 2 : vectors - v;
         for (ptrdiff_t r = 0; r < pairs; r++) {
             F(sides) part = s;
-            part.a += 32 * r * s.a_row, part.b += 64 * v, part.start += 64 * v;
+            part.a += 32 * r * s.a_row, part.b += v / 2 * s.b_half, part.start += 64 * v;
             part.sums = (F(row4) *)&s.sums[32 * r][v];
             shapes[1][together](blocks, part);
         }
@@ -89,9 +91,20 @@ static void F(times)(ptrdiff_t n, int vectors, ptrdiff_t blocks, F(sides) s) {
 
 #undef A
 #undef B
+#undef HALF
 #undef FROM
 #undef TO
 #undef SHAPE
+
+/* Those of a panel of K numbers from k0 on, as AT says where its words lie. */
+INLINE F(sides) F(sides_of)(const PACKED *panel, int nv, ptrdiff_t K, ptrdiff_t k0) {
+    const int g = NEIGHBORS(nv);
+    F(sides) s = {0};
+    s.b = (const char *)panel + AT(K, nv, 0, k0) * (ptrdiff_t)sizeof(PACKED);
+    s.b_block = 1024 * g;
+    s.b_half = (AT(K, nv, g % nv, 0) - AT(K, nv, 0, 0)) * (ptrdiff_t)sizeof(PACKED);
+    return s;
+}
 
 /* acc[r] += a[r] · panel for n <= GROUP rows. */
 static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, const PACKED *panel,
@@ -101,8 +114,8 @@ static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, con
     for (ptrdiff_t k0 = 0; k0 < K; k0 += KC) {
         ptrdiff_t kn = MIN(KC, K - k0), blocks = (kn + WHOLE - 1) / WHOLE;
 #if TRAINS
-        const char *words = (const char *)(panel + k0 / PACKED_NUMBERS * nv * VL);
-        F(sides) s = {(const char *)(a[0] + LEFT_OF(k0)), stride, 64, words, 64 * nv, NULL, acc};
+        F(sides) s = F(sides_of)(panel, nv, K, k0);
+        s.a = (const char *)(a[0] + LEFT_OF(k0)), s.a_row = stride, s.a_block = 64, s.sums = acc;
         IN_ORDER;
         F(times)(n, nv, blocks, s);
         IN_ORDER;
@@ -113,8 +126,9 @@ static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, con
         }
         F(row4) sums[GROUP];
         const char *block = (const char *)F(block_at)(panel, nv, k0);
-        F(sides) s = {(const char *)(a[0] + HEAD + k0 / STEP), stride, 64, block + 64 * nv, 64 * nv,
-                      block, sums};
+        F(sides) s = F(sides_of)((const PACKED *)block + 64 * nv, nv, kn, 0);
+        s.a = (const char *)(a[0] + HEAD + k0 / STEP), s.a_row = stride, s.a_block = 64;
+        s.start = block, s.sums = sums;
         IN_ORDER;
         F(times)(n, nv, blocks, s);
         IN_ORDER;
@@ -127,7 +141,8 @@ static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, con
 
 /* acc = a panel for 16 rows, of which `a` holds blocks of k one after the other. */
 INLINE void F(packed_tile)(int nv, ptrdiff_t K, const LEFT *a, const PACKED *panel, F(row4) *acc) {
-    F(sides) s = {(const char *)a, 64, 1024, (const char *)panel, 64 * nv, NULL, acc};
+    F(sides) s = F(sides_of)(panel, nv, K, 0);
+    s.a = (const char *)a, s.a_row = 64, s.a_block = 1024, s.sums = acc;
     for (int r = 0; r < MR; r++)
         for (int v = 0; v < nv; v++) acc[r][v] = F(v_set1)(0);
     IN_ORDER;

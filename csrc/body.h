@@ -77,6 +77,9 @@ static const lstm_kernels F(kernels) = {
 #undef LEFT_OF
 #undef WHOLE
 #undef BLOCK
+#undef AT
+#undef NEIGHBORS
+#undef AMX_AT
 #undef HEAD
 #undef ROWS
 #undef TILES_BEGIN

@@ -73,8 +73,16 @@ INLINE bits F(v_rounded)(vec a) {
     return F(v_bits)(F(v_select)(a == a, F(v_from_bits)(even), F(v_from_bits)(b | 0x400000))) & 0xFFFF0000u;
 }
 
-INLINE void F(pack_step)(PACKED *panel, int nv, int v, ptrdiff_t k, const vec *w) {
-    R *out = (R *)panel + (k / 2 * nv + v) * VL;
+/* Where the word of k of vector v lies in a panel of nv vectors of K numbers. */
+#ifdef ISA_AMX
+#define AT(K, nv, v, k) AMX_AT(F(whole)(K), nv, v, k, 2)
+#else
+#define AT(K, nv, v, k) (((k) / 2 * (nv) + (v)) * VL)
+#endif
+
+INLINE void F(pack_step)(PACKED *panel, ptrdiff_t K, int nv, int v, ptrdiff_t k, const vec *w) {
+    R *out = (R *)panel + AT(K, nv, v, k);
+    (void)K;
 #if defined(ISA_AMX)
     F(v_store)(out, F(v_from_bits)(F(v_rounded)(w[0]) >> 16 | F(v_rounded)(w[1])));
 #elif defined(ISA_BF16)
@@ -183,7 +191,7 @@ INLINE void F(tile)(const int mr, const int nv, const ptrdiff_t step, ptrdiff_t 
                     F(row4) *restrict out) {
     for (int first = 0; first < nv; first += AT_ONCE(mr)) {
         const int n = MIN(AT_ONCE(mr), nv - first);
-        const PACKED *restrict p = panel + (k0 / 2 * nv + first) * VL;
+        const PACKED *restrict p = panel + AT(K, nv, first, k0);
         const LEFT *a[MR];
         EACH(r, mr) a[r] = rows[r] + LEFT_OF(k0) * step;
         for (ptrdiff_t k = 0; k < K; k += BLOCK, p += BLOCK / 2 * nv * VL) {

@@ -27,7 +27,8 @@ INLINE ptrdiff_t F(whole)(ptrdiff_t K) { return K; }
 static ptrdiff_t F(vector_bytes)(ptrdiff_t K) { return K * VL * (ptrdiff_t)sizeof(R); }
 
 /* The vectors w of STEP numbers from k on become lanes of vector v of nv. */
-INLINE void F(pack_step)(PACKED *panel, int nv, int v, ptrdiff_t k, const vec *w) {
+INLINE void F(pack_step)(PACKED *panel, ptrdiff_t K, int nv, int v, ptrdiff_t k, const vec *w) {
+    (void)K;
     F(v_store)(panel + (k * nv + v) * VL, w[0]);
 }
 

@@ -128,6 +128,13 @@ static ptrdiff_t F(lowered_bytes)(ptrdiff_t K) {
     return HEAD * (ptrdiff_t)sizeof(LEFT) + (K + whole - 1) / whole * whole * (ptrdiff_t)sizeof(LEFT) / STEP;
 }
 
+/* Where the step of k of vector v lies in a block of K numbers of a panel of nv vectors. */
+#ifdef ISA_AMX
+#define AT(K, nv, v, k) AMX_AT(((K) + WHOLE - 1) / WHOLE * WHOLE, nv, v, k, 4)
+#else
+#define AT(K, nv, v, k) (((k) / STEP * (nv) + (v)) * VL * STEP)
+#endif
+
 /* ---- packing and lowering ---- */
 
 INLINE void F(pack_vector)(const lstm_operand *w, ptrdiff_t column, ptrdiff_t n, int nv, int v,
@@ -147,7 +154,7 @@ INLINE void F(pack_vector)(const lstm_operand *w, ptrdiff_t column, ptrdiff_t n,
                 for (ptrdiff_t s = 0; s < STEP; s++) {
                     int8_t q = l < n && k + s < K
                                    ? W[(k0 + k + s) * w->k_stride + l * w->col_stride] : 0;
-                    out[((k / STEP * nv + v) * VL + l) * STEP + s] = q;
+                    out[AT(K, nv, v, k) + l * STEP + s] = q;
 #if ZERO
                     start[l] -= ZERO * q;
 #endif
@@ -212,7 +219,7 @@ INLINE void F(tile)(const int mr, const int nv, const ptrdiff_t step, ptrdiff_t 
     panel = F(block_at)(panel, nv, k0);
     for (int first = 0; first < nv; first += AT_ONCE(mr)) {
         const int n = MIN(AT_ONCE(mr), nv - first);
-        const PACKED *restrict p = panel + first * VL * STEP;
+        const PACKED *restrict p = panel;
         const LEFT *a[MR];
         ivec acc[MR][4];
         EACH(r, mr) a[r] = rows[r] + HEAD + k0 / STEP;
@@ -228,10 +235,10 @@ INLINE void F(tile)(const int mr, const int nv, const ptrdiff_t step, ptrdiff_t 
 #if ZERO
         p += nv * VL * (ptrdiff_t)sizeof(int32_t);
 #endif
-        for (ptrdiff_t q = 0; q < (K + STEP - 1) / STEP; q++, p += nv * VL * STEP, ahead += 64) {
+        for (ptrdiff_t q = 0; q < (K + STEP - 1) / STEP; q++, ahead += 64) {
             ivec w[4];
             PREFETCH(ahead);
-            EACH(v, n) w[v] = F(v_step)(p + v * VL * STEP);
+            EACH(v, n) w[v] = F(v_step)(p + AT(K, nv, first + v, q * STEP));
             EACH(r, mr) {
                 ivec x = F(v_words)(a[r][q]);
                 EACH(v, n) acc[r][v] = F(v_dot)(acc[r][v], x, w[v]);

@@ -14,11 +14,12 @@ INLINE void F(turn)(vec *row) {
 }
 
 /* The VL·VL numbers in[l·in_stride + k], packed from k0 on. */
-INLINE void F(transpose)(const R *in, ptrdiff_t in_stride, PACKED *panel, int nv, int v, ptrdiff_t k0) {
+INLINE void F(transpose)(const R *in, ptrdiff_t in_stride, PACKED *panel, ptrdiff_t K, int nv, int v,
+                         ptrdiff_t k0) {
     vec row[VECTOR_BYTES / sizeof(R)];
     for (int l = 0; l < VL; l++) row[l] = F(v_load)(in + l * in_stride);
     F(turn)(row);
-    for (int k = 0; k < VL; k += STEP) F(pack_step)(panel, nv, v, k0 + k, row + k);
+    for (int k = 0; k < VL; k += STEP) F(pack_step)(panel, K, nv, v, k0 + k, row + k);
 }
 
 /* The n <= VL columns from `column` on, as vector v of the nv of a panel. */
@@ -30,7 +31,7 @@ INLINE void F(pack_vector)(const lstm_operand *w, ptrdiff_t column, ptrdiff_t n,
     for (ptrdiff_t k0 = 0; k0 < F(whole)(K); k0 += AT_A_TIME) {
         ptrdiff_t k1 = MIN(F(whole)(K), k0 + AT_A_TIME);
         if (col_stride != 1 && n == VL && VL >= STEP && k0 + AT_A_TIME <= K && k_stride == 1) {
-            for (ptrdiff_t k = k0; k < k1; k += VL) F(transpose)(W + k, col_stride, panel, nv, v, k);
+            for (ptrdiff_t k = k0; k < k1; k += VL) F(transpose)(W + k, col_stride, panel, K, nv, v, k);
             continue;
         }
         for (ptrdiff_t k = k0; k < k1; k += STEP) {
@@ -46,7 +47,7 @@ INLINE void F(pack_vector)(const lstm_operand *w, ptrdiff_t column, ptrdiff_t n,
                 for (ptrdiff_t l = 0; l < n; l++) lanes[l] = W[(k + s) * k_stride + l * col_stride];
                 row[s] = F(v_load)(lanes);
             }
-            F(pack_step)(panel, nv, v, k, row);
+            F(pack_step)(panel, K, nv, v, k, row);
         }
     }
 }

@@ -89,7 +89,7 @@ INLINE void F(pack_rows)(const F(panel) *g, ptrdiff_t K, const void *const *x, P
             for (int s = 0; s < STEP; s++)
                 row[s] = k + s < K ? F(v_load_n)((const R *)x[k + s] + g->col + v * VL, F(lanes)(g, v))
                                    : F(v_set1)(0);
-            F(pack_step)(panel, g->nv, v, k, row);
+            F(pack_step)(panel, K, g->nv, v, k, row);
         }
 }
 

@@ -57,6 +57,13 @@
 #endif
 #ifdef ISA_AMX
 #define MR 16           /* rows that are multiplied at a time */
+/* Where the word of k of vector v lies in a panel of K numbers, a multiple of those of a tile: tile after
+   tile, of two neighboring vectors together, or of three; words of so many numbers. */
+#define NEIGHBORS(nv) ((nv) == 4 ? 2 : (nv))
+#define AMX_AT(K, nv, v, k, numbers)                                                                 \
+    (((v) / NEIGHBORS(nv) * ((K) / (numbers)) * NEIGHBORS(nv) +                                      \
+      (k) / (16 * (numbers)) * 16 * NEIGHBORS(nv) + (v) % NEIGHBORS(nv) * 16 + (k) / (numbers) % 16) * \
+     VL * (ptrdiff_t)sizeof(R) / (ptrdiff_t)sizeof(PACKED))
 #undef ROWS
 #define ROWS 1          /* and of a register tile, for a row alone */
 #else
