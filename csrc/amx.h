@@ -20,28 +20,33 @@ static const struct {
 #define TILES_END _tile_release();
 #define IN_ORDER __asm__ volatile("" ::: "memory")  /* the compiler does not see what tiles read and write */
 
-/* The two sides of a product, and its sums: the left rows, `a_row` bytes from one to the next and `a_block`
-   from a block to the next; the tiles of a panel, `b_block` from a block to the next, and the third vector
-   of four `b_half` from the first. */
+/* The two sides of a product: left rows, `a_row` bytes from one to the next and `a_block` from a block to
+   the next; the tiles of a panel, `b_block` from a block to the next, and the third vector of four `b_half`
+   from the first. */
 typedef struct {
+    ptrdiff_t blocks;
     const char *a;
     ptrdiff_t a_row, a_block;
     const char *b;
     ptrdiff_t b_block, b_half;
-    const char *start;
-    F(row4) *sums;
 } F(sides);
 
-#define A(tile, r) _tile_loadd(tile, s.a + 16 * (r) * s.a_row, s.a_row);
-#define B(tile, v) _tile_loadd(tile, s.b + 1024 * (v), 64);
-#define HALF(tile, v) _tile_loadd(tile, s.b + s.b_half + 1024 * (v), 64);
+#define A(tile, r) _tile_loadd(tile, a + 16 * (r) * p->a_row, p->a_row);
+#define B(tile, v) _tile_loadd(tile, b + 1024 * (v), 64);
+#define HALF(tile, v) _tile_loadd(tile, b + p->b_half + 1024 * (v), 64);
 #define FROM(tile, r, v) SUMS_FROM(tile, r, v)
-#define TO(tile, r, v) _tile_stored(tile, &s.sums[16 * (r)][v], sizeof(F(row4)));
+#define TO(tile, r, v) _tile_stored(tile, &sums[16 * (r)][v], sizeof(F(row4)));
+/* sums = start + the products of `parts`, one after the other */
 #define SHAPE(rows, vectors, BEGIN, EACH_BLOCK, END)                                                 \
-    static void F(times_##rows##_##vectors)(ptrdiff_t blocks, F(sides) s) {                          \
+    static void F(times_##rows##_##vectors)(int parts, const F(sides) *p, const char *start,         \
+                                            F(row4) *sums) {                                         \
+        (void)start;                                                                                 \
         BEGIN                                                                                        \
-        for (; blocks > 0; blocks--, s.a += s.a_block, s.b += s.b_block) {                           \
-            EACH_BLOCK                                                                               \
+        for (; parts > 0; parts--, p++) {                                                            \
+            const char *a = p->a, *b = p->b;                                                         \
+            for (ptrdiff_t q = p->blocks; q > 0; q--, a += p->a_block, b += p->b_block) {            \
+                EACH_BLOCK                                                                           \
+            }                                                                                        \
         }                                                                                            \
         END                                                                                          \
     }
@@ -67,26 +72,31 @@ SHAPE(2, 3, FROM(0, 0, 0) FROM(1, 0, 1) FROM(2, 0, 2) FROM(3, 1, 0) FROM(4, 1, 1
       A(6, 1) DOT(5, 6, 7) B(7, 1) DOT(4, 6, 7) B(7, 0) DOT(3, 6, 7),
       TO(0, 0, 0) TO(1, 0, 1) TO(2, 0, 2) TO(3, 1, 0) TO(4, 1, 1) TO(5, 1, 2))
 
-/* sums[r][v] of n rows, of `vectors` <= 4. */
-static void F(times)(ptrdiff_t n, int vectors, ptrdiff_t blocks, F(sides) s) {
-    static void (*const shapes[2][5])(ptrdiff_t, F(sides)) = {
+/* sums[r][v] of n rows, of `vectors` <= 4, with 1 or 2 parts. */
+static void F(times)(ptrdiff_t n, int vectors, int parts, const F(sides) *p, const char *start,
+                     F(row4) *sums) {
+    static void (*const shapes[2][5])(int, const F(sides) *, const char *, F(row4) *) = {
         {0, F(times_1_1), F(times_1_2), F(times_1_3), F(times_1_4)},
         {0, F(times_2_1), F(times_2_2), F(times_2_3)}};
     const ptrdiff_t pairs = (n + 15) / 32;  /* of tiles of rows; then one may be left */
-    for (int v = 0; v < vectors;) {
+    F(sides) s[2];
+    IN_ORDER;
+    for (int v = 0; v < vectors && pairs;) {
         int together = vectors - v == 4 ? 2 : vectors - v;
         for (ptrdiff_t r = 0; r < pairs; r++) {
-            F(sides) part = s;
-            part.a += 32 * r * s.a_row, part.b += v / 2 * s.b_half, part.start += 64 * v;
-            part.sums = (F(row4) *)&s.sums[32 * r][v];
-            shapes[1][together](blocks, part);
+            for (int q = 0; q < parts; q++) {
+                s[q] = p[q];
+                s[q].a += 32 * r * p[q].a_row, s[q].b += v / 2 * p[q].b_half;
+            }
+            shapes[1][together](parts, s, start + 64 * v, (F(row4) *)&sums[32 * r][v]);
         }
         v += together;
     }
     if (n > 32 * pairs) {
-        s.a += 32 * pairs * s.a_row, s.sums += 32 * pairs;
-        shapes[0][vectors](blocks, s);
+        for (int q = 0; q < parts; q++) s[q] = p[q], s[q].a += 32 * pairs * p[q].a_row;
+        shapes[0][vectors](parts, s, start, sums + 32 * pairs);
     }
+    IN_ORDER;
 }
 
 #undef A
@@ -96,58 +106,61 @@ static void F(times)(ptrdiff_t n, int vectors, ptrdiff_t blocks, F(sides) s) {
 #undef TO
 #undef SHAPE
 
-/* Those of a panel of K numbers from k0 on, as AT says where its words lie. */
-INLINE F(sides) F(sides_of)(const PACKED *panel, int nv, ptrdiff_t K, ptrdiff_t k0) {
+/* n rows and a panel, of `words` numbers k on each side: `all` in its vectors, from k0 on. */
+INLINE F(sides) F(sides_of)(ptrdiff_t n, const LEFT *const *a, ptrdiff_t blocks, const PACKED *panel, int nv,
+                            ptrdiff_t all, ptrdiff_t k0) {
     const int g = NEIGHBORS(nv);
-    F(sides) s = {0};
-    s.b = (const char *)panel + AT(K, nv, 0, k0) * (ptrdiff_t)sizeof(PACKED);
-    s.b_block = 1024 * g;
-    s.b_half = (AT(K, nv, g % nv, 0) - AT(K, nv, 0, 0)) * (ptrdiff_t)sizeof(PACKED);
+    F(sides) s = {blocks, (const char *)a[0], n > 1 ? (const char *)a[1] - (const char *)a[0] : 0, 64,
+                  (const char *)(panel + AT(all, nv, 0, k0)), 1024 * g,
+                  (AT(all, nv, g % nv, 0) - AT(all, nv, 0, 0)) * (ptrdiff_t)sizeof(PACKED)};
     return s;
 }
+
+#if TRAINS
 
 /* acc[r] += a[r] · panel for n <= GROUP rows. */
 static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, const PACKED *panel,
                      const PACKED *next, F(row4) *acc) {
-    const ptrdiff_t stride = n > 1 ? (const char *)a[1] - (const char *)a[0] : 0;
     (void)next;
-    for (ptrdiff_t k0 = 0; k0 < K; k0 += KC) {
-        ptrdiff_t kn = MIN(KC, K - k0), blocks = (kn + WHOLE - 1) / WHOLE;
-#if TRAINS
-        F(sides) s = F(sides_of)(panel, nv, K, k0);
-        s.a = (const char *)(a[0] + LEFT_OF(k0)), s.a_row = stride, s.a_block = 64, s.sums = acc;
-        IN_ORDER;
-        F(times)(n, nv, blocks, s);
-        IN_ORDER;
+    if (K == 0) return;
+    F(sides) s = F(sides_of)(n, a, F(whole)(K) / WHOLE, panel, nv, K, 0);
+    F(times)(n, nv, 1, &s, NULL, acc);
+}
+
+/* Two of them, one after the other, whose sums stay in tiles meanwhile. */
+static void F(groups)(ptrdiff_t n, ptrdiff_t I, ptrdiff_t K, int nv, const LEFT *const *x,
+                      const LEFT *const *h, const PACKED *ih, const PACKED *hh, F(row4) *acc) {
+    F(sides) s[2] = {F(sides_of)(n, x, F(whole)(I) / WHOLE, ih, nv, I, 0),
+                     F(sides_of)(n, h, F(whole)(K) / WHOLE, hh, nv, K, 0)};
+    F(times)(n, nv, 2, s, NULL, acc);
+}
+
+/* acc = a panel for 16 rows, of which `a` holds blocks of k one after the other. */
+INLINE void F(packed_tile)(int nv, ptrdiff_t K, const LEFT *a, const PACKED *panel, F(row4) *acc) {
+    F(sides) s = F(sides_of)(1, &a, F(whole)(K) / WHOLE, panel, nv, K, 0);
+    s.a_row = 64, s.a_block = 1024;
+    for (int r = 0; r < MR; r++)
+        for (int v = 0; v < nv; v++) acc[r][v] = F(v_set1)(0);
+    F(times)(MR, nv, 1, &s, NULL, acc);
+}
+
 #else
+
+static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, const PACKED *panel,
+                     const PACKED *next, F(row4) *acc) {
+    F(row4) sums[GROUP];
+    for (ptrdiff_t k0 = 0; k0 < K; k0 += KC) {
+        ptrdiff_t kn = MIN(KC, K - k0);
+        const PACKED *block = F(block_at)(panel, nv, k0);
         if (n == 1) {  /* which is faster by registers: a tile of AMX takes the time of two */
             F(tiles)[1][nv](k0, kn, a, panel, (uintptr_t)next, acc);
             continue;
         }
-        F(row4) sums[GROUP];
-        const char *block = (const char *)F(block_at)(panel, nv, k0);
-        F(sides) s = F(sides_of)((const PACKED *)block + 64 * nv, nv, kn, 0);
-        s.a = (const char *)(a[0] + HEAD + k0 / STEP), s.a_row = stride, s.a_block = 64;
-        s.start = block, s.sums = sums;
-        IN_ORDER;
-        F(times)(n, nv, blocks, s);
-        IN_ORDER;
-        F(add_scaled)(n, nv, a, panel, sums, acc);
-#endif
+        F(sides) s = F(sides_of)(n, a, (kn + WHOLE - 1) / WHOLE, block + 64 * nv, nv, kn, 0);
+        s.a += (HEAD + k0 / STEP) * (ptrdiff_t)sizeof(LEFT);
+        F(times)(n, nv, 1, &s, (const char *)block, sums);
+        F(add_scaled)(n, nv, a, panel, (const F(row4) *)sums, acc);
     }
-}
-
-#if TRAINS
-
-/* acc = a panel for 16 rows, of which `a` holds blocks of k one after the other. */
-INLINE void F(packed_tile)(int nv, ptrdiff_t K, const LEFT *a, const PACKED *panel, F(row4) *acc) {
-    F(sides) s = F(sides_of)(panel, nv, K, 0);
-    s.a = (const char *)a, s.a_row = 64, s.a_block = 1024, s.sums = acc;
-    for (int r = 0; r < MR; r++)
-        for (int v = 0; v < nv; v++) acc[r][v] = F(v_set1)(0);
-    IN_ORDER;
-    F(times)(MR, nv, F(whole)(K) / WHOLE, s);
-    IN_ORDER;
 }
 
 #endif

@@ -18,7 +18,7 @@ INLINE void F(gru_forward)(const lstm_weights *w, const lstm_row *row, ptrdiff_t
                            const vec *a) {
     vec r = F(v_sigmoid)(a[1]), z = F(v_sigmoid)(a[2]), q = a[3];
     vec n = F(v_tanh)(v_fma(r, q, a[0])), h_prev = F(v_load_n)((const R *)row->h_prev + j, lanes);
-    F(gru_store)((R *)row->gates + j, n, r, z, q, w->H, lanes);
+    if (!w->no_tape) F(gru_store)((R *)row->gates + j, n, r, z, q, w->H, lanes);
     F(v_store_n)((R *)row->h + j, v_fma(z, h_prev - n, n), lanes);
 }
 

@@ -50,7 +50,7 @@ INLINE void F(lstm_forward)(const lstm_weights *w, const lstm_row *row, ptrdiff_
     F(gates) s = {a[0], a[1], a[2], a[3]};
     vec c, m, c_prev = F(v_load_n)((const R *)row->c_prev + j, n);
     F(cell_forward)(&s, c_prev, w->peepholes ? (const R *)w->peepholes + j : NULL, w->H, n, &c, &m);
-    F(gates_store)((R *)row->gates + j, &s, w->H, n);
+    if (!w->no_tape) F(gates_store)((R *)row->gates + j, &s, w->H, n);
     F(v_store_n)((R *)row->c + j, c, n);
     F(v_store_n)((R *)row->h + j, m, n);
 }

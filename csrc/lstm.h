@@ -31,6 +31,7 @@ typedef struct {
                             wide, with 1 */
     const void *bias;    /* a row of gates or NULL; read if I > 0 */
     const void *peepholes; /* (3, H) or NULL; of cells that have them */
+    int no_tape;         /* 1 if nobody asks for the gates: whether they are written is the cell's affair */
 } lstm_weights;
 
 /* Where one sequence's forward step lives. */

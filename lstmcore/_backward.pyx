@@ -228,6 +228,7 @@ cdef inline void step(const Backward *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t 
     cdef const Problem *p = &f.p
     cdef Py_ssize_t q, j0, j1
     cdef lstm_weights w
+    w.no_tape = False
     unit_range(p.H, p.plan.e.k.VL, m.slab.part, m.slab.parts, &j0, &j1)
     for q in range(multiplied):
         rows[q].da_next = lowered(p.plan.e.k, p.heard, rows[q].da_next, m.low, q)
@@ -245,6 +246,7 @@ cdef void later_step(Backward *f, Py_ssize_t s, Py_ssize_t n, Member *m,
     cdef const Problem *p = &f.p
     cdef Py_ssize_t q, r, j0, j1
     cdef lstm_weights w
+    w.no_tape = False
     unit_range(p.H, f.hr.cut, m.slab.part, m.slab.parts, &j0, &j1)
     w.I, w.K, w.H, w.ih, w.bias, w.peepholes = 0, p.H, p.H, NULL, NULL, NULL
     w.hh = packed_at(p.plan.e.k, &f.hr, j0)

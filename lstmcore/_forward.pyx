@@ -197,7 +197,7 @@ cdef inline void step(const Forward *f, Py_ssize_t s, Py_ssize_t n, Member *m,
     unit_range(p.H, f.hh.cut, m.slab.part, m.slab.parts, &j0, &j1)
     w.I, w.K, w.H = p.I if f.fused else 0, 0 if from_zero or not in_step else p.K, p.H
     w.ih, w.hh = packed_at(p.plan.e.k, &f.ih, j0), packed_at(p.plan.e.k, &f.hh, j0)
-    w.bias, w.peepholes = f.b, p.peepholes
+    w.bias, w.peepholes, w.no_tape = f.b, p.peepholes, not f.keep
     for q in range(n if in_step else 0):
         rows[q].h_low = lowered(p.plan.e.k, w.K, rows[q].h_prev, m.low, q)
         rows[q].x = lowered(p.plan.e.k, w.I, rows[q].x, x_low, q)
@@ -220,6 +220,7 @@ cdef void later_step(const Forward *f, Py_ssize_t s, Py_ssize_t n, Member *m,
     unit_range(p.H, f.hr.cut, m.slab.part, m.slab.parts, &j0, &j1)
     w.I, w.K, w.H = 0, 0 if from_zero or not in_step else p.H, p.H
     w.ih, w.hh, w.bias, w.peepholes = NULL, packed_at(p.plan.e.k, &f.hr, j0), NULL, NULL
+    w.no_tape = not f.keep
     for q in range(n):
         rows[q].gates = <char *>rows[q].gates + (p.G - p.H) * p.item
         rows[q].h_low = lowered(p.plan.e.k, w.K, rows[q].m, m.low, q)

@@ -22,6 +22,7 @@ cdef extern from "lstm.h" nogil:
         const void *hh
         const void *bias
         const void *peepholes
+        bint no_tape
     ctypedef struct lstm_row:
         const void *x
         const void *h_low
