@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from lstmcore.reference import rounded
+
 UPSTREAM = ("dy", "dh_n", "dc_n")
 
 
@@ -82,6 +84,19 @@ def in_float64(problem):
                    for name, array in getattr(problem, part).items()}
             for part in ("inputs", "upstream")}
     return SimpleNamespace(kind=problem.kind, options=problem.options, **cast)
+
+
+def bfloat16_sums(a, b, start=0):
+    """start + a (n, K) times b (K, m), all float32, as products in bfloat16 have it: blocks of 32 numbers
+    k, of each the even ones, the odd ones, both, each multiply-add with one rounding."""
+    a, b = (np.float64(rounded(array)) for array in (a, b))
+    out = np.full((len(a), b.shape[1]), start, "float32")
+    for k0 in range(0, a.shape[1], 32):
+        sums = np.zeros((2, *out.shape), "float32")
+        for k in range(k0, min(k0 + 32, a.shape[1])):    # a product has 16 bits: float64 holds the sum
+            sums[k % 2] = sums[k % 2] + a[:, k, None] * b[k]
+        out = out + (sums[0] + sums[1])
+    return out
 
 
 def _drawer(seed, dtype):

@@ -1,4 +1,4 @@
-"""Products in bfloat16 and int8: every step is the float32 kernel's on rounded numbers, bit for bit.
+"""Products in bfloat16 and int8: every step has the sums that NumPy finds, and float32's cell.
 
 A state that differs by its last bit rounds to another neighbor now and then, and many steps carry it
 on; so single steps are compared with the specification, and many steps with single ones.
@@ -8,8 +8,8 @@ import contextlib
 
 import numpy as np
 import pytest
-from problems import (backward, forward, gru_problem, in_float64, lstm_problem, rnn_problem,
-                      with_products)
+from problems import (backward, bfloat16_sums, forward, gru_problem, in_float64, lstm_problem,
+                      rnn_problem, with_products)
 from test_determinism import MAKE, bits, everything, rows_of
 
 from lstmcore import _kernels, functional, reference
@@ -37,16 +37,17 @@ def run(problem, precision, n_threads=1, **options):
                 packed=packed_of(problem, precision), **options)[:2]
 
 
-def of_rounded(problem, names):
-    """The problem with these of its inputs rounded to bfloat16."""
-    inputs = {name: rounded(a) if name in names and a is not None else a
-              for name, a in problem.inputs.items()}
+def from_sums(problem, a, **changes):
+    """The problem of one step whose pre-activations (B, G) are these: x multiplied by one."""
+    G = a.shape[1]
+    inputs = dict(problem.inputs, x=a[None], W_ih=np.eye(G, dtype="float32"), b=None,
+                  W_hh=np.zeros_like(problem.inputs["W_hh"]), **changes)
     return type(problem)(**{**vars(problem), "inputs": inputs})
 
 
 @contextlib.contextmanager
 def fused(isa):
-    """For "base", whose float32 multiplies and adds in two roundings, an instruction set with one."""
+    """For "base", whose float32 cells multiply and add in two roundings, an instruction set with one."""
     others = [name for name in _kernels.available_isas() if name != "base"]
     if isa == "base" and not others:
         pytest.skip("no instruction set here has fused multiply-adds")
@@ -57,14 +58,18 @@ def fused(isa):
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_bfloat16_step_has_the_bits_of_float32_on_rounded_operands(shape, options, plan, isa):
+def test_a_bfloat16_step_has_the_sums_of_numpy(shape, options, plan, isa):
     if _kernels.plan == "blas":
         pytest.skip("BLAS has an order of sums of its own")
     B, I, H = shape
     problem = lstm_problem(1, B, I, H, dtype="float32", seed=H, **OPTIONS[options])
+    x, W_ih, W_hh, b, h0 = (problem.inputs[name] for name in ("x", "W_ih", "W_hh", "b", "h0"))
     y, (h, c), tape = forward(functional, with_products(problem, "bfloat16"))
+    a = bfloat16_sums(x[0], W_ih.T, b)
+    if h0 is not None:
+        a = bfloat16_sums(h0, W_hh.T, a)
     with fused(isa):
-        want = forward(functional, of_rounded(problem, ("x", "h0", *WEIGHTS)))
+        want = forward(functional, from_sums(problem, a))
     assert bits((tape.gates, c)) == bits((want[2].gates, want[1][1]))
     if "P" not in OPTIONS[options]:
         assert bits((y, h)) == bits((want[0], want[1][0]))
@@ -88,20 +93,29 @@ def test_an_int8_step_is_the_specification(shape, options, isa, close):
 
 @pytest.mark.parametrize("reset_after", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_gru_s_bfloat16_step_has_the_bits_of_float32(shape, reset_after, plan, isa):
+def test_a_gru_s_bfloat16_step_has_the_sums_of_numpy(shape, reset_after, plan, isa):
     """The gates that need no other gate's product, and h after a reset that follows the product."""
     if _kernels.plan == "blas":
         pytest.skip("BLAS has an order of sums of its own")
     B, I, H = shape
-    problem = of_rounded(gru_problem(1, B, I, H, dtype="float32", reset_after=reset_after, seed=H),
-                         ("h0",))       # h_{t-1} stands in h as it is, too
+    problem = gru_problem(1, B, I, H, dtype="float32", reset_after=reset_after, seed=H)
+    x, W_ih, W_hh, b, h0 = (problem.inputs[name] for name in ("x", "W_ih", "W_hh", "b", "h0"))
     y, h_n, tape = forward(functional, with_products(problem, "bfloat16"))
-    with fused(isa):
-        want = forward(functional, of_rounded(problem, ("x", *WEIGHTS)))
-    gates = slice(None, None if reset_after else 2 * H)
-    assert bits(tape.gates[..., gates].copy()) == bits(want[2].gates[..., gates].copy())
-    if reset_after:
-        assert bits((y, h_n)) == bits(want[:2])
+    a = bfloat16_sums(x[0], W_ih.T, b[:3 * H])
+    a[:, :2 * H] = bfloat16_sums(h0, W_hh[:2 * H].T, a[:, :2 * H])
+    if not reset_after:
+        with fused(isa):
+            want = forward(functional, from_sums(problem, a))
+        assert bits(tape.gates[..., :2 * H].copy()) == bits(want[2].gates[..., :2 * H].copy())
+        return
+    q = bfloat16_sums(h0, W_hh[2 * H:].T, b[3 * H:])     # of each row: a bias of that row alone
+    for row in range(B):
+        one = from_sums(problem, a[row:row + 1], h0=h0[row:row + 1])
+        one.inputs["b"] = np.concatenate([np.zeros(3 * H, "float32"), q[row]])
+        with fused(isa):
+            want = forward(functional, one)
+        assert bits(tape.gates[:, row].copy()) == bits(want[2].gates[:, 0].copy())
+        assert bits((y[:, row].copy(), h_n[row].copy())) == bits((want[0][:, 0].copy(), want[1][0].copy()))
 
 
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
@@ -175,9 +189,12 @@ def test_token_ids_look_up_a_table_of_floats(isa):
     V, H = 17, 21
     problem = lstm_problem(1, 3, V, H, dtype="float32")
     problem.inputs["x"] = functional.TokenIds(np.array([[16, 0, 5]]), V)
+    inputs = problem.inputs
+    a = (inputs["W_ih"].T + inputs["b"])[[16, 0, 5]]
+    a = bfloat16_sums(inputs["h0"], inputs["W_hh"].T, a)
+    got = run(problem, "bfloat16")
     with fused(isa):
-        want = forward(functional, of_rounded(problem, ("h0", "W_hh")))[:2]
-    assert bits(run(problem, "bfloat16")) == bits(want)
+        assert bits(got) == bits(forward(functional, from_sums(problem, a))[:2])
     table = Quantized.of(problem.inputs["W_ih"]).floats()
     W_hh = problem.inputs["W_hh"]
     got = run(problem, "int8")
@@ -203,14 +220,15 @@ def test_a_dense_layer_in_int8_is_numpys_integers(isa):
             np.testing.assert_allclose(y, want, rtol=0, atol=1e-6 * np.abs(want).max())
 
 
-def test_int8_is_the_same_on_every_instruction_set():
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_the_bits_are_those_of_every_instruction_set(precision):
     rng = np.random.default_rng(1)
     x, W = (rng.normal(size=shape).astype("float32") for shape in ((9, 133), (41, 133)))
     before, seen = _kernels.isa(), set()
     try:
         for name in _kernels.available_isas():
             _kernels.use_isa(name)
-            seen.add(linear_forward(x, W, packed=pack("linear", W, precision="int8")).tobytes())
+            seen.add(linear_forward(x, W, packed=pack("linear", W, precision=precision)).tobytes())
     finally:
         _kernels.use_isa(before)
     assert len(seen) == 1
@@ -221,10 +239,10 @@ def test_a_dense_layer_in_bfloat16(isa):
     x, W, dy = (rng.normal(size=s).astype("float32") for s in ((300, 33), (17, 33), (300, 17)))
     y = linear_forward(x, W, compute="bfloat16")
     dx, dW, db = linear_backward(x, W, dy, compute="bfloat16")
-    with fused(isa):
-        assert bits(y) == bits(linear_forward(rounded(x), rounded(W)))
-        want = linear_backward(rounded(x), rounded(W), rounded(dy))
-    assert bits((dx, dW)) == bits((want.dx, want.dW))
+    assert bits(y) == bits(bfloat16_sums(x, W.T))
+    assert bits(dx) == bits(bfloat16_sums(dy, W))
+    first = bfloat16_sums(dy[:256].T, x[:256])          # a gradient is cut into blocks of 256 rows
+    assert bits(dW) == bits(first + bfloat16_sums(dy[256:].T, x[256:]))
     assert bits(db) == bits(linear_backward(x, W, dy).db)      # a sum, not a product
 
 

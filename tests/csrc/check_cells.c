@@ -135,10 +135,10 @@ static void check_same_states(const states *a, const states *b, const char *what
     check_same(&a->h, &b->h, what);
 }
 
-enum { FUSED = 1, DESCENDING = 2, C_IN_PLACE = 4, H_IN_PLACE = 8 };
+enum { FUSED = 1, DESCENDING = 2, C_IN_PLACE = 4, H_IN_PLACE = 8, NO_TAPE = 16 };
 
 /* The rows [r0, r1) and units [j0, j1) of a step.  C_IN_PLACE: c holds c_prev already and is both;
-   H_IN_PLACE: the pre-activations are in h. */
+   H_IN_PLACE: the pre-activations are in h; NO_TAPE: nobody asks for the gates. */
 static void step(const forward_problem *f, int how, ptrdiff_t r0, ptrdiff_t r1, ptrdiff_t j0,
                  ptrdiff_t j1, states *out) {
     const lstm_cell *cell = f->cell;
@@ -146,7 +146,7 @@ static void step(const forward_problem *f, int how, ptrdiff_t r0, ptrdiff_t r1, 
     packed hh = pack(heard(cell), f->K, f->H, j0, j1, &f->W_hh, 1, f->K);
     lstm_weights w = {how & FUSED ? f->I : 0, f->K, f->H, ih.panels, hh.panels,
                       f->with_bias ? f->bias.row[0] : NULL,
-                      f->with_peepholes ? f->peepholes.row[0] : NULL};
+                      f->with_peepholes ? f->peepholes.row[0] : NULL, !!(how & NO_TAPE)};
     lstm_row *rows = calloc((size_t)(r1 - r0 + 1), sizeof *rows);
     const void **x = lowered(&f->x, f->I), **h = lowered(&f->h_prev, f->K);
     for (ptrdiff_t r = r0; r < r1; r++)
@@ -237,6 +237,11 @@ static void check_forward_bits(const lstm_cell *cell, const equations *e, ptrdif
     check_same_states(&whole, &other, "a step from either end");
     free_states(&other), other = copy_states(&blank);
 
+    step(&f, FUSED | NO_TAPE, 0, n, 0, H, &other);
+    check_same(&whole.h, &other.h, "h without a tape");
+    check_same(&whole.c, &other.c, "c without a tape");
+    free_states(&other), other = copy_states(&blank);
+
     ptrdiff_t width = panel_width(cell->gates);
     for (ptrdiff_t j = 0; j < H; j += width)
         for (ptrdiff_t r = 0; r < n; r++) step(&f, FUSED, r, r + 1, j, least(j + width, H), &other);
@@ -291,7 +296,7 @@ static void back_step(const backward_problem *b, int how, ptrdiff_t r0, ptrdiff_
     const lstm_cell *cell = b->cell;
     packed hh = pack(1, b->K, b->H, j0, j1, &b->W_hh, b->H, 1);
     lstm_weights w = {0, b->K, b->H, NULL, hh.panels, NULL,
-                      b->with_peepholes ? b->peepholes.row[0] : NULL};
+                      b->with_peepholes ? b->peepholes.row[0] : NULL, 0};
     lstm_back_row *rows = calloc((size_t)(r1 - r0 + 1), sizeof *rows);
     const void **da = lowered(&b->da_next, b->K);
     for (ptrdiff_t r = r0; r < r1; r++)

@@ -214,7 +214,8 @@ static uint64_t check_step(const lstm_cell *cell, ptrdiff_t n, ptrdiff_t I, ptrd
         rows[r] = (lstm_row){x_low[r], h_low[r], h_prev.row[r], c_prev.row[r], gates.row[r], c.row[r],
                              h.row[r], h.row[r]};
     }
-    cell->step(&(lstm_weights){I, K, H, ih.panels.panels, hh.panels.panels, bias.row[0], NULL}, 0, n, 0, H,
+    cell->step(&(lstm_weights){I, K, H, ih.panels.panels, hh.panels.panels, bias.row[0], NULL, 0},
+               0, n, 0, H,
                rows);
     under_test->gemm(&ih.panels.w, 0, H, &(lstm_rows){START_ADD, n, x_low, NULL, other.row});
     under_test->gemm(&hh.panels.w, 0, H, &(lstm_rows){START_ADD, n, h_low, NULL, from});
