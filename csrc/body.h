@@ -84,7 +84,6 @@ static const lstm_kernels F(kernels) = {
 #undef ROWS
 #undef TILES_BEGIN
 #undef TILES_END
-#undef SUMS_FROM
 #undef DOT
 #undef IN_ORDER
 #undef PACKED

@@ -153,7 +153,6 @@ INLINE void F(pack_left)(ptrdiff_t K, R *A) {
 
 #ifdef ISA_AMX
 
-#define SUMS_FROM(tile, r, v) _tile_loadd(tile, &sums[16 * (r)][v], sizeof(F(row4)));
 #define DOT(sums, left, panel) _tile_dpbf16ps(sums, left, panel);
 
 #else

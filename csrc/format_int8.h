@@ -257,7 +257,6 @@ INLINE void F(tile)(const int mr, const int nv, const ptrdiff_t step, ptrdiff_t 
 
 #ifdef ISA_AMX
 
-#define SUMS_FROM(tile, r, v) _tile_loadd(tile, start + 64 * (v), 0);
 #define DOT(sums, left, panel) _tile_dpbusd(sums, left, panel);
 
 /* As the last lines of a tile. */
