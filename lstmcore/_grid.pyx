@@ -5,6 +5,7 @@ the step: pure functions of sizes, caches and threads. No choice changes a bit o
 From Python a `Loop` is a dict of its fields, and so is the `Grid` that comes back.
 """
 
+cdef enum: MANY_ROWS = 16          # of a tile whose products are so fast that all else counts
 cdef enum: CHUNK_ROWS = 192        # rows per input projection: enough to reuse a panel, few enough for L2
 
 
@@ -15,7 +16,7 @@ cpdef Grid choose_grid(Loop loop, int team) noexcept nogil:
     while it stays in its second-level cache, or while there are rows enough to hide the reading.
 
     >>> choose_grid(dict(steps=35, rows=20, vectors=82, tile_rows=3, input_bytes=6760000,
-    ...                  recurrent_bytes=6760000, cache_bytes=512 << 10), 2)
+    ...                  recurrent_bytes=6760000, gate_bytes=10400, cache_bytes=512 << 10), 2)
     {'rows': 1, 'units': 2}
     """
     cdef Grid grid
@@ -39,9 +40,17 @@ cpdef bint choose_fused(Loop loop, int team) noexcept nogil:
     that are still in the cache. And where all weights of a thread stay there, because the
     pre-activations need not be stored and loaded in between: inference +3 to 8 % at (50,256,64,64),
     (50,50,128,128), (20,8,16,32), +2 to 3 % at four shapes with 0.8 to 1 MB a thread.
+
+    With AMX also where the pre-activations' way to memory and back is dearer than to read W_ih in every
+    step instead of once in a chunk, whose bytes take an eighth of the time: 1.06 to 1.35 times as fast
+    at ten shapes of 32 to 128 rows, 0.95 at (50,32,1024,1024), which it leaves.
     """
     cdef int units = choose_grid(loop, team).units
-    return loop.steps == 1 or (loop.input_bytes + loop.recurrent_bytes) // units <= loop.cache_bytes
+    cdef Py_ssize_t chunk = choose_chunk(loop, False)
+    if loop.steps == 1 or (loop.input_bytes + loop.recurrent_bytes) // units <= loop.cache_bytes:
+        return True
+    return loop.tile_rows >= MANY_ROWS and \
+        8 * loop.rows * loop.gate_bytes >= loop.input_bytes - loop.input_bytes // chunk
 
 
 cpdef Py_ssize_t choose_chunk(Loop loop, bint fused) noexcept nogil:

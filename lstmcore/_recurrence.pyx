@@ -98,7 +98,7 @@ cdef Loop loop_of(const Problem *p) noexcept nogil:
     loop.vectors = (p.H + VL - 1) // VL if p.plan.e.by.in_step else 1
     loop.input_bytes = p.fed * p.I * p.plan.e.k.packed
     loop.recurrent_bytes = p.fed * p.K * p.plan.e.k.packed
-    loop.cache_bytes = cache_bytes()
+    loop.gate_bytes, loop.cache_bytes = p.G * p.item, cache_bytes()
     return loop
 
 

@@ -13,7 +13,7 @@ def loop(rows, H, *, steps=35, I=None, VL=16, tile_rows=6, gates=4, item=4, cach
     """A layer of H units as the decisions see it."""
     return dict(steps=steps, rows=rows, vectors=-(-H // VL), tile_rows=tile_rows,
                 input_bytes=gates * H * (H if I is None else I) * item,
-                recurrent_bytes=gates * H * H * item, cache_bytes=cache)
+                recurrent_bytes=gates * H * H * item, gate_bytes=gates * H * 4, cache_bytes=cache)
 
 
 def grid(problem, team):
@@ -63,6 +63,10 @@ def test_slabs_follow_from_the_cache():
     (loop(50, 64, I=5000, steps=50), 2, False),     # W_ih alone is larger
     (loop(1, 256, steps=50), 1, False),             # 2 MB for one thread
     (loop(1, 256, steps=50), 2, True),              # 1 MB for each of two
+    (loop(128, 1024), 2, False),
+    (loop(128, 1024, tile_rows=16, item=2), 2, True),   # pre-activations of 2 MB a step
+    (loop(32, 1024, tile_rows=16, item=2), 2, False),
+    (loop(20, 650, tile_rows=16, item=2), 2, False),
 ])
 def test_fused_where_the_weights_stay(problem, team, want):
     assert bool(choose_fused(problem, team)) is want
