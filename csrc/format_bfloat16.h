@@ -73,6 +73,15 @@ INLINE bits F(v_rounded)(vec a) {
     return F(v_bits)(F(v_select)(a == a, F(v_from_bits)(even), F(v_from_bits)(b | 0x400000))) & 0xFFFF0000u;
 }
 
+#ifdef ISA_AMX
+/* Rounded, a in the low half of each word and b in the high half. */
+INLINE vec F(v_pair)(vec a, vec b) {
+    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
+    __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
+    return F(v_from_bits)((bits)low | (bits)high << 16);
+}
+#endif
+
 /* Where the word of k of vector v lies in a panel of nv vectors of K numbers. */
 #ifdef ISA_AMX
 #define AT(K, nv, v, k) AMX_AT(F(whole)(K), nv, v, k, 2)
@@ -84,7 +93,7 @@ INLINE void F(pack_step)(PACKED *panel, ptrdiff_t K, int nv, int v, ptrdiff_t k,
     R *out = (R *)panel + AT(K, nv, v, k);
     (void)K;
 #if defined(ISA_AMX)
-    F(v_store)(out, F(v_from_bits)(F(v_rounded)(w[0]) >> 16 | F(v_rounded)(w[1])));
+    F(v_store)(out, F(v_pair)(w[0], w[1]));
 #elif defined(ISA_BF16)
     F(v_store)(out, F(v_from_bits)(F(v_rounded)(w[0]) | F(v_rounded)(w[2]) >> 16));
     F(v_store)(out + nv * VL, F(v_from_bits)(F(v_rounded)(w[1]) | F(v_rounded)(w[3]) >> 16));
@@ -128,8 +137,7 @@ INLINE void F(pack_left)(ptrdiff_t K, R *A) {
     for (ptrdiff_t k = 0; k < K; k += BLOCK, A += BLOCK * MR, out += BLOCK / 2 * MR) {
         vec pairs[BLOCK / 2];
         for (int q = 0; q < BLOCK / 2; q++)
-            pairs[q] = F(v_from_bits)(F(v_rounded)(F(v_load)(A + 2 * q * MR)) >> 16 |
-                                      F(v_rounded)(F(v_load)(A + (2 * q + 1) * MR)));
+            pairs[q] = F(v_pair)(F(v_load)(A + 2 * q * MR), F(v_load)(A + (2 * q + 1) * MR));
         F(turn)(pairs);
         for (int r = 0; r < MR; r++) F(v_store)((R *)(void *)out + r * (BLOCK / 2), pairs[r]);
     }
