@@ -30,15 +30,19 @@ typedef struct {
     const char *b;
     ptrdiff_t b_block, b_half;
 } F(sides);
+#define sides F(sides)
 
+/* clang-format off */
 #define A(tile, r) _tile_loadd(tile, a + 16 * (r) * p->a_row, p->a_row);
 #define B(tile, v) _tile_loadd(tile, b + 1024 * (v), 64);
 #define HALF(tile, v) _tile_loadd(tile, b + p->b_half + 1024 * (v), 64);
 #define FROM(tile, r, v) _tile_loadd(tile, from + 16 * (r) * from_row + 64 * (v), from_row);
 #define TO(tile, r, v) _tile_stored(tile, &sums[16 * (r)][v], sizeof(F(row4)));
-/* sums = what lies at `from`, rows `from_row` bytes apart, + the products of `parts`, one after the other */
-#define SHAPE(rows, vectors, BEGIN, EACH_BLOCK, END)                                                 \
-    static void F(times_##rows##_##vectors)(int parts, const F(sides) *p, const char *from,          \
+
+/* Tiles of rows times vectors of a panel: sums = what lies at `from`, rows `from_row` bytes apart, + the
+   products of `parts`, one after the other.  Tiles 0 to 5 hold the sums. */
+#define TIMES(rows, vectors, BEGIN, EACH_BLOCK, END)                                                 \
+    static void F(times_##rows##_##vectors)(int parts, const sides *p, const char *from,             \
                                             ptrdiff_t from_row, F(row4) *sums) {                     \
         BEGIN                                                                                        \
         for (; parts > 0; parts--, p++) {                                                            \
@@ -49,36 +53,35 @@ typedef struct {
         }                                                                                            \
         END                                                                                          \
     }
-/* tiles 0 to 5 hold sums */
-SHAPE(1, 1, FROM(0, 0, 0), A(6, 0) B(7, 0) DOT(0, 6, 7), TO(0, 0, 0))
-SHAPE(1, 2, FROM(0, 0, 0) FROM(1, 0, 1),
+TIMES(1, 1, FROM(0, 0, 0), A(6, 0) B(7, 0) DOT(0, 6, 7), TO(0, 0, 0))
+TIMES(1, 2, FROM(0, 0, 0) FROM(1, 0, 1),
       A(6, 0) B(7, 0) DOT(0, 6, 7) B(5, 1) DOT(1, 6, 5),
       TO(0, 0, 0) TO(1, 0, 1))
-SHAPE(1, 3, FROM(0, 0, 0) FROM(1, 0, 1) FROM(2, 0, 2),
+TIMES(1, 3, FROM(0, 0, 0) FROM(1, 0, 1) FROM(2, 0, 2),
       A(6, 0) B(7, 0) DOT(0, 6, 7) B(5, 1) DOT(1, 6, 5) B(4, 2) DOT(2, 6, 4),
       TO(0, 0, 0) TO(1, 0, 1) TO(2, 0, 2))
-SHAPE(1, 4, FROM(0, 0, 0) FROM(1, 0, 1) FROM(2, 0, 2) FROM(3, 0, 3),
+TIMES(1, 4, FROM(0, 0, 0) FROM(1, 0, 1) FROM(2, 0, 2) FROM(3, 0, 3),
       A(6, 0) B(7, 0) DOT(0, 6, 7) B(5, 1) DOT(1, 6, 5) HALF(4, 0) DOT(2, 6, 4) HALF(7, 1) DOT(3, 6, 7),
       TO(0, 0, 0) TO(1, 0, 1) TO(2, 0, 2) TO(3, 0, 3))
-SHAPE(2, 1, FROM(0, 0, 0) FROM(1, 1, 0),
+TIMES(2, 1, FROM(0, 0, 0) FROM(1, 1, 0),
       B(7, 0) A(6, 0) DOT(0, 6, 7) A(5, 1) DOT(1, 5, 7),
       TO(0, 0, 0) TO(1, 1, 0))
-SHAPE(2, 2, FROM(0, 0, 0) FROM(1, 0, 1) FROM(2, 1, 0) FROM(3, 1, 1),
+TIMES(2, 2, FROM(0, 0, 0) FROM(1, 0, 1) FROM(2, 1, 0) FROM(3, 1, 1),
       B(7, 0) A(6, 0) DOT(0, 6, 7) B(5, 1) DOT(1, 6, 5) A(4, 1) DOT(2, 4, 7) DOT(3, 4, 5),
       TO(0, 0, 0) TO(1, 0, 1) TO(2, 1, 0) TO(3, 1, 1))
-SHAPE(2, 3, FROM(0, 0, 0) FROM(1, 0, 1) FROM(2, 0, 2) FROM(3, 1, 0) FROM(4, 1, 1) FROM(5, 1, 2),
+TIMES(2, 3, FROM(0, 0, 0) FROM(1, 0, 1) FROM(2, 0, 2) FROM(3, 1, 0) FROM(4, 1, 1) FROM(5, 1, 2),
       A(6, 0) B(7, 0) DOT(0, 6, 7) B(7, 1) DOT(1, 6, 7) B(7, 2) DOT(2, 6, 7)
       A(6, 1) DOT(5, 6, 7) B(7, 1) DOT(4, 6, 7) B(7, 0) DOT(3, 6, 7),
       TO(0, 0, 0) TO(1, 0, 1) TO(2, 0, 2) TO(3, 1, 0) TO(4, 1, 1) TO(5, 1, 2))
 
 /* sums[r][v] of n rows, of `vectors` <= 4, with 1 or 2 parts. */
-static void F(times)(ptrdiff_t n, int vectors, int parts, const F(sides) *p, const char *from,
+static void F(times)(ptrdiff_t n, int vectors, int parts, const sides *p, const char *from,
                      ptrdiff_t from_row, F(row4) *sums) {
-    static void (*const shapes[2][5])(int, const F(sides) *, const char *, ptrdiff_t, F(row4) *) = {
+    static void (*const shapes[2][5])(int, const sides *, const char *, ptrdiff_t, F(row4) *) = {
         {0, F(times_1_1), F(times_1_2), F(times_1_3), F(times_1_4)},
         {0, F(times_2_1), F(times_2_2), F(times_2_3)}};
     const ptrdiff_t pairs = (n + 15) / 32;  /* of tiles of rows; then one may be left */
-    F(sides) s[2];
+    sides s[2];
     for (int v = 0; v < vectors && pairs;) {
         int together = vectors - v == 4 ? 2 : vectors - v;
         for (ptrdiff_t r = 0; r < pairs; r++) {
@@ -99,7 +102,7 @@ static void F(times)(ptrdiff_t n, int vectors, int parts, const F(sides) *p, con
 
 /* The same by pieces of which both sides stay in the first-level cache: 17 % faster at K = 640 to 1,408,
    no faster at 512, where sums go to memory and back more often than that. */
-static void F(times_long)(ptrdiff_t n, int vectors, int parts, const F(sides) *p, const char *from,
+static void F(times_long)(ptrdiff_t n, int vectors, int parts, const sides *p, const char *from,
                           ptrdiff_t from_row, F(row4) *sums) {
     enum { MOST = 16, PIECE = 12 };
     IN_ORDER;
@@ -112,7 +115,7 @@ static void F(times_long)(ptrdiff_t n, int vectors, int parts, const F(sides) *p
         const ptrdiff_t pieces = p->blocks <= MOST ? 1 : (p->blocks + PIECE - 1) / PIECE;
         for (ptrdiff_t q = 0; q < pieces; q++) {
             const ptrdiff_t first = p->blocks * q / pieces;
-            F(sides) s = *p;
+            sides s = *p;
             s.blocks = p->blocks * (q + 1) / pieces - first;
             s.a += first * p->a_block, s.b += first * p->b_block;
             F(times)(n, vectors, 1, &s, from, from_row, sums);
@@ -127,15 +130,15 @@ static void F(times_long)(ptrdiff_t n, int vectors, int parts, const F(sides) *p
 #undef HALF
 #undef FROM
 #undef TO
-#undef SHAPE
+#undef TIMES
 
 /* n rows and a panel, of `words` numbers k on each side: `all` in its vectors, from k0 on. */
-INLINE F(sides) F(sides_of)(ptrdiff_t n, const LEFT *const *a, ptrdiff_t blocks, const PACKED *panel, int nv,
-                            ptrdiff_t all, ptrdiff_t k0) {
+INLINE sides F(sides_of)(ptrdiff_t n, const LEFT *const *a, ptrdiff_t blocks, const PACKED *panel, int nv,
+                         ptrdiff_t all, ptrdiff_t k0) {
     const int g = NEIGHBORS(nv);
-    F(sides) s = {blocks, (const char *)a[0], n > 1 ? (const char *)a[1] - (const char *)a[0] : 0, 64,
-                  (const char *)(panel + AT(all, nv, 0, k0)), 1024 * g,
-                  (AT(all, nv, g % nv, 0) - AT(all, nv, 0, 0)) * (ptrdiff_t)sizeof(PACKED)};
+    sides s = {blocks, (const char *)a[0], n > 1 ? (const char *)a[1] - (const char *)a[0] : 0, 64,
+               (const char *)(panel + AT(all, nv, 0, k0)), 1024 * g,
+               (AT(all, nv, g % nv, 0) - AT(all, nv, 0, 0)) * (ptrdiff_t)sizeof(PACKED)};
     return s;
 }
 
@@ -146,21 +149,27 @@ static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, con
                      const PACKED *next, F(row4) *acc) {
     (void)next;
     if (K == 0) return;
-    F(sides) s = F(sides_of)(n, a, F(whole)(K) / WHOLE, panel, nv, K, 0);
+    sides s = F(sides_of)(n, a, F(whole)(K) / WHOLE, panel, nv, K, 0);
     F(times_long)(n, nv, 1, &s, (const char *)acc, sizeof(F(row4)), acc);
 }
 
-/* Two of them, one after the other, whose sums stay in tiles meanwhile. */
-static void F(groups)(ptrdiff_t n, ptrdiff_t I, ptrdiff_t K, int nv, const LEFT *const *x,
-                      const LEFT *const *h, const PACKED *ih, const PACKED *hh, F(row4) *acc) {
-    F(sides) s[2] = {F(sides_of)(n, x, F(whole)(I) / WHOLE, ih, nv, I, 0),
-                     F(sides_of)(n, h, F(whole)(K) / WHOLE, hh, nv, K, 0)};
-    F(times_long)(n, nv, 2, s, (const char *)acc, sizeof(F(row4)), acc);
+/* As below; of two that add to the same, the sums stay in tiles meanwhile. */
+static void F(groups)(ptrdiff_t n, ptrdiff_t I, ptrdiff_t K, int nv_ih, int nv_hh, const LEFT *const *x,
+                      const LEFT *const *h, const PACKED *ih, const PACKED *hh, const PACKED *next,
+                      F(row4) *acc, F(row4) *acc_h) {
+    if (I == 0 || K == 0 || nv_ih != nv_hh || acc != acc_h) {
+        F(group)(n, I, nv_ih, x, ih, hh, acc);
+        F(group)(n, K, nv_hh, h, hh, next, acc_h);
+        return;
+    }
+    sides s[2] = {F(sides_of)(n, x, F(whole)(I) / WHOLE, ih, nv_ih, I, 0),
+                  F(sides_of)(n, h, F(whole)(K) / WHOLE, hh, nv_hh, K, 0)};
+    F(times_long)(n, nv_ih, 2, s, (const char *)acc, sizeof(F(row4)), acc);
 }
 
 /* acc = a panel for 16 rows, of which `a` holds blocks of k one after the other. */
 INLINE void F(packed_tile)(int nv, ptrdiff_t K, const LEFT *a, const PACKED *panel, F(row4) *acc) {
-    F(sides) s = F(sides_of)(1, &a, F(whole)(K) / WHOLE, panel, nv, K, 0);
+    sides s = F(sides_of)(1, &a, F(whole)(K) / WHOLE, panel, nv, K, 0);
     s.a_row = 64, s.a_block = 1024;
     for (int r = 0; r < MR; r++)
         for (int v = 0; v < nv; v++) acc[r][v] = F(v_set1)(0);
@@ -179,7 +188,7 @@ static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, con
             F(tiles)[1][nv](k0, kn, a, panel, (uintptr_t)next, acc);
             continue;
         }
-        F(sides) s = F(sides_of)(n, a, (kn + WHOLE - 1) / WHOLE, block + 64 * nv, nv, kn, 0);
+        sides s = F(sides_of)(n, a, (kn + WHOLE - 1) / WHOLE, block + 64 * nv, nv, kn, 0);
         s.a += (HEAD + k0 / STEP) * (ptrdiff_t)sizeof(LEFT);
         F(times_long)(n, nv, 1, &s, (const char *)block, 0, sums);
         F(add_scaled)(n, nv, a, panel, (const F(row4) *)sums, acc);
@@ -187,3 +196,5 @@ static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, con
 }
 
 #endif
+
+#undef sides

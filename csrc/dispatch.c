@@ -37,7 +37,11 @@ static int has_avx512vnni(void) { return has_avx512() && __builtin_cpu_supports(
 extern const lstm_kernels *const lstm_tables_amx[];
 /* Linux lends the memory for its tiles to a process that asks. */
 static int has_amx(void) {
-    enum { ASK = 0x1023, TILES = 18, BF16 = 1 << 22, TILE = 1 << 24, INT8 = 1 << 25 };
+    enum { ASK = 0x1023,
+           TILES = 18,
+           BF16 = 1 << 22,
+           TILE = 1 << 24,
+           INT8 = 1 << 25 };
     static int known = -1;
     unsigned a, b, c, d = 0;
     if (known < 0)
@@ -51,12 +55,13 @@ static int has_avx512bf16(void) { return has_avx512vnni() && __builtin_cpu_suppo
 
 /* Seconds of a small product: the least of a few. */
 static double time_of(const lstm_kernels *k, void *packed, char *low) {
-    enum { ROWS = 6, COLUMNS = 64, K = 128 };
+    enum { ROWS = 6,
+           COLUMNS = 64,
+           K = 128 };
     static float W[K * COLUMNS], out[ROWS][COLUMNS];
     const void *a[ROWS];
     void *C[ROWS];
-    lstm_operand w = {.gates = 1, .K = K, .N = COLUMNS, .W = W, .k_stride = COLUMNS, .col_stride = 1,
-                      .packed = packed};
+    lstm_operand w = {.gates = 1, .K = K, .N = COLUMNS, .W = W, .k_stride = COLUMNS, .col_stride = 1, .packed = packed};
     lstm_rows rows = {START_ZERO, ROWS, a, NULL, C};
     double least = 1;
     k->pack(&w, 0, COLUMNS, 0, (COLUMNS / k->VL + 3) / 4);

@@ -30,9 +30,12 @@ PRAGMA(GCC target(TARGET))
 /* A number format: its name, the suffix of its names, its products, whether it computes in double, and
    whether it is one below float32: then every instruction set has the same bits.  An instruction set that
    adds but some formats to another one has said which, by ONLY_... */
+#if !defined(ONLY_BELOW) && !defined(ONLY_BFLOAT16) && !defined(ONLY_INT8)
+#define ALL_FORMATS
+#endif
 #define BELOW 0
 #define PRODUCTS "format_float.h"
-#if !defined(ONLY_BELOW) && !defined(ONLY_BFLOAT16) && !defined(ONLY_INT8)
+#ifdef ALL_FORMATS
 #define FORMAT "float32"
 #define F(name) JOIN(name, _f32)
 #define DOUBLE 0

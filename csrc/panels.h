@@ -61,7 +61,7 @@ static void F(pack)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, ptrdiff_t
 }
 
 #ifdef ISA_AMX
-#include "amx.h"        /* its F(group) */
+#include "amx.h"        /* F(group), and of formats that train F(groups) */
 #else
 
 #define TILES_BEGIN     /* in a kernel, around all that multiplies */
@@ -86,6 +86,16 @@ static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, con
     TILE_MODE_END
 }
 
+#endif
+
+#if !defined(ISA_AMX) || !TRAINS
+/* acc += x · ih, and acc_h, which is acc or within it, += h · hh. */
+INLINE void F(groups)(ptrdiff_t n, ptrdiff_t I, ptrdiff_t K, int nv_ih, int nv_hh, const LEFT *const *x,
+                      const LEFT *const *h, const PACKED *ih, const PACKED *hh, const PACKED *next,
+                      F(row4) *acc, F(row4) *acc_h) {
+    F(group)(n, I, nv_ih, x, ih, hh, acc);
+    F(group)(n, K, nv_hh, h, hh, next, acc_h);
+}
 #endif
 
 /* The size of equal groups of n >= 1 rows. */

@@ -50,16 +50,9 @@ static void CELL(step)(const lstm_weights *weights, int descending, ptrdiff_t n,
                                       : F(v_set1)(0);
             }
             /* a = start + x W_ihᵀ + h_prev W_hhᵀ       (m,I) (I,nv·VL), (m,K) (K,nv·VL) */
-#if defined(ISA_AMX) && TRAINS
-            if (APART + LATER == 0 && w.I && w.K) F(groups)(m, w.I, w.K, g.nv, x, h, ih, hh, acc);
-            else
-#endif
-            {
-            F(group)(m, w.I, g.nv - APART, x, ih, hh, acc);
-            F(group)(m, w.K, g.nv - APART - LATER, h, hh, w.I ? F(packed_panel)(FED, w.ih, w.I, next)
-                                                              : F(packed_panel)(HEARD, w.hh, w.K, next),
-                     (F(row4) *)&acc[0][APART]);
-            }
+            F(groups)(m, w.I, w.K, g.nv - APART, g.nv - APART - LATER, x, h, ih, hh,
+                      w.I ? F(packed_panel)(FED, w.ih, w.I, next) : F(packed_panel)(HEARD, w.hh, w.K, next),
+                      acc, (F(row4) *)&acc[0][APART]);
             for (ptrdiff_t r = 0; r < m; r++)
                 for (int u = 0; u < (GATES == 1 ? g.nv : 1); u++) {
                     ptrdiff_t j = g.col + u * VL, lanes = F(lanes)(&g, u);
