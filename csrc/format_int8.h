@@ -260,12 +260,12 @@ INLINE void F(tile)(const int mr, const int nv, const ptrdiff_t step, ptrdiff_t 
 #define DOT(sums, left, panel) _tile_dpbusd(sums, left, panel);
 
 /* As the last lines of a tile. */
-INLINE void F(add_scaled)(ptrdiff_t n, int nv, const LEFT *const *rows, const PACKED *panel,
+INLINE void F(add_scaled)(ptrdiff_t n, int nv, const LEFT *const *a, const PACKED *panel,
                           const F(row4) *sums, F(row4) *out) {
     const R *scales = (const R *)(const void *)panel;
     for (ptrdiff_t r = 0; r < n; r++) {
         R scale_a;
-        memcpy(&scale_a, rows[r], sizeof scale_a);
+        memcpy(&scale_a, a[r], sizeof scale_a);
         for (int v = 0; v < nv; v++) {
             vec scale = F(v_load)(scales + v * VL) * scale_a;
             out[r][v] = v_fma(F(v_number)((ivec)sums[r][v]), scale, out[r][v]);

@@ -23,6 +23,7 @@ from mutants import MUTANTS, NEEDS, QUICK
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-fPIC", "-ffp-contract=off", "-std=gnu11", "-Icsrc", "-w"]
+WHOLE = ("avx512", "avx2", "neon", "base")  # which have every number format
 EMULATE = ["-Itests/csrc/avx512", "-D__builtin_cpu_supports(feature)=1"]
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
@@ -84,12 +85,12 @@ class Scratch:
             self.compile(f"csrc/{source}.c")
         for module in self.modules:
             self.cython(module)
-        if isa and isa.startswith("avx") and isa not in self.isas():
+        if isa and isa.startswith(("avx", "amx")) and isa not in self.isas():
             self.emulated = EMULATE
             for source in self.sources:
-                if source == "dispatch" or source.startswith("isa_avx"):
+                if source == "dispatch" or source.startswith("isa_a"):
                     self.compile(f"csrc/{source}.c")
-        self.isa = isa or self.isas()[0]
+        self.isa = isa or next(name for name in self.isas() if name in WHOLE)
         if self.isa not in self.isas():
             raise SystemExit(f"--isa must be one of {', '.join(self.isas())}, got {isa}")
         for checks in sorted((self.tree / "tests/csrc").glob("check*.c")):
@@ -261,7 +262,8 @@ def main():
                            help="mutants with TEXT in 'file: name', a regular expression")
     arguments.add_argument("--isa", metavar="NAME",
                            help="the instruction set of the kernels; what the CPU lacks of "
-                                "AVX-512, VNNI and BF16 is emulated (default: the best that runs here)")
+                                "AVX-512, VNNI, BF16 and AMX is emulated (default: the best here that "
+                                "has every number format)")
     options = arguments.parse_args()
     chosen = [m for m in MUTANTS if re.search(options.only, f"{m[1]}: {m[0]}")
               and (m[0] in QUICK or not options.quick)]

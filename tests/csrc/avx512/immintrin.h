@@ -1,5 +1,5 @@
-/* immintrin.h: stands before the compiler's own where a CPU without AVX-512 is to run isa_avx512*.c,
-   and one without AVX-VNNI isa_avxvnni.c.
+/* immintrin.h: stands before the compiler's own where a CPU without AVX-512 is to run isa_avx512*.c, one
+   without AVX-VNNI isa_avxvnni.c, and one without AMX isa_amx.c.
 
    The file's text is compiled as it is, for AVX2: the compiler splits vectors of 64 bytes, and the few
    _mm512 operations that csrc/simd.h asks for are two of 256 bits or a loop over lanes.  Every one rounds
@@ -99,6 +99,7 @@ typedef union {
     uint8_t u8[64];
     int16_t i16[32];
     int32_t i32[16];
+    uint16_t u16[32];
     uint32_t u32[16];
     uint64_t u64[8];
     float f32[16];
@@ -141,23 +142,35 @@ EMULATED(__m256i) emulated_shorts(__m512i a) {
     return out.half[0];
 }
 
-EMULATED(__m256i) emulated_even_words(__m512i a) {
-    emulated_numbers x = {a}, out = {0};
-    for (int l = 0; l < 8; l++) out.u32[l] = (uint32_t)x.u64[l];
+/* Of each four words the last two in the place of the first two too. */
+EMULATED(__m512i) emulated_last_two(__m512i a) {
+    emulated_numbers x = {a}, out;
+    for (int l = 0; l < 16; l++) out.u32[l] = x.u32[l | 2];
+    return out.whole;
+}
+
+static __attribute__((noinline, unused)) void emulated_store_those(void *p, __mmask16 mask, __m512i a) {
+    emulated_numbers x = {a};
+    for (int l = 0; l < 16; l++)
+        if (mask >> l & 1) __builtin_memcpy(p, &x.u32[l], 4), p = (char *)p + 4;
+}
+
+/* To bfloat16, to nearest, ties to even; what is below the smallest normal number is zero. */
+EMULATED(__m256i) emulated_bfloat16(emulated_ps a) {
+    emulated_numbers x = {(__m512i)a}, out = {0};
+    for (int l = 0; l < 16; l++) {
+        uint32_t b = x.u32[l], size = b & 0x7FFFFFFF;
+        if (size < 0x800000) b &= 0x80000000;
+        out.u16[l] = (uint16_t)(size > 0x7F800000 ? b >> 16 | 0x40 : (b + 0x7FFF + (b >> 16 & 1)) >> 16);
+    }
     return out.half[0];
 }
 
-EMULATED(__m512i) emulated_shift(__m512i a, int n) {
-    emulated_numbers x = {a};
-    for (int l = 0; l < 8; l++) x.u64[l] >>= n;
-    return x.whole;
-}
-
-static __attribute__((noinline, unused)) void emulated_store_words(void *p, __mmask8 mask, __m256i a) {
-    emulated_numbers x = {0};
+EMULATED(__m512i) emulated_words(__m256i a) {
+    emulated_numbers x = {0}, out;
     x.half[0] = a;
-    for (int l = 0; l < 8; l++)
-        if (mask >> l & 1) __builtin_memcpy((char *)p + 4 * l, &x.u32[l], 4);
+    for (int l = 0; l < 16; l++) out.u32[l] = x.u16[l];
+    return out.whole;
 }
 
 /* Four unsigned bytes times four signed ones, added to each of the lanes. */
@@ -197,19 +210,74 @@ EMULATED(__m512) emulated_pairs(__m512 c, __m512i a, __m512i b) {
     return (__m512)sum.whole;
 }
 
+#ifdef ISA_AMX
+static emulated_numbers emulated_tile[8][16];
+
+EMULATED(void) emulated_load_tile(int tile, const void *p, ptrdiff_t stride) {
+    for (int r = 0; r < 16; r++) __builtin_memcpy(&emulated_tile[tile][r], (const char *)p + r * stride, 64);
+}
+
+EMULATED(void) emulated_store_tile(int tile, void *p, ptrdiff_t stride) {
+    for (int r = 0; r < 16; r++) __builtin_memcpy((char *)p + r * stride, &emulated_tile[tile][r], 64);
+}
+
+EMULATED(void) emulated_tile_of_bytes(int sums, int left, int panel) {
+    for (int r = 0; r < 16; r++)
+        for (int q = 0; q < 16; q++)
+            emulated_tile[sums][r].whole = emulated_dot(emulated_tile[sums][r].whole,
+                emulated_set1(emulated_tile[left][r].i32[q]), emulated_tile[panel][q].whole);
+}
+
+/* Of each row the low numbers of the words are one chain from zero, the high ones another. */
+EMULATED(void) emulated_tile_of_pairs(int sums, int left, int panel) {
+    for (int r = 0; r < 16; r++) {
+        emulated_halves_ps chain[2] = {0}, out = {(emulated_ps)emulated_tile[sums][r].whole};
+        for (int q = 0; q < 16; q++)
+            for (int h = 0; h < 2; h++)
+                for (int high = 0; high < 2; high++) {
+                    __m256i u = _mm256_set1_epi32(emulated_tile[left][r].i32[q]);
+                    __m256i v = emulated_tile[panel][q].half[h], mask = _mm256_set1_epi32((int)0xFFFF0000u);
+                    u = high ? _mm256_and_si256(u, mask) : _mm256_slli_epi32(u, 16);
+                    v = high ? _mm256_and_si256(v, mask) : _mm256_slli_epi32(v, 16);
+                    chain[high].half[h] = emulated_flushed(_mm256_fmadd_ps(
+                        emulated_flushed(_mm256_castsi256_ps(u)), emulated_flushed(_mm256_castsi256_ps(v)),
+                        chain[high].half[h]));
+                }
+        for (int h = 0; h < 2; h++)
+            out.half[h] = emulated_flushed(_mm256_add_ps(emulated_flushed(out.half[h]),
+                emulated_flushed(_mm256_add_ps(chain[0].half[h], chain[1].half[h]))));
+        emulated_tile[sums][r].whole = (__m512i)out.whole;
+    }
+}
+
+#undef _tile_loadconfig
+#undef _tile_release
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbf16ps
+#undef _tile_dpbusd
+#define _tile_loadconfig(shapes) (void)(shapes)
+#define _tile_release() (void)0
+#define _tile_loadd emulated_load_tile
+#define _tile_stored emulated_store_tile
+#define _tile_dpbf16ps emulated_tile_of_pairs
+#define _tile_dpbusd emulated_tile_of_bytes
+#endif
+
 #define __m512bh __m512i
 #define _mm512_dpbf16_ps emulated_pairs
 #define _mm512_dpbusd_epi32 emulated_dot
 #define _mm256_dpbusd_avx_epi32 emulated_dot_256
 #define _mm512_madd_epi16 emulated_madd
 #define _mm512_set1_epi32 emulated_set1
-#define _mm512_or_si512(a, b) ((__m512i)(a) | (__m512i)(b))
-#define _mm512_srli_epi64 emulated_shift
+#undef _mm512_shuffle_epi32
+#define _mm512_shuffle_epi32(a, which) emulated_last_two(a)
+#define _mm512_cvtneps_pbh(a) emulated_bfloat16((emulated_ps)(a))
+#define _mm512_cvtepu16_epi32 emulated_words
 #define _mm512_cvtepi32_ps emulated_numbers_of
 #define _mm512_cvtepi8_epi16 emulated_widen
 #define _mm512_cvtepi32_epi8 emulated_bytes
 #define _mm512_cvtepi32_epi16 emulated_shorts
-#define _mm512_cvtepi64_epi32 emulated_even_words
-#define _mm256_mask_storeu_epi32 emulated_store_words
+#define _mm512_mask_compressstoreu_epi32 emulated_store_those
 
 #endif
