@@ -146,7 +146,10 @@ def quantize(W: ArrayLike) -> tuple[Ints, Floats]:
 
 
 def product(a: Floats, b: Floats, compute: str | None) -> Floats:
-    """a (n, K) times b (K, m), both in the number format `compute`; int8 has a scale per K numbers."""
+    """a (n, K) times b (K, m), both in the number format `compute`; int8 has a scale per K numbers.
+
+    Of bfloat16 only the rounding is specified here; in which order the kernels add is in docs/precision.md.
+    """
     if compute == "bfloat16":
         return rounded(a).astype(a.dtype) @ rounded(b).astype(a.dtype)
     if compute == "int8":

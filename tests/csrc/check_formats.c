@@ -246,6 +246,8 @@ void check_formats(void) {
                               panel_width(gates) * (1 + pick(2)) + 1 + pick(VL), (int)pick(2), tame);
     check_product(1, START_BIAS, MR + 1, 1027, 0, 4 * VL + 1, 0, 1);  /* longer than a block */
     check_product(3, START_ADD, MR + 2, 2051, 0, VL + 1, 1, 1);
+    check_product(4, START_ADD, 4 * MR, 70, 0, VL + 1, 1, 1);         /* several tiles of rows */
+    check_product(4, START_BIAS, 3 * MR + 1, 1100, 0, VL, 0, 1);
     if (is_int8())
         for (int tame = 1; tame <= 2; tame++) {
             check_product(1, START_BIAS, MR + 1, 65536 + 5, 0, VL + 1, 0, tame);
