@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 import lstmcore
-from bench.report import cpu, table
+from bench.record import machine
+from bench.report import table
 from lstmcore import LanguageModel, LSTMClassifier, LSTMRegressor
 from lstmcore.models import text as texts
 
@@ -239,7 +240,7 @@ def main():
     # the record says what was run, not where the data lie on this machine
     shown = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]
     info = lstmcore.info()
-    record = dict(date=time.strftime("%Y-%m-%d"), cpu=cpu(), isa=info["isa"],
+    record = dict(date=time.strftime("%Y-%m-%d"), cpu=machine(0, 0)["cpu"], isa=info["isa"],
                   version=info["version"], numpy=np.__version__, seeds=options.seeds,
                   formats=options.formats, tasks=[],
                   command=shlex.join(["python", "-m", "bench.accuracy", *shown]))

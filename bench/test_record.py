@@ -1,7 +1,10 @@
 """The comparison's own logic: data, errors, the record, and what the tables say of it."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,3 +161,11 @@ def test_serving_record_has_every_server_right(tmp_path):
         assert [(row["clients"], row["requests"]) for row in rows] == [(1, 20), (3, 20)]
         assert all(0 < row["p50"] <= row["p99"] < 1 for row in rows)
     assert "| 3 | lstmcore int8 |" in serving.table(found)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in Path(__file__).parent.glob("*.py")
+                                        if "def main(" in path.read_text("utf-8")))
+def test_every_program_starts(name):
+    done = subprocess.run([sys.executable, "-m", f"bench.{name}", "--help"], cwd=Path(__file__).parents[1],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 or "No module named 'sklearn'" in done.stderr, done.stderr
