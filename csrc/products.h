@@ -11,7 +11,7 @@ static void F(gemm)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, const lst
     const int gates = w->gates, start = rows->start;
     if (n == 0) return;
     TILES_BEGIN
-    ptrdiff_t size = F(group_size)(n);
+    ptrdiff_t size = F(group_size)(n, K);
     for (ptrdiff_t p = 0; p < F(n_panels)(gates, j0, j1); p++) {
         F(panel) g = F(panel_at)(gates, p, w->N, j0, j1);
         const PACKED *panel = F(packed_panel)(gates, w->packed, K, p);

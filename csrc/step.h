@@ -33,7 +33,7 @@ static void CELL(step)(const lstm_weights *weights, int descending, ptrdiff_t n,
     ptrdiff_t panels = F(n_panels)(GATES, j0, j1);
     if (n == 0) return;
     TILES_BEGIN
-    ptrdiff_t size = F(group_size)(n);
+    ptrdiff_t size = F(group_size)(n, w.I + w.K);
     for (ptrdiff_t q = 0; q < panels; q++) {
         ptrdiff_t p = descending ? panels - 1 - q : q, next = descending ? MAX(p - 1, 0) : p + 1;
         F(panel) g = F(panel_at)(GATES, p, w.H, j0, j1);
@@ -73,7 +73,7 @@ static void CELL(back_step)(const lstm_weights *weights, int descending, ptrdiff
     ptrdiff_t panels = F(n_panels)(1, j0, j1);
     if (n == 0) return;
     TILES_BEGIN
-    ptrdiff_t size = F(group_size)(n);
+    ptrdiff_t size = F(group_size)(n, w.K);
     for (ptrdiff_t q = 0; q < panels; q++) {
         ptrdiff_t p = descending ? panels - 1 - q : q, next = descending ? MAX(p - 1, 0) : p + 1;
         F(panel) g = F(panel_at)(1, p, w.H, j0, j1);
