@@ -247,7 +247,8 @@ class Processes:
         except BaseException as error:
             if self.size > 1 and not self._all_fail():
                 told = f"lstmcore: rank {self.rank} of {self.size} has failed, so all processes end"
-                print("".join(traceback.format_exception(error)) + told, file=sys.stderr, flush=True)
+                print("".join(traceback.format_exception(error)) + told, flush=True,
+                      file=sys.__stderr__ or sys.stderr)
                 self.comm.Abort(1)
             raise
 
@@ -257,6 +258,9 @@ class Processes:
         while not (done := request.Test()) and time.monotonic() < end:
             time.sleep(0.01)
         return done
+
+
+ALONE = Processes()
 
 
 @contextlib.contextmanager

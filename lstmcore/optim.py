@@ -61,14 +61,17 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Array]:
         """Everything that steps change, as a flat dict of name -> copied array."""
-        state = {f"{slot}.{name}": a.copy()
-                 for slot, arrays in self._slots.items() for name, a in arrays.items()}
+        state = {name: a.copy() for name, a in self.arrays().items()}
         return {"lr": np.array(self.lr), "steps": np.array(self.steps), **state}
+
+    def arrays(self) -> dict[str, Floats]:
+        """The arrays that the rule keeps, by slot and parameter: themselves, to be written to in place."""
+        return {f"{slot}.{name}": a
+                for slot, arrays in self._slots.items() for name, a in arrays.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state_dict of the same rule over the same parameters."""
-        own = {f"{slot}.{name}": a
-               for slot, arrays in self._slots.items() for name, a in arrays.items()}
+        own = self.arrays()
         if state.keys() != {"lr", "steps", *own}:
             raise ValueError(f"the state does not fit {type(self).__name__} over these "
                              f"parameters: expected {sorted(own)}, got {sorted(state)}")

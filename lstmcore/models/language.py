@@ -146,17 +146,20 @@ class LanguageModel(Model):
         Raises FloatingPointError where the loss is no longer finite, naming the step; the model
         has its best weights then, and the checkpoint stays as it was.
         """
+        budget = dict(epochs=epochs, minutes=minutes, steps=steps)
         with distributed.training(comm) as processes:
-            return self._fit(processes, source, validation, dict(epochs=epochs, minutes=minutes, steps=steps),
-                             checkpoint, resume, callbacks, progress, encoding, settings)
+            return self._fit(processes, source, validation, budget, checkpoint, resume, callbacks,
+                             progress, encoding, settings)
 
-    def _fit(self, processes, source, validation, budget, checkpoint, resume, callbacks, progress, encoding,
-             settings):
+    def _fit(self, processes, source, validation, budget, checkpoint, resume, callbacks, progress,
+             encoding, settings):
         root = processes.rank == 0
-        processes.agree_on_build(**{
-            "the model": self.config, "a fitted model": self.network is not None, "the settings": settings,
-            "the budget": budget, "a checkpoint": checkpoint is not None, "a run to resume": resume is not None,
-            "the text": _named(source), "the validation": _named(validation)})
+        if processes.size > 1:
+            processes.agree_on_build(**{
+                "the model": self.config, "a fitted model": self.network is not None,
+                "the settings": settings, "the budget": budget, "a checkpoint": checkpoint is not None,
+                "a run to resume": resume is not None, "the text": _named(source),
+                "the validation": _named(validation)})
         if checkpoint is not None:
             processes.at_root(lambda: _check_place(checkpoint))
         run = None if resume is None else processes.at_root(lambda: self._load_run(resume))
