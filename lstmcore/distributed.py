@@ -471,7 +471,7 @@ class _Reduction:
         for names in stages:
             mine = [gradients[name] for name in names]
             M = sum(g.size for g in mine)
-            room = np.zeros((levels, -(-M // P) * P), dtypes and mine[0].dtype)
+            room = np.zeros((levels, -(-M // P) * P), next(iter(dtypes), "float32"))
             views, at = [], 0
             for g in mine:
                 views.append((g, [level[at:at + g.size].reshape(g.shape) for level in room]))
