@@ -32,6 +32,9 @@ SHARDS = 8              # of a batch, where a communicator is given and nothing 
 REDUCTIONS, WIRES = ("tree", "allreduce"), (None, "bfloat16")
 PATIENCE = 2.0          # seconds in which all ranks have failed alike, or one has failed alone
 CHUNK = 1 << 28         # bytes of one broadcast: counts of older MPIs have 31 bits
+ALIGN = 16              # numbers: a cache line of float32
+BLOCK = 4096            # numbers that are rounded at once
+UPPER = int(sys.byteorder == "little")      # which half of a float32 holds its sign
 LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMIX_RANK")
 
 Comm: TypeAlias = Any           # mpi4py.MPI.Intracomm; its type would need mpi4py
@@ -90,11 +93,13 @@ def average_gradients(model: Trained, comm: Comm, *,
     for dtype in {g.dtype: None for g in gradients.values()}:
         alike = {name: g for name, g in gradients.items() if g.dtype == dtype}
         total = _Reduction(processes, alike, [list(alike)], processes.size, reduction, wire)
+        for name, place in total.places.items():
+            place[...] = alike[name]
         total.fold(0, 0)
         total.send(0)
         total.collect()
-        for g in alike.values():
-            g *= dtype.type(1 / processes.size)
+        for name, place in total.places.items():
+            np.multiply(place, dtype.type(1 / processes.size), out=alike[name])
 
 
 # ---- the processes of a communicator -----------------------------------------------------------------
@@ -342,6 +347,7 @@ class Shards:
                                  if m.rng is not None}.values())
         self._reduction = _Reduction(self.processes, gradients, stages, self.count, self.reduction,
                                      self.wire, self._note)
+        network.place_gradients(self._reduction.places)
 
     def differentiate(self, step: int, loss_of: Callable[[int], tuple[float, Any]]) -> list[float]:
         """Set the network's gradients to the sum over all shards; the losses of this process's.
@@ -443,12 +449,13 @@ def digest(*arrays: Array) -> str:
 class _Reduction:
     """Sums gradients over shards, stage by stage; a stage is what a backward pass completes at once.
 
-    A stage is one flat buffer of M numbers, padded to a multiple of the processes. `fold` takes the
-    gradients of one more shard of this process in: those that are neighbors in the tree are added
-    on the spot. `send` starts the exchange of what is left: process r gets part r of every process's.
-    `collect` adds these parts up, in the order of the tree, and gives all parts to all. So 2 M numbers
-    go out of each process and into it, as in any bandwidth-optimal allreduce, whatever its number of
-    shards (if they are a node of the tree, as any power of two is).
+    The gradients of a stage lie in one flat buffer of M numbers, a multiple of the processes: `places`
+    says where. `fold` takes in those of one more shard of this process: neighbors in the tree are
+    added on the spot. After the last, `send` starts the exchange: process r gets part r of what every
+    process has. `collect` adds these parts up, in the order of the tree, and gives all parts to all; the
+    flat buffers hold the sums then. So 2 M numbers go out of each process and into it, as in any
+    allreduce that makes the best of its links, however many shards it has (if they are a node of the
+    tree, as they are where the numbers of shards and processes are powers of two).
     """
 
     def __init__(self, processes, gradients, stages, count, reduction, wire,
@@ -462,43 +469,52 @@ class _Reduction:
         self._note, P = note, processes.size
         own = count // P
         cover = [_nodes(count, rank * own, (rank + 1) * own) for rank in range(P)]
-        self._steps, levels = _folding(count, range(processes.rank * own,
-                                                    (processes.rank + 1) * own))
-        self._sent = len(cover[processes.rank])         # nodes of the tree that travel from here
-        self._counts = [len(nodes) for nodes in cover]
+        self._steps = _folding(count, range(processes.rank * own, (processes.rank + 1) * own))
+        self._counts = [len(nodes) for nodes in cover]  # nodes of the tree that travel, of each rank
         self._merges = _merging(count, [node for nodes in cover for node in nodes])
-        self._parts = []
+        levels = 1 + max((level for level, _, _ in self._steps[:-1]), default=-1)
+        self.places: dict[str, Floats] = {}
+        self._flats, self._sums = [], []
+        dtype = next(iter(dtypes), "float32")
         for names in stages:
-            mine = [gradients[name] for name in names]
-            M = sum(g.size for g in mine)
-            room = np.zeros((levels, -(-M // P) * P), next(iter(dtypes), "float32"))
-            views, at = [], 0
-            for g in mine:
-                views.append((g, [level[at:at + g.size].reshape(g.shape) for level in room]))
-                at += g.size
-            self._parts.append((room, views))
+            starts = np.cumsum([0] + [-(-gradients[name].size // ALIGN) * ALIGN for name in names])
+            flat = np.zeros(-(-starts[-1] // P) * P, dtype)
+            for name, at in zip(names, starts):
+                g = gradients[name]
+                self.places[name] = flat[at:at + g.size].reshape(g.shape)
+            self._flats.append(flat)
+            self._sums.append(np.empty((levels, flat.size), dtype))     # of earlier shards, a stack
         self._requests = [None] * len(stages)
 
     def fold(self, stage, n):
-        """Take in what the gradients hold, those of the n-th shard of this process."""
-        room, views = self._parts[stage]
-        level, add, merges = self._steps[n]
-        for g, at in views:
-            leaf = _round(np.array(g)) if self.wire else g
-            if add:
-                at[level] += leaf
-            else:
-                at[level][...] = leaf
+        """Take in what the flat buffer holds, the gradients of the n-th shard of this process.
+
+        After the last shard the buffer is the top of the stack of sums.
+        """
+        flat, sums, (level, add, merges) = self._flats[stage], self._sums[stage], self._steps[n]
+        last = n == len(self._steps) - 1
+        if self.wire:
+            _round(flat)
+        top = flat if last else sums[level]
+        if last and add:            # a + b is b + a, bit for bit
+            top += sums[level]
+        elif add:
+            top += flat
+        elif not last:
+            top[...] = flat
         if add and self.wire:
-            _round(room[level])
+            _round(top)
         for into in merges:
-            room[into] += room[into + 1]
+            if last:
+                top += sums[into]
+            else:
+                top = np.add(sums[into], top, out=sums[into])
             if self.wire:
-                _round(room[into])
+                _round(top)
 
     def send(self, stage):
         """Start the exchange."""
-        P, room = self.processes.size, self._parts[stage][0]
+        P, flat = self.processes.size, self._flats[stage]
         if P == 1:
             return
         from mpi4py import MPI
@@ -508,25 +524,26 @@ class _Reduction:
                 request[0].Test()
         comm = self.processes.comm
         if self.reduction == "allreduce":
-            request = comm.Iallreduce(MPI.IN_PLACE, room[0])
-            self._requests[stage] = request, None, None
+            self._requests[stage] = comm.Iallreduce(MPI.IN_PLACE, flat), None, None
             return
-        out = _lowered(room[:self._sent]) if self.wire else room[:self._sent]
-        M = out.shape[1]
+        sent, M = self._counts[self.processes.rank], flat.size
+        out = flat if sent == 1 else np.stack([*self._sums[stage][:sent - 1], flat])
+        if self.wire:
+            out = _lowered(out)
         # (nodes, P, M/P) -> (P, nodes, M/P): what goes to one process lies together
-        out = np.ascontiguousarray(out.reshape(self._sent, P, M // P).swapaxes(0, 1))
+        out = np.ascontiguousarray(out.reshape(sent, P, M // P).swapaxes(0, 1))
         rows = np.empty((sum(self._counts), M // P), out.dtype)
         if len(set(self._counts)) == 1:
             request = comm.Ialltoall(out, rows)
         else:
             sizes = [count * (M // P) for count in self._counts]
-            request = comm.Ialltoallv([out, [self._sent * (M // P)] * P], [rows, sizes])
+            request = comm.Ialltoallv([out, [sent * (M // P)] * P], [rows, sizes])
         self._requests[stage] = request, rows, out      # which must live as long as it is sent
 
     def collect(self):
-        """Wait for the sums, and set the gradients to them."""
+        """Wait for the sums."""
         gathered = []
-        for stage, (room, _) in enumerate(self._parts):
+        for stage, flat in enumerate(self._flats):
             if self._requests[stage] is None:
                 continue
             request, rows, _ = self._requests[stage]
@@ -540,17 +557,14 @@ class _Reduction:
                 rows[into] += rows[other]
                 if self.wire:
                     _round(rows[into])
-            part, whole = rows[0], room[0]
+            part, whole = rows[0], flat
             if self.wire:
-                part, whole = _lowered(part), np.empty(room.shape[1], np.uint16)
-            gathered.append((self.processes.comm.Iallgather(part, whole), part, whole, room[0]))
-        for request, _, whole, into in gathered:
+                part, whole = _lowered(part), np.empty(flat.size, np.uint16)
+            gathered.append((self.processes.comm.Iallgather(part, whole), part, whole, flat))
+        for request, _, whole, flat in gathered:
             request.Wait()
             if self.wire:
-                into[...] = _raised(whole)
-        for _, views in self._parts:
-            for g, at in views:
-                g[...] = at[0]
+                _raised(whole, flat)
 
 
 def check_ways(reduction: Any, wire: Any) -> None:
@@ -598,9 +612,9 @@ def _parents(count):
 
 
 def _folding(count, shards):
-    """What `fold` does with each of some shards: a level of the stack of sums, whether what is there
-    is added to, and the levels that are then added to the one below; and how many levels there are."""
-    parents, stack, steps, levels = _parents(count), [], [], 1
+    """What `fold` does with each of some shards: the level of the stack of sums that it becomes, or
+    is added to, which of the two, and the levels to which what lies above them is added then."""
+    parents, stack, steps = _parents(count), [], []
     for shard in shards:
         leaf, merges = (shard, shard + 1), []
         add = bool(stack) and (stack[-1], leaf) in parents
@@ -608,12 +622,12 @@ def _folding(count, shards):
             stack[-1] = parents[stack[-1], leaf]
         else:
             stack.append(leaf)
-        level, levels = len(stack) - 1, max(levels, len(stack))
+        level = len(stack) - 1
         while len(stack) > 1 and tuple(stack[-2:]) in parents:
             stack[-2:] = [parents[tuple(stack[-2:])]]
             merges.append(len(stack) - 1)
         steps.append((level, add, merges))
-    return steps, levels
+    return steps
 
 
 def _merging(count, nodes):
@@ -629,23 +643,34 @@ def _merging(count, nodes):
 
 
 def _round(a):
-    """float32 numbers, rounded in place to bfloat16: to nearest, ties to even; nan stays nan."""
-    bits = a.view(np.uint32)
-    odd = bits >> 16
-    odd &= 1
-    odd += 0x7FFF
-    kept = a != a
-    np.add(bits, odd, out=bits, where=~kept)
-    bits &= 0xFFFF0000
-    bits[kept] |= 0x00400000
+    """float32 numbers (n,), rounded in place to bfloat16: to nearest, ties to even; nan stays nan.
+
+    In blocks that stay in the first cache: 4 times as fast as at once.
+    """
+    odd = np.empty(min(a.size, BLOCK), np.uint32)
+    for at in range(0, a.size, BLOCK):
+        some = a[at:at + BLOCK]
+        bits, up = some.view(np.uint32), odd[:some.size]
+        nan = None if np.isfinite(some).all() else np.isnan(some)
+        np.right_shift(bits, 16, out=up)
+        up &= 1
+        up += 0x7FFF
+        if nan is not None:
+            up[nan] = 0
+            bits[nan] |= 0x00400000
+        bits += up
+        bits &= 0xFFFF0000
     return a
 
 
 def _lowered(a):
     """The upper halves of float32 numbers that `_round` has rounded."""
-    return (a.view(np.uint32) >> 16).astype(np.uint16)
+    return a.view(np.uint16)[..., UPPER::2].copy()
 
 
-def _raised(a):
+def _raised(a, out=None):
     """The float32 numbers of upper halves."""
-    return (a.astype(np.uint32) << 16).view(np.float32)
+    out = np.empty(a.shape, np.float32) if out is None else out
+    halves = out.view(np.uint16)
+    halves[..., 1 - UPPER::2], halves[..., UPPER::2] = 0, a
+    return out

@@ -69,6 +69,22 @@ class Module:
         """The gradients under the parameters' names: the arrays themselves."""
         return {name: g for name, (_, g) in self._named()}
 
+    def place_gradients(self, places: Mapping[str, Floats]) -> None:
+        """Let arrays of the gradients' shapes take their place, by name: they get what those hold.
+
+        For whoever wants many gradients to lie together. An optimizer is made afterwards, or told by
+        `Optimizer.follow`.
+        """
+        for prefix, module in self.modules():
+            moved = {name: places[prefix + name] for name in module._own if prefix + name in places}
+            for name, place in moved.items():
+                place[...] = module._own[name][1]
+            module._own = {name: (p, moved.get(name, g)) for name, (p, g) in module._own.items()}
+            module._sort()
+
+    def _sort(self):
+        """Find the arrays in `_own` again, for layers that keep them elsewhere too."""
+
     def zero_grad(self) -> None:
         """Set every gradient to zero, before the next backward adds to it."""
         for _, module in self.modules():

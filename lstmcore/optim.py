@@ -64,6 +64,11 @@ class Optimizer:
         state = {name: a.copy() for name, a in self.arrays().items()}
         return {"lr": np.array(self.lr), "steps": np.array(self.steps), **state}
 
+    def follow(self) -> None:
+        """Take the gradients where the model has them now: see `Module.place_gradients`."""
+        _, self._gradients = _parameters_and_gradients(self._model)
+        self._seen = None
+
     def arrays(self) -> dict[str, Floats]:
         """The arrays that the rule keeps, by slot and parameter: themselves, to be written to in place."""
         return {f"{slot}.{name}": a

@@ -51,7 +51,8 @@ def fits(comm):
             story(), **{**options, "batch_size": 16, "clip": 0.5}),
         "one-hot float64, few streams": LanguageModel(hidden_size=7, num_layers=3, embed_size=0, seed=2,
                                                       dtype="float64").fit(
-            story(20), **{**options, "steps": 60, "batch_size": 5, "validation": 0, "optimizer": "sgd", "lr": 0.1}),
+            story(20), **{**options, "steps": 60, "batch_size": 5, "validation": 0, "optimizer": "sgd",
+                          "lr": 0.1}),
     }
     found = {name: [bits(m.network), m.history[-1]["loss"], m.history[-1]["validation"]]
              for name, m in models.items()}
@@ -76,9 +77,10 @@ def fits(comm):
     return found
 
 
-def resumed(comm, path, steps, resume=""):
+def resumed(comm, path, steps, resume="", shards=8):
     """Part of a run, from one checkpoint to another, that ends inside an epoch."""
-    model = char_model(comm, int(steps), checkpoint=path, resume=resume or None)
+    model = char_model(comm, int(steps), checkpoint=path, resume=resume or None,
+                       shards=int(shards))
     return bits(model.network)
 
 

@@ -70,8 +70,8 @@ def test_every_number_of_processes_adds_up_one_tree(count):
         own, sent = count // P, []
         for rank in range(P):
             shards = range(rank * own, (rank + 1) * own)
-            steps, levels = distributed._folding(count, shards)
-            stack = [None] * levels
+            steps = distributed._folding(count, shards)
+            stack = [None] * count
             for shard, (level, add, merges) in zip(shards, steps):
                 stack[level] = f"({stack[level]}+{shard})" if add else str(shard)
                 for into in merges:
@@ -159,6 +159,15 @@ def test_bits_do_not_depend_on_the_number_of_processes(P, fits_of_one):
 
 
 @needs_mpi
+@pytest.mark.parametrize("P", [2, 3, 6])
+def test_shards_that_are_no_node_of_the_tree(P, tmp_path):
+    """Of 12: processes send several sums each, 3 of them not equally many."""
+    found = answers(P, "resumed", tmp_path / "m", 20, "", 12)
+    with lstmcore.threads(1):
+        assert set(found) == {ranks.bits(ranks.char_model(None, 20, shards=12).network)}
+
+
+@needs_mpi
 def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path):
     """A part of a run each, by 2, 4 and 1, that break off inside an epoch."""
     a, b, c = (str(tmp_path / name) for name in "abc")
@@ -187,8 +196,8 @@ def test_allreduce_trains_alike_but_for_rounding(tmp_path):
 def test_the_exchange_begins_before_backward_ends():
     """Two shards of each rank; head, upper layer, lower layer while the last is computed, and the table."""
     for noted in answers(2, "overlap"):
-        assert noted == ["forward", "backward", "forward", "stage 0", "backward", "stage 1", "stage 2", "wait",
-                         "parts of 0", "parts of 1", "parts of 2", "parts of 3", "done"]
+        assert noted == ["forward", "backward", "forward", "stage 0", "backward", "stage 1", "stage 2",
+                         "wait", "parts of 0", "parts of 1", "parts of 2", "parts of 3", "done"]
 
 
 # ---- loops of one's own ------------------------------------------------------------------------------

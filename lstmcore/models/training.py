@@ -150,11 +150,13 @@ class Trainer:
                  shards: distributed.Shards | None = None) -> None:
         self.network, self.source, self.settings, self.budget = network, source, settings, budget
         self.report, self.tick = report or (lambda record: None), tick or (lambda trainer: None)
-        self.optimizer = optimizer or new_optimizer(network, settings)
-        self.gradients = network.gradients()
         self.shards, self._signal, self._interrupted = shards, 0, []
         if shards:
             shards.attach(network)
+        self.optimizer = optimizer or new_optimizer(network, settings)
+        if shards:
+            self.optimizer.follow()
+        self.gradients = network.gradients()
         self.schedule = settings.schedule or ("step" if budget.minutes is None else "cosine")
         self._rise, self._fall = self._schedules()
         self.epoch = self.position = self.step = 0
