@@ -157,6 +157,10 @@ class Processes:
         """The values of all ranks."""
         return [value] if self.size == 1 else self.comm.allgather(value)
 
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks on rank 0; nothing elsewhere."""
+        return [value] if self.size == 1 else self.comm.gather(value) or []
+
     def agree(self, **said: Any) -> None:
         """ValueError, on every rank, unless all ranks say the same."""
         found = self.allgather(said)
@@ -171,6 +175,7 @@ class Processes:
         from lstmcore import __version__, _kernels
 
         self.agree(**{"the version of lstmcore": __version__, "the version of NumPy": np.__version__,
+                      "the version of Python": sys.version.split()[0],
                       "the instruction set": _kernels.isa(), "the compiler": _kernels.compiler()},
                    **said)
 
@@ -271,7 +276,11 @@ ALONE = Processes()
 @contextlib.contextmanager
 def training(comm: Comm) -> Iterator[Processes]:
     """The processes of a training run: placed on their CPUs, and ending together."""
-    processes = comm if isinstance(comm, Processes) else Processes(comm, own=True)
+    processes = comm
+    if not isinstance(comm, Processes):
+        processes = Processes(comm, own=True)
+    elif comm.size > 1 and not comm._own:
+        processes = Processes(comm.comm, own=True, pin=comm.pin)
     with processes.ending_together(), processes.placed():
         yield processes
     if processes is not comm:
@@ -279,24 +288,26 @@ def training(comm: Comm) -> Iterator[Processes]:
 
 
 def launched() -> Comm:
-    """MPI.COMM_WORLD if an MPI launcher started this process beside others, else None.
+    """MPI.COMM_WORLD if an MPI launcher has started this process, else None.
 
-    Its environment is looked at before mpi4py is imported. ImportError or ValueError where the
-    launcher's MPI cannot be used.
+    The environment is looked at before mpi4py is imported. ImportError or ValueError where the
+    launcher's MPI cannot be used; one process alone does without it.
     """
     seen = [name for name in LAUNCHERS if os.environ.get(name)]
-    if not seen or os.environ.get(seen[0]) == "1" and seen[0] != "PMIX_RANK":
+    if not seen:
         return None
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
+        if os.environ[seen[0]] == "1" and seen[0] != "PMIX_RANK":
+            return None
         raise ImportError(f"an MPI launcher has started this process ({seen[0]} is set), which needs "
                           f"mpi4py and its MPI: pip install 'lstmcore[mpi]' ({error})") from error
     told = os.environ[seen[0]]
     if seen[0] != "PMIX_RANK" and told.isdigit() and MPI.COMM_WORLD.Get_size() != int(told):
         raise ValueError(f"the MPI launcher has started {told} processes, but mpi4py sees "
                          f"{MPI.COMM_WORLD.Get_size()}: launcher and mpi4py belong to different MPIs")
-    return MPI.COMM_WORLD if MPI.COMM_WORLD.Get_size() > 1 else None
+    return MPI.COMM_WORLD
 
 
 # ---- shards of a batch -------------------------------------------------------------------------------
@@ -339,12 +350,15 @@ class Shards:
 
     def attach(self, network: Module) -> None:
         """Train this network from now on: all ranks get the parameters of rank 0."""
-        broadcast(network, self.processes)
-        gradients = network.gradients()
-        stages = network.stages() if hasattr(network, "stages") else [list(gradients)]
+        network.train()             # an error on every rank, if it is frozen
         self._network = network
         self._generators = list({id(m.rng): m.rng for _, m in network.modules()
                                  if m.rng is not None}.values())
+        broadcast(network, self.processes)
+        for rng in self._generators:        # a second run has other dropout than the first
+            rng.random()
+        gradients = network.gradients()
+        stages = network.stages() if hasattr(network, "stages") else [list(gradients)]
         self._reduction = _Reduction(self.processes, gradients, stages, self.count, self.reduction,
                                      self.wire, self._note)
         network.place_gradients(self._reduction.places)

@@ -57,7 +57,7 @@ class Module:
     _without: frozenset[str] = frozenset()      # of those, the names of which there are no floats
     _packed = None      # what a frozen layer with kernels has packed for them
     _tape = None        # what the last call in training mode left for backward
-    _on_gradients: Callable[[], None] | None = None     # told in backward of what is complete: distributed.py
+    _on_gradients: Callable[[], None] | None = None     # told in backward that more are complete
     _says: tuple[str, ...] = ()          # attributes that the parameters do not tell, and a file has to
 
     def parameters(self) -> dict[str, Floats]:

@@ -70,7 +70,7 @@ class Optimizer:
         self._seen = None
 
     def arrays(self) -> dict[str, Floats]:
-        """The arrays that the rule keeps, by slot and parameter: themselves, to be written to in place."""
+        """The arrays that the rule keeps, themselves, by slot and parameter."""
         return {f"{slot}.{name}": a
                 for slot, arrays in self._slots.items() for name, a in arrays.items()}
 

@@ -158,6 +158,32 @@ def test_bits_do_not_depend_on_the_number_of_processes(P, fits_of_one):
         assert found == json.loads(json.dumps(fits_of_one)), f"rank {rank}"
 
 
+LINK = ["unshare", "-rn", "sh", "-c", "ip link set lo up && tc qdisc add dev lo root tbf rate 200mbit"
+        ' burst 256kb latency 200ms && exec "$@"', "sh"]     # in a network namespace of its own
+
+
+def can_slow_a_link():
+    try:
+        return subprocess.run([*LINK, "true"], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+@needs_mpi
+@pytest.mark.skipif(not can_slow_a_link(), reason="needs unshare, ip, tc and the right to use them")
+def test_bits_do_not_depend_on_the_link(tmp_path):
+    """Over TCP, slowed down, so that stages arrive when they arrive."""
+    tcp = {"MPIR_CVAR_CH4_NETMOD": "ofi", "MPIR_CVAR_NOLOCAL": "1", "FI_PROVIDER": "tcp",
+           "FI_TCP_IFACE": "lo", "OMPI_MCA_btl": "tcp,self", "OMPI_MCA_pml": "ob1",
+           "OMPI_MCA_btl_tcp_if_include": "lo"}
+    fast = answers(2, "resumed", tmp_path / "m", 20)
+    done = subprocess.run([*LINK, MPIEXEC, "-n", "2", sys.executable, HERE / "ranks.py", "resumed",
+                           tmp_path / "m", "20"], env={**ENVIRONMENT, **tcp}, capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(fast[0]) == 2
+
+
 @needs_mpi
 @pytest.mark.parametrize("P", [2, 3, 6])
 def test_shards_that_are_no_node_of_the_tree(P, tmp_path):
@@ -351,10 +377,10 @@ def test_a_launcher_without_mpi4py_says_what_to_install(monkeypatch):
     for name in distributed.LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
     assert distributed.launched() is None
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
     monkeypatch.setenv("PMI_SIZE", "1")
     assert distributed.launched() is None
     monkeypatch.setenv("PMI_SIZE", "4")
-    monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(ImportError, match=r"PMI_SIZE is set.*pip install 'lstmcore\[mpi\]'"):
         distributed.launched()
 
@@ -365,6 +391,16 @@ def test_a_launcher_of_another_mpi_is_noticed():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           env={**ENVIRONMENT, "OMPI_COMM_WORLD_SIZE": "3", "MV2_COMM_WORLD_SIZE": "3"})
     assert "has started 3 processes, but mpi4py sees 1" in done.stderr
+
+
+@needs_mpi
+def test_the_command_under_mpiexec_of_one(tmp_path):
+    (tmp_path / "story.txt").write_text(ranks.story(300))
+    for P in 1, 2:
+        code, _, err = mpiexec(P, sys.executable, *TRAIN, "--out", f"m{P}", cwd=tmp_path)
+        assert code == 0, err
+    assert ranks.bits(LanguageModel.load(tmp_path / "m1").network) == ranks.bits(
+        LanguageModel.load(tmp_path / "m2").network)
 
 
 # ---- mistakes, files ---------------------------------------------------------------------------------
@@ -380,6 +416,12 @@ def test_a_launcher_of_another_mpi_is_noticed():
 def test_mistakes_are_named(options, error, said):
     with pytest.raises(error, match=re.escape(said)):
         LanguageModel(hidden_size=3).fit(ranks.story(100), steps=1, progress=False, **options)
+
+
+def test_a_frozen_model_is_not_trained_in_shards():
+    model = LanguageModel(hidden_size=3).fit(ranks.story(100), steps=1, progress=False, shards=2)
+    with pytest.raises(ValueError, match="frozen Network cannot be trained"):
+        model.freeze().fit(ranks.story(100), steps=1, progress=False, shards=2)
 
 
 def test_bfloat16_on_the_wire_is_for_float32():
@@ -418,13 +460,10 @@ def test_the_example_for_pytorch_trains_as_one_process(tmp_path):
 
 # ---- other programs that start processes -------------------------------------------------------------
 
-def threads_here(X):
-    """What a worker of a search computes with."""
-    return lstmcore.get_num_threads()
-
-
 @pytest.mark.parametrize("backend", ["loky", "dask"])
-def test_grid_search_over_processes_finds_what_one_process_finds(backend):
+def test_grid_search_over_processes_finds_what_one_process_finds(backend, monkeypatch):
+    for name in "LSTMCORE_NUM_THREADS", "OMP_NUM_THREADS":
+        monkeypatch.delenv(name, raising=False)
     pytest.importorskip("sklearn")
     joblib = pytest.importorskip("joblib")
     from sklearn.model_selection import GridSearchCV
@@ -441,14 +480,16 @@ def test_grid_search_over_processes_finds_what_one_process_finds(backend):
     if backend == "dask":
         client = pytest.importorskip("dask.distributed")
         with client.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, \
-                client.Client(cluster), joblib.parallel_config("dask"):
+                client.Client(cluster) as workers, joblib.parallel_config("dask"):
             got = search()
+            # its nannies set OMP_NUM_THREADS, which the workers' lstmcore reads
+            assert set(workers.run(lstmcore.get_num_threads).values()) == {1}
     else:
         with joblib.parallel_config(backend, n_jobs=2):
             got = search()
-            # loky tells its workers by OMP_NUM_THREADS how many threads each may have
-            share = max(1, distributed.cpus() // 2)
-            assert set(joblib.Parallel()(joblib.delayed(threads_here)(X) for _ in range(4))) == {share}
+            # so does loky, each its share of the CPUs
+            found = joblib.Parallel()(joblib.delayed(lstmcore.get_num_threads)() for _ in range(4))
+            assert set(found) == {max(1, distributed.cpus() // 2)}
     for name in "mean_test_score", "std_test_score":
         assert np.array_equal(got.cv_results_[name], want.cv_results_[name])
     for name, p in want.best_estimator_.network_.parameters().items():

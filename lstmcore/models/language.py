@@ -521,7 +521,9 @@ def _named(source):
         return f"a text with the SHA-256 {hashlib.sha256(source).hexdigest()}"
     if isinstance(source, (str, bytes, float, int, os.PathLike, type(None))):
         return source
-    return [_named(part) for part in source] if isinstance(source, (list, tuple)) else type(source).__name__
+    if isinstance(source, (list, tuple)):
+        return [_named(part) for part in source]
+    return type(source).__name__
 
 
 def _damaged_run(path, error):

@@ -57,7 +57,7 @@ class Streams:
         every rank has to ask for it."""
         if self.shards is None:
             return self._state
-        found = {shard: state for some in self.shards.processes.allgather(self._states)
+        found = {shard: state for some in self.shards.processes.gather(self._states)
                  for shard, state in some.items() if state is not None}
         if not found:
             return None
