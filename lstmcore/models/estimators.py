@@ -277,21 +277,24 @@ class _SequenceEstimator(Model, BaseEstimator):
                          rng=self._rng, loss=self._loss, shards=shards)
         trainer = Trainer(self.network_, source, settings, Budget(epochs=epochs),
                           optimizer=self._optimizer, shards=shards,
-                          report=lambda record: self._note(record, processes.rank == 0))
+                          report=self._note if processes.rank == 0 else self._keep)
         self.history_ = trainer.history
         if trainer.run().outcome.startswith("SIG"):     # between two updates: now as ever
             signal.raise_signal(signal.Signals[trainer.outcome])
             raise KeyboardInterrupt         # a handler that comes back does not finish the fit
 
-    def _note(self, record, aloud):
+    def _note(self, record):
+        self._keep(record)
+        if self.verbose:
+            held_out = record["validation"]
+            print(f"epoch {self.n_iter_}: loss {record['loss']:.4f}"
+                  + ("" if held_out is None else f", validation {held_out:.4f}"))
+
+    def _keep(self, record):
         self.n_iter_ += 1
         self.loss_curve_.append(record["loss"])
-        said = f"epoch {self.n_iter_}: loss {record['loss']:.4f}"
         if record["validation"] is not None:
             self.validation_curve_.append(record["validation"])
-            said += f", validation {record['validation']:.4f}"
-        if self.verbose and aloud:
-            print(said)
 
     def _run(self, X):
         network = self._trained()
