@@ -107,6 +107,8 @@ def average_gradients(model: Trained, comm: Comm, *,
 class Processes:
     """The processes of a communicator: one where it is None.
 
+    Parameters
+    ----------
     comm : an mpi4py communicator, as `MPI.COMM_WORLD`
     own : talk over copies of it, so that messages of others never meet ours; `close` frees them
     pin : whether `placed` may bind processes to CPUs
@@ -315,6 +317,8 @@ def launched() -> Comm:
 class Shards:
     """A batch cut into `count` shards, of which this process computes those in `mine`.
 
+    Parameters
+    ----------
     processes : an mpi4py communicator, `Processes`, or None for this process alone
     count : of shards, a multiple of the number of processes; ignored by "allreduce", with one shard
         for each process
@@ -366,8 +370,10 @@ class Shards:
     def differentiate(self, step: int, loss_of: Callable[[int], tuple[float, Any]]) -> list[float]:
         """Set the network's gradients to the sum over all shards; the losses of this process's.
 
-        loss_of : shard -> its part of the loss, and its backward, or None for a shard without rows.
-            Dropout draws what `step` and the shard say
+        Parameters
+        ----------
+        step : of the run: dropout draws what it and the shard say
+        loss_of : shard -> its part of the loss, and its backward, or None for a shard without rows
         """
         network, losses = self._network, []
         before = [rng.bit_generator.state for rng in self._generators]
