@@ -1,6 +1,6 @@
 """Several processes: the bits of one, faults of one rank, the command under mpiexec, other launchers.
 
-The tests start MPI themselves, with what `pip install 'lstmcore[mpi]'` brings; without it they skip.
+The tests start MPI themselves, as pip installs it ('lstmcore[mpi]' mpich); without it they skip.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ MPIEXEC = next(filter(None, (shutil.which("mpiexec", path=path)
                              for path in (str(Path(sys.executable).parent), None))), None)
 needs_mpi = pytest.mark.skipif(
     MPIEXEC is None or importlib.util.find_spec("mpi4py") is None,
-    reason="needs mpi4py and an mpiexec: pip install 'lstmcore[mpi]'")
+    reason="needs mpi4py and an mpiexec: pip install 'lstmcore[mpi]' mpich")
 ENVIRONMENT = {
     **os.environ, "LSTMCORE_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
     # Open MPI refuses more processes than cores, and root, unless it is told
