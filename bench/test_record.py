@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import cases, compare, pages, record, report, serving
+from bench import cases, compare, distributed, pages, record, report, serving
 from bench.record import Contest, Library, Record, Timing, Versus
 
 TINY, SMALL = (replace(cases.CASES[name], weights="trained") for name in ("tiny", "small"))
@@ -57,6 +57,19 @@ def test_page_has_mean_worst_errors_reasons_and_gain():
     assert "- b int8, tiny: no such layer" in page
     assert "| tiny | – | – | 4.00× |" in page and "| 2.00×, least 1.00× (small) |" in page
     assert "of FMA peak" not in page
+
+
+def test_the_exchange_of_many_processes_costs_what_its_terms_say():
+    link = dict(latency=1e-5, bandwidth=1e9, sums=1e10)
+    assert distributed.exchange([1000, 2000], 1, **link) == 0
+    # two stages there and back: 4 messages of latency; 12,000 bytes, half of them twice; half added up
+    want = 4 * 1e-5 + 2 * 6000 / 1e9 + 6000 / 1e10
+    assert distributed.exchange([1000, 2000], 2, **link) == pytest.approx(want)
+    # what was ready long before the end has travelled there; back it travels afterwards
+    hidden = distributed.exchange([1000, 2000], 2, **link, ready=[0, 0], end=1.0)
+    assert hidden == pytest.approx(2 * 1e-5 + 6000 / 1e9 + 6000 / 1e10)
+    assert distributed.exchange([1000, 2000], 2, **link, ready=[1, 1], end=1.0) == pytest.approx(want)
+    assert distributed.exchange([10**6], 2, **link, number=2) < distributed.exchange([10**6], 2, **link)
 
 
 def test_losses_name_the_faster():

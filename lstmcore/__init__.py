@@ -62,8 +62,8 @@ def _for_freezers():
     """Never called: a freezer takes along what import statements name, and sees no others."""
     import scipy.linalg.cython_blas
 
-    from lstmcore import (_blas, _grid, files, functional, gradflow, inspect, layers, losses, optim,
-                          reference)
+    from lstmcore import (_blas, _grid, distributed, files, functional, gradflow, inspect, layers,
+                          losses, optim, reference)
     from lstmcore.formats import keras, onnx, onnx_export, pytorch
     from lstmcore.models import curves, language    # the others want scikit-learn
 

@@ -2,6 +2,7 @@
 # lstmcore/__init__.py read these lines.
 
 from lstmcore import functional as functional
+from lstmcore import distributed as distributed
 from lstmcore import files as files
 from lstmcore import formats as formats
 from lstmcore import gradflow as gradflow

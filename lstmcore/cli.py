@@ -148,9 +148,38 @@ def _add_train(commands):
     g.add_argument("--patience", type=int, metavar="N",
                    help="end after N evaluations without a better one")
 
+    g = p.add_argument_group("several processes (mpiexec -n 4 lstmcore train ...)")
+    g.add_argument("--shards", type=int, metavar="N",
+                   help="parts of a batch, summed in a fixed order: the bits depend on N alone, not on the "
+                        "number of processes (default: 8 under mpiexec, else none)")
+    g.add_argument("--reduction", choices=("tree", "allreduce"),
+                   help="allreduce: one shard for each process, summed by MPI, other bits (default: tree)")
+    g.add_argument("--wire", choices=("bfloat16",), help="send gradients in half the bytes, rounded")
+
 
 def train(args):
-    """Train, save, write a sample."""
+    """Train, save, write a sample; under an MPI launcher with all its processes."""
+    from lstmcore import distributed
+
+    if (comm := distributed.launched()) is None:
+        return _train(args, distributed.ALONE)
+    processes = distributed.Processes(comm, own=True)
+    if processes.rank:                  # rank 0 alone speaks
+        args.json, args.log, args.plot, args.sample_every = False, None, None, None
+        sys.stdin = None
+    try:
+        with processes.ending_together(), open(os.devnull, "w") as silence, contextlib.ExitStack() as stack:
+            if processes.rank:
+                for redirect in contextlib.redirect_stdout, contextlib.redirect_stderr:
+                    stack.enter_context(redirect(silence))
+            return _train(args, processes)
+    except Exception:                   # of all ranks alike
+        if processes.rank == 0:
+            raise
+        return 2
+
+
+def _train(args, processes):
     from lstmcore import LanguageModel, checks
     from lstmcore.formats.disk import check_writable
     from lstmcore.models.training import Budget, Settings
@@ -159,13 +188,17 @@ def train(args):
         return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
     out = args.out or args.resume or DEFAULT_OUT
-    for path in filter(None, (out, args.log)):
-        check_writable(path)
-    if args.plot:
-        _check_picture(args.plot)
+
+    def check_places():
+        for path in filter(None, (out, args.log)):
+            check_writable(path)
+        if args.plot:
+            _check_picture(args.plot)
+        return _existing(args.files)
+    files = processes.at_root(check_places)
     settings, budget = asked(Settings.__dataclass_fields__), asked(Budget.__dataclass_fields__)
     if args.resume:
-        model = LanguageModel.load(args.resume)
+        model = processes.at_root(lambda: LanguageModel.load(args.resume))
         model.check_same(LanguageModel(**{**model.config, **asked(model.config)}))
     else:
         model = LanguageModel(**{"hidden_size": DEFAULT_HIDDEN, **asked(LanguageModel().config)})
@@ -175,7 +208,6 @@ def train(args):
     callbacks = [] if bar is True else [_print_json if args.json else _print_record]
     if args.sample_every is not None:
         callbacks.append(_Samples(checks.size("sample_every", args.sample_every), args))
-    files = _existing(args.files)
     Settings(**settings)
     Budget(**budget)
     if not args.json:
@@ -190,14 +222,15 @@ def train(args):
         if args.log:
             callbacks.append(_table(stack.enter_context(open(args.log, "a" if args.resume else "w"))))
         model.fit(files or None, checkpoint=out, resume=args.resume, callbacks=callbacks, progress=bar,
-                  encoding=args.encoding, **budget, **settings)
+                  encoding=args.encoding, comm=processes, **budget, **settings)
     if args.resume and model.history and model.history[-1]["step"] == done:
         _say(f"nothing to do: the run was at its end, after {done} steps; more --epochs, --minutes "
              "or --steps continue it")
     if args.plot:
         from lstmcore.models.curves import plot_history
         plot_history(model.history, args.plot)
-    _conclude(model, out, args)
+    if processes.rank == 0:
+        _conclude(model, out, args)
     return EXIT_OF.get(model.outcome, 0)
 
 

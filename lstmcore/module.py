@@ -57,6 +57,7 @@ class Module:
     _without: frozenset[str] = frozenset()      # of those, the names of which there are no floats
     _packed = None      # what a frozen layer with kernels has packed for them
     _tape = None        # what the last call in training mode left for backward
+    _on_gradients: Callable[[], None] | None = None     # told in backward that more are complete
     _says: tuple[str, ...] = ()          # attributes that the parameters do not tell, and a file has to
 
     def parameters(self) -> dict[str, Floats]:
@@ -67,6 +68,22 @@ class Module:
     def gradients(self) -> dict[str, Floats]:
         """The gradients under the parameters' names: the arrays themselves."""
         return {name: g for name, (_, g) in self._named()}
+
+    def place_gradients(self, places: Mapping[str, Floats]) -> None:
+        """Let arrays of the gradients' shapes take their place, by name: they get what those hold.
+
+        For whoever wants many gradients to lie together. An optimizer is made afterwards, or told by
+        `Optimizer.follow`.
+        """
+        for prefix, module in self.modules():
+            moved = {name: places[prefix + name] for name in module._own if prefix + name in places}
+            for name, place in moved.items():
+                place[...] = module._own[name][1]
+            module._own = {name: (p, moved.get(name, g)) for name, (p, g) in module._own.items()}
+            module._sort()
+
+    def _sort(self):
+        """Find the arrays in `_own` again, for layers that keep them elsewhere too."""
 
     def zero_grad(self) -> None:
         """Set every gradient to zero, before the next backward adds to it."""

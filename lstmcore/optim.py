@@ -61,14 +61,22 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Array]:
         """Everything that steps change, as a flat dict of name -> copied array."""
-        state = {f"{slot}.{name}": a.copy()
-                 for slot, arrays in self._slots.items() for name, a in arrays.items()}
+        state = {name: a.copy() for name, a in self.arrays().items()}
         return {"lr": np.array(self.lr), "steps": np.array(self.steps), **state}
+
+    def follow(self) -> None:
+        """Take the gradients where the model has them now: see `Module.place_gradients`."""
+        _, self._gradients = _parameters_and_gradients(self._model)
+        self._seen = None
+
+    def arrays(self) -> dict[str, Floats]:
+        """The arrays that the rule keeps, themselves, by slot and parameter."""
+        return {f"{slot}.{name}": a
+                for slot, arrays in self._slots.items() for name, a in arrays.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state_dict of the same rule over the same parameters."""
-        own = {f"{slot}.{name}": a
-               for slot, arrays in self._slots.items() for name, a in arrays.items()}
+        own = self.arrays()
         if state.keys() != {"lr", "steps", *own}:
             raise ValueError(f"the state does not fit {type(self).__name__} over these "
                              f"parameters: expected {sorted(own)}, got {sorted(state)}")

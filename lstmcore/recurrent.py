@@ -180,6 +180,8 @@ class _Recurrent(Module, Generic[State, Trace]):
                 for letter, total in self._dweights[n].items():
                     total += getattr(g, "d" + letter)
                 dx = g.dx if dx is None else np.add(dx, g.dx, out=dx)
+            if self._on_gradients:
+                self._on_gradients()
             if mask is not None:
                 np.multiply(dx, mask, out=dx)
         dx = None if dx is None else self._swap(dx)

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from lstmcore import checks, renames
+from lstmcore import checks, distributed, renames
 from lstmcore._types import Array, ArrayLike, Cell, Compute, Floats, Init
 from lstmcore.losses import mse_loss, softmax_cross_entropy
 from lstmcore.models import sequences, text
@@ -112,10 +112,19 @@ class _SequenceEstimator(Model, BaseEstimator):
         tags.input_tags.three_d_array = True
         return tags
 
-    def fit(self: Self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
-        """Train on sequences X (see the class) and their targets y. Returns self."""
-        return self._fit(X, y, sample_weight, self.epochs,
-                         resume=self.warm_start and hasattr(self, "network_"))
+    def fit(self: Self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None, *,
+            comm: Any = None, shards: int | None = None) -> Self:
+        """Train on sequences X (see the class) and their targets y. Returns self.
+
+        comm : a communicator of mpi4py, whose processes all make this call with the same data: each
+            computes its share of every batch, and all end with the same network
+        shards : parts of a batch whose gradients are summed in a fixed order: the bits depend on them,
+            8 by default with a comm, and not on how many processes there are
+        """
+        with distributed.training(comm) as processes:
+            return self._fit(X, y, sample_weight, self.epochs,
+                             resume=self.warm_start and hasattr(self, "network_"),
+                             processes=processes, shards=shards)
 
     def set_params(self: Self, **params: Any) -> Self:
         """Set parameters by their names, as scikit-learn does. Returns self."""
@@ -135,7 +144,7 @@ class _SequenceEstimator(Model, BaseEstimator):
         check_is_fitted(self)
         return self.network_
 
-    def _fit(self, X, y, sample_weight, epochs, resume):
+    def _fit(self, X, y, sample_weight, epochs, resume, processes=distributed.ALONE, shards=None):
         self._check_parameters()
         checks.unmasked("y", y), checks.unmasked("sample_weight", sample_weight)
         if y is None:
@@ -149,9 +158,17 @@ class _SequenceEstimator(Model, BaseEstimator):
         rows = np.flatnonzero(weights)
         if not rows.size:
             raise ValueError("sample_weight must hold a weight above zero, got only zeros")
+        if processes.size > 1:
+            said = {name: value if isinstance(value, (str, int, float, type(None))) else type(value).__name__
+                    for name, value in self.get_params(deep=False).items()
+                    if name not in ("n_threads", "random_state", "verbose")}
+            processes.agree_on_build(**{
+                "the parameters": said, "a fitted model": resume, "shards": shards,
+                "the data": distributed.digest(read.values, read.lengths, targets, weights)})
         if not resume:
-            self._build(read, targets, weights)
-        self._train(self._scaled(read), self._scaled_targets(targets), weights, rows, epochs)
+            self._build(read, targets, weights, processes)
+        self._train(self._scaled(read), self._scaled_targets(targets), weights, rows, epochs, processes,
+                    shards)
         return self
 
     def _check_parameters(self):
@@ -168,10 +185,10 @@ class _SequenceEstimator(Model, BaseEstimator):
             checks.choice("tokenizer", self.tokenizer, ("char", "word"))
         self._settings()
 
-    def _settings(self):
+    def _settings(self, shards=None):
         named = ("batch_size", "optimizer", "lr", "weight_decay", "schedule", "patience")
         return Settings(**{name: getattr(self, name) for name in named}, clip=self.clip or 0.0,
-                        momentum=0.0, validation=self.validation)
+                        momentum=0.0, validation=self.validation, shards=shards)
 
     def _new_optimizer(self):
         return new_optimizer(self.network_, self._settings())
@@ -218,12 +235,12 @@ class _SequenceEstimator(Model, BaseEstimator):
     def _dtypes(self):
         return [np.float64, np.float32] if self.dtype is None else self.dtype
 
-    def _build(self, read, targets, weights):
+    def _build(self, read, targets, weights, processes):
         strings = self.vocabulary_ is not None
         own = "float32" if strings or self.compute else read.values.dtype
         self._dtype = np.dtype(self.dtype or own)
         rng = self._rng = np.random.default_rng(
-            check_random_state(self.random_state).randint(2**31))
+            processes.bcast(check_random_state(self.random_state).randint(2**31)))
         if not strings:
             self._shift, self._scale = _moments(read.values, np.repeat(weights, read.lengths),
                                                 self.standardize)
@@ -247,28 +264,37 @@ class _SequenceEstimator(Model, BaseEstimator):
         values = (read.values - self._shift) / self._scale
         return sequences.Sequences(values.astype(self._dtype, copy=False), read.lengths)
 
-    def _train(self, read, targets, weights, rows, epochs):
+    def _train(self, read, targets, weights, rows, epochs, processes, shards):
         """Updates over `rows` of the sequences, for some epochs; see PARAMETERS."""
-        settings = self._settings()
+        settings = self._settings(shards)
+        shards = settings.divide(processes)
+        if shards:      # of ranks that have been trained differently before: rank 0 goes on
+            self._rng.bit_generator.state = processes.bcast(self._rng.bit_generator.state)
+            distributed.broadcast(self._optimizer.arrays(), processes)
+            self._optimizer.steps = processes.bcast(self._optimizer.steps)
         source = Batches(read, targets, weights / weights[rows].mean(), rows, epochs=epochs,
                          batch_size=settings.batch_size, held_out=settings.validation,
-                         rng=self._rng, loss=self._loss)
+                         rng=self._rng, loss=self._loss, shards=shards)
         trainer = Trainer(self.network_, source, settings, Budget(epochs=epochs),
-                          optimizer=self._optimizer, report=self._note)
+                          optimizer=self._optimizer, shards=shards,
+                          report=self._note if processes.rank == 0 else self._keep)
         self.history_ = trainer.history
         if trainer.run().outcome.startswith("SIG"):     # between two updates: now as ever
             signal.raise_signal(signal.Signals[trainer.outcome])
             raise KeyboardInterrupt         # a handler that comes back does not finish the fit
 
     def _note(self, record):
+        self._keep(record)
+        if self.verbose:
+            held_out = record["validation"]
+            print(f"epoch {self.n_iter_}: loss {record['loss']:.4f}"
+                  + ("" if held_out is None else f", validation {held_out:.4f}"))
+
+    def _keep(self, record):
         self.n_iter_ += 1
         self.loss_curve_.append(record["loss"])
-        said = f"epoch {self.n_iter_}: loss {record['loss']:.4f}"
         if record["validation"] is not None:
             self.validation_curve_.append(record["validation"])
-            said += f", validation {record['validation']:.4f}"
-        if self.verbose:
-            print(said)
 
     def _run(self, X):
         network = self._trained()

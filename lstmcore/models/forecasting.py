@@ -60,7 +60,8 @@ class Forecaster(Model):
         if self.season > self.window:
             raise ValueError(f"season must be at most window = {window}, got {season}")
 
-    def fit(self, series: ArrayLike, exog: ArrayLike | None = None) -> Forecaster:
+    def fit(self, series: ArrayLike, exog: ArrayLike | None = None, *, comm: Any = None,
+            shards: int | None = None) -> Forecaster:
         """Learn from a series (n,) and, beside it, columns exog (n, K); returns self.
 
         Both may be of pandas. The index of a Series must step evenly, through dates, periods or
@@ -68,6 +69,8 @@ class Forecaster(Model):
 
         A forecast sees the exog of the steps that it forecasts: columns known ahead (a calendar, a
         price that is set). What is known only afterwards must be shifted by `horizon` rows first.
+
+        comm, shards : as for `LSTMRegressor.fit`
         """
         index, name, names = _index(series), getattr(series, "name", None), _names(exog)
         series, exog = self._check(series, exog)
@@ -92,7 +95,10 @@ class Forecaster(Model):
         self.regressor_ = clone(self.regressor or LSTMRegressor(random_state=0))
         if self.compute:
             self.regressor_.set_params(compute=self.compute, dtype="float32")
-        self.regressor_.fit(x, y)
+        if comm is None and shards is None:     # a pipeline's fit takes no more
+            self.regressor_.fit(x, y)
+        else:
+            self.regressor_.fit(x, y, comm=comm, shards=shards)
         self._past, self._past_exog = series, exog
         self._index, self._name, self._exog_names = index, name, names
         return self

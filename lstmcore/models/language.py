@@ -7,6 +7,7 @@ safetensors file that holds weights, configuration, vocabulary and, if wanted, t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from lstmcore import checks, formats
+from lstmcore import checks, distributed, formats
 from lstmcore._types import Cell, Compute, Dtype, Path
 from lstmcore.formats import description, disk, safetensors
 from lstmcore.models import generation, text
@@ -109,7 +110,7 @@ class LanguageModel(Model):
             epochs: float | None = None, minutes: float | None = None, steps: int | None = None,
             checkpoint: Path | None = None, resume: Path | None = None,
             callbacks: Callback | Iterable[Callback] = (), progress: bool | Literal["lines"] = True,
-            encoding: str | None = None, **settings: Any) -> LanguageModel:
+            encoding: str | None = None, comm: Any = None, **settings: Any) -> LanguageModel:
         """Train on a text.
 
         Parameters
@@ -129,9 +130,14 @@ class LanguageModel(Model):
         progress : show a bar on standard error; "lines": a line there for each tenth of the budget
             without an evaluation
         encoding : of files; found out by default
+        comm : a communicator of mpi4py, whose processes all make this call: each computes its share
+            of every batch. Rank 0 reads the text, prints, calls `callbacks` and writes; all end with
+            the same model, whose bits depend on `shards` (8), not on how many processes there are:
+            see docs/distributed.md
         **settings : seq_length=100, batch_size=64, optimizer="adam", lr=2e-3, clip=5.0,
             schedule=None, decay=0.97, decay_after=10, warmup=0, momentum=0.9, weight_decay=0.0,
-            evaluate_every=None, patience=None: see `lstmcore.models.training.Settings`
+            evaluate_every=None, patience=None, shards=None, reduction="tree", wire=None: see
+            `lstmcore.models.training.Settings`
 
         The model ends with the weights of its best evaluation. SIGINT (Ctrl-C) ends the training
         after the current step, saves and returns. A model that was fitted before goes on from its
@@ -140,23 +146,37 @@ class LanguageModel(Model):
         Raises FloatingPointError where the loss is no longer finite, naming the step; the model
         has its best weights then, and the checkpoint stays as it was.
         """
+        budget = dict(epochs=epochs, minutes=minutes, steps=steps)
+        with distributed.training(comm) as processes:
+            return self._fit(processes, source, validation, budget, checkpoint, resume, callbacks,
+                             progress, encoding, settings)
+
+    def _fit(self, processes, source, validation, budget, checkpoint, resume, callbacks, progress,
+             encoding, settings):
+        root = processes.rank == 0
+        if processes.size > 1:
+            processes.agree_on_build(**{
+                "the model": self.config, "a fitted model": self.network is not None,
+                "the settings": settings, "the budget": budget, "a checkpoint": checkpoint is not None,
+                "a run to resume": resume is not None, "the text": _named(source),
+                "the validation": _named(validation)})
         if checkpoint is not None:
-            _check_place(checkpoint)
-        run = None if resume is None else self._load_run(resume)
+            processes.at_root(lambda: _check_place(checkpoint))
+        run = None if resume is None else processes.at_root(lambda: self._load_run(resume))
         callbacks = (callbacks,) if callable(callbacks) else tuple(callbacks)
         if isinstance(validation, (int, float)):
             settings["validation"] = checks.number("validation", validation)
         settings = Settings.of({**(run[2]["settings"] if run else {}), **settings})
-        if run and epochs is minutes is steps is None:
-            budget = Budget(**run[2]["budget"])
-        else:
-            budget = Budget(epochs, minutes, steps)
-        train, held_out = self._tokens(source, validation, settings, encoding)
+        shards = settings.divide(processes)
+        if run and set(budget.values()) == {None}:
+            budget = run[2]["budget"]
+        budget = Budget(**budget)
+        train, held_out = self._shared_tokens(processes, source, validation, settings, encoding)
 
-        bar = (_Lines() if progress == "lines" else _Bar()) if progress else None
-        source = Streams(train, held_out, settings.batch_size, settings.seq_length)
+        bar = (_Lines() if progress == "lines" else _Bar()) if progress and root else None
+        source = Streams(train, held_out, settings.batch_size, settings.seq_length, shards)
         trainer = Trainer(self.network, source, settings, budget, tick=bar and bar.tick,
-                          report=lambda record: report(record))
+                          report=lambda record: report(record), shards=shards)
 
         def report(record):
             self.history = [h for h in self.history if h is not record] + [record]
@@ -164,7 +184,7 @@ class LanguageModel(Model):
                 bar.report(trainer, record)
             if checkpoint is not None:
                 self._save_run(checkpoint, trainer)
-            return any([callback(self, record) for callback in callbacks])
+            return any([callback(self, record) for callback in callbacks if root])
 
         if run:
             try:
@@ -363,6 +383,21 @@ class LanguageModel(Model):
                                  f"{len(part)}{hint}")
         return train, held_out
 
+    def _shared_tokens(self, processes, *given):
+        """`_tokens`, read by rank 0; the others take over its vocabulary, and make their networks."""
+        if processes.size == 1:
+            return self._tokens(*given)
+        train = held_out = None
+
+        def read():
+            nonlocal train, held_out
+            train, held_out = self._tokens(*given)
+            return self.vocabulary
+        self.vocabulary = processes.at_root(read)
+        if self.network is None:
+            self._build()
+        return processes.shared(train), processes.shared(held_out)
+
     def _load_run(self, path):
         """(weights, arrays, meta) of the run in a checkpoint, whose vocabulary is taken over."""
         arrays, metadata = _read(path)
@@ -388,6 +423,8 @@ class LanguageModel(Model):
 
     def _save_run(self, path, trainer):
         weights, arrays, meta = trainer.snapshot()
+        if trainer.shards and not trainer.shards.is_root:
+            return
         self._write(path, {**weights, **{f"training.{name}": a for name, a in arrays.items()}},
                     {RUN: json.dumps(meta)})
 
@@ -475,6 +512,18 @@ def _check_place(path):
                          "writes a graph of it, and lstmcore.convert(file, 'x.weights.h5') the "
                          f"recurrent layers; got {os.fsdecode(path)!r}")
     disk.check_writable(path)
+
+
+def _named(source):
+    """What processes compare of a source: names of files, and digests of texts."""
+    if isinstance(source, (str, bytes)) and len(source) > 200:
+        source = source.encode("utf-8", "surrogatepass") if isinstance(source, str) else source
+        return f"a text with the SHA-256 {hashlib.sha256(source).hexdigest()}"
+    if isinstance(source, (str, bytes, float, int, os.PathLike, type(None))):
+        return source
+    if isinstance(source, (list, tuple)):
+        return [_named(part) for part in source]
+    return type(source).__name__
 
 
 def _damaged_run(path, error):

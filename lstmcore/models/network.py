@@ -7,6 +7,8 @@ text, no training and no files.
 from __future__ import annotations
 
 import copy
+import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
@@ -85,7 +87,10 @@ class Network(Module):
 
     def backward(self, doutputs: Floats) -> None:
         """The gradient by the outputs -> gradients of all parameters; none by the first state."""
-        self.backward_below(self.head.backward(doutputs))
+        dy = self.head.backward(doutputs)
+        if self._on_gradients:
+            self._on_gradients()
+        self.backward_below(dy)
 
     def loss(self, tokens: Array, targets: Ints, state: Any = None,
              **options: Any) -> tuple[float, Floats | None, Any]:
@@ -94,7 +99,10 @@ class Network(Module):
         options: of `lstmcore.losses.linear_cross_entropy`, which adds to the head's gradients.
         """
         y, state = self._read(tokens, state)
-        return *linear_cross_entropy(self.head, y, targets, **options), state
+        loss, dy = linear_cross_entropy(self.head, y, targets, **options)
+        if self._on_gradients:
+            self._on_gradients()
+        return loss, dy, state
 
     def backward_below(self, dy: Floats) -> None:
         """The gradient by what the head reads -> gradients of all parameters below it."""
@@ -102,6 +110,18 @@ class Network(Module):
         dx, _ = self.recurrent.backward(self.pool.backward(dy) if self.pool else dy)
         if self._embeds_first():
             self.embedding.backward(self.input_dropout.backward(dx))
+
+    def stages(self) -> list[list[str]]:
+        """The names of the gradients that are complete at once, in the order in which they are."""
+        def stage(name):
+            layer = re.search(r"^recurrent\..*_l(\d+)(_reverse)?$", name)
+            return -int(layer[1]) if layer else 1 if name.startswith("embedding.") else -math.inf
+        names = list(self.gradients())
+        return [[name for name in names if stage(name) == now] for now in sorted({*map(stage, names)})]
+
+    def tellers(self) -> list[Module]:
+        """The modules that call `_on_gradients` when the next of these stages is complete."""
+        return [self, self.recurrent]
 
     def inputs(self, tokens: Array) -> Array:
         """What the recurrent layers read for tokens (T, B): rows of the table, or the tokens."""

@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from lstmcore import checks, optim
+from lstmcore import checks, distributed, optim
 from lstmcore._types import Array, Floats
 
 SCHEDULES = ("step", "cosine", "plateau", "constant")
 FIXED = ("batch_size", "seq_length", "optimizer", "validation")     # not to be changed by resuming
+SHARDING = {"shards": None, "reduction": "tree", "wire": None}      # settings that older files lack
 # What a run counts, by which it goes on.
 OWN = ("epoch", "position", "step", "seconds", "loss_sum", "loss_tokens", "scale", "waited", "history")
 
@@ -45,6 +46,11 @@ class Settings:
     evaluate_every : steps from one evaluation to the next; by default one epoch
     patience : stop after so many evaluations in a row without a better one; None for never
     validation : the share of the text, at its end, that is kept for validation
+    shards : parts of the batch whose gradients are summed in a fixed order, for bits that do not
+        depend on the number of processes; with a comm 8 by default, else none
+    reduction : "tree", or "allreduce": MPI's own sum of a shard for each process
+    wire : "bfloat16": gradients are rounded to it and travel so
+        (all three: `lstmcore.distributed.Shards`)
     """
 
     seq_length: int = 100
@@ -61,22 +67,40 @@ class Settings:
     evaluate_every: int = None
     patience: int = None
     validation: float = 0.05
+    shards: int = None
+    reduction: str = "tree"
+    wire: str = None
 
     def __post_init__(self):
         for name in ("seq_length", "batch_size"):
             checks.size(name, getattr(self, name))
         for name in ("warmup", "decay_after"):
             checks.size(name, getattr(self, name), at_least=0)
-        for name in ("evaluate_every", "patience"):
+        for name in ("evaluate_every", "patience", "shards"):
             if getattr(self, name) is not None:
                 checks.size(name, getattr(self, name))
         checks.choice("optimizer", self.optimizer, optim.RULES)
+        distributed.check_ways(self.reduction, self.wire)
         if self.schedule is not None:
             checks.choice("schedule", self.schedule, SCHEDULES)
         for name in ("lr", "clip", "weight_decay", "momentum", "decay"):
             checks.number(name, getattr(self, name))
         if self.validation is not None:
             checks.fraction("validation", self.validation)
+
+    def divide(self, processes: distributed.Processes) -> distributed.Shards | None:
+        """The shards of a batch that these settings ask for; None for one process and no shards.
+
+        For several processes `shards` is set here, so that a checkpoint says it.
+        """
+        if processes.comm is None and self.shards is None:
+            for name in ("reduction", "wire"):
+                if getattr(self, name) != SHARDING[name]:
+                    raise ValueError(f"{name} needs a comm, or shards")
+            return None
+        if self.shards is None and self.reduction == "tree":
+            self.shards = distributed.SHARDS
+        return distributed.Shards(processes, self.shards or 1, reduction=self.reduction, wire=self.wire)
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Settings:
@@ -116,15 +140,22 @@ class Trainer:
     report : called with each new record of `history`, after the evaluation that it tells about;
         a true result ends the run
     tick : called after each step with the trainer, to show progress
+    shards : `distributed.Shards`, those of the source, for several processes that all run this
     """
 
     def __init__(self, network: Any, source: Any, settings: Settings, budget: Budget, *,
                  optimizer: optim.Optimizer | None = None,
                  report: Callable[[dict[str, Any]], object] | None = None,
-                 tick: Callable[[Trainer], object] | None = None) -> None:
+                 tick: Callable[[Trainer], object] | None = None,
+                 shards: distributed.Shards | None = None) -> None:
         self.network, self.source, self.settings, self.budget = network, source, settings, budget
         self.report, self.tick = report or (lambda record: None), tick or (lambda trainer: None)
+        self.shards, self._signal, self._interrupted = shards, 0, []
+        if shards:
+            shards.attach(network)
         self.optimizer = optimizer or new_optimizer(network, settings)
+        if shards:
+            self.optimizer.follow()
         self.gradients = network.gradients()
         self.schedule = settings.schedule or ("step" if budget.minutes is None else "cosine")
         self._rise, self._fall = self._schedules()
@@ -161,13 +192,14 @@ class Trainer:
         self.network.train()
         self._clock = time.perf_counter() - self.seconds
         # What overflows is found by _check_finite.
-        with np.errstate(all="ignore"), _interrupts() as interrupted:
+        with np.errstate(all="ignore"), _interrupts() as self._interrupted:
             while self.outcome is None and self.share < 1:
                 if self._advance():
                     self._evaluate(scheduled=True)
                 self.tick(self)
-                if interrupted:
-                    self.outcome = interrupted[0].name
+                # Of several processes all end after the same step, of which `_signal` is known to all.
+                if number := self._signal if self.shards else self._received():
+                    self.outcome = signal.Signals(number).name
         self.outcome = self.outcome or "finished"
         measured = self.history[-1]["step"] if self.history else -1
         if self.outcome == "finished" and measured < self.step:
@@ -195,8 +227,13 @@ class Trainer:
         best_loss = self.best_loss if self.best is not None else None
         return weights, arrays, {
             **{name: getattr(self, name) for name in OWN}, "digest": self.source.digest,
-            "best_loss": best_loss, "settings": dataclasses.asdict(self.settings),
+            "best_loss": best_loss, "settings": self._said(),
             "budget": dataclasses.asdict(self.budget), "rng": self.network.rng_state()}
+
+    def _said(self):
+        """The settings, without what is as before there were shards: an older lstmcore reads them."""
+        return {name: value for name, value in dataclasses.asdict(self.settings).items()
+                if name not in SHARDING or value != SHARDING[name]}
 
     def restore(self, arrays: Mapping[str, Array], meta: Mapping[str, Any],
                 weights: Mapping[str, Floats]) -> None:
@@ -229,10 +266,7 @@ class Trainer:
         if not self.position:
             self.source.start()
         self.optimizer.lr = self._learning_rate()
-        self.network.zero_grad()
-        loss, count, end, backward = self.source.loss(self.network, self.position)
-        self._check_finite("loss", loss)
-        backward()
+        loss, count, end = self._differentiate()
         norm = optim.clip_grad_norm(self.gradients, self.settings.clip or 1e300)
         self._check_finite("norm of the gradients", norm)
         self.optimizer.step()
@@ -243,8 +277,29 @@ class Trainer:
         self.position, every = end, self.settings.evaluate_every
         if end == self.source.length:
             self.epoch, self.position = self.epoch + 1, 0
-        self.seconds = time.perf_counter() - self._clock
+        if not self.shards:
+            self.seconds = time.perf_counter() - self._clock
         return self.step % every == 0 if every else self.position == 0
+
+    def _differentiate(self):
+        """The loss at the position, how many it is the mean of, and the next position; the gradients
+        are the loss's."""
+        if not self.shards:
+            self.network.zero_grad()
+            loss, count, end, backward = self.source.loss(self.network, self.position)
+            self._check_finite("loss", loss)
+            backward()
+            return loss, count, end
+        losses = self.shards.differentiate(
+            self.step, lambda shard: self.source.loss_of_shard(self.network, self.position, shard))
+        loss, self.seconds, self._signal = self.shards.exchange(
+            losses, time.perf_counter() - self._clock, self._received())
+        self._check_finite("loss", loss)
+        return loss, *self.source.extent(self.position)
+
+    def _received(self):
+        """The number of the signal that asks to end, or 0."""
+        return self._interrupted[0].value if self._interrupted else 0
 
     def _schedules(self):
         """The schedules of `optim`: of the rate while it rises, and of its factor from then on."""
@@ -267,6 +322,8 @@ class Trainer:
 
     def _evaluate(self, scheduled):
         """Measure, remember the best weights, report. Only what is `scheduled` steers the run."""
+        if self.shards:
+            self.shards.check_replicas()
         train = self.loss_sum / self.loss_tokens if self.loss_tokens else None
         self.network.eval()
         loss = self.source.validation(self.network)
@@ -290,14 +347,21 @@ class Trainer:
             self.history.append(record)
             if self.settings.patience is not None and self.waited >= self.settings.patience:
                 self.outcome = "no progress"
-        if self.report(record):
+        stop = self.report(record)
+        if self.shards:
+            stop = self.shards.processes.bcast(bool(stop))
+        if stop:
             self.outcome = self.outcome or "stopped by a callback"
         self.network.train()        # whatever a callback has done with it
         self.seconds = time.perf_counter() - self._clock
+        if self.shards:
+            self.seconds = self.shards.processes.bcast(self.seconds)
 
     def _warn_if_it_runs_away(self, loss):
         """Once, where the loss is above the run's first and half as much again as its least."""
         losses = [record["loss"] for record in self.history if record["loss"] is not None]
+        if self.shards and not self.shards.is_root:
+            return
         if losses and loss is not None and not self._warned and loss > max(losses[0], 1.5 * min(losses)):
             self._warned = True
             warnings.warn(f"the loss runs away: {min(losses):.4g} before, {loss:.4g} at step {self.step} "
@@ -336,7 +400,7 @@ def check_run(meta: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be a finite number, got {value!r:.40}")
     checked_history(meta["history"])
     Settings.of(meta["settings"])
-    if missing := Settings.__dataclass_fields__.keys() - meta["settings"].keys():
+    if missing := Settings.__dataclass_fields__.keys() - SHARDING.keys() - meta["settings"].keys():
         raise KeyError(*sorted(missing))
     Budget(**meta["budget"])
 
