@@ -23,6 +23,8 @@ TABLES = {  # name in a page -> the text
     "torch": lambda: torch_dropin.table(record.read(RESULTS / "torch_dropin.json")),
     **{f"distributed-{name}": partial(distributed.table, name)
        for name in ("runs", "trace", "links", "check", "scale", "losses")},
+    "below": lambda: report.markdown(record.read(RESULTS / "below.json")),
+    "below-short": lambda: report.short_below(record.read(RESULTS / "below.json")),
     "compare-short": lambda: report.short(record.read(RESULTS / "compare.json")),
 }
 

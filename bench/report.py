@@ -276,6 +276,17 @@ def short(record):
     head = ["case (T, B, I, H, L)", "training", "fastest other", "", "inference", "fastest other", ""]
     text = ["Milliseconds in float32 beside the fastest other library: " + setting(record), "",
             table(head, rows), ""]
+    return "\n".join([*text, *standing(record)])
+
+
+def short_below(record):
+    """The README's lines on what is below float32."""
+    return "\n".join([f"Below float32, beside the fastest other library in the format: {setting(record)}",
+                      "", *standing(record)[2:]])
+
+
+def standing(record):
+    """The geometric mean of each section against the fastest other, and where lstmcore is slower."""
     rows = []
     for name in HEADINGS:
         pairs = [(contest.case.name, ratio) for contest, result in record.results
@@ -286,8 +297,8 @@ def short(record):
             rows.append([HEADINGS[name].split(":")[0].removesuffix(", milliseconds"), len(pairs),
                          f"{digits(geometric_mean([ratio for _, ratio in pairs]))}×",
                          ", ".join(behind) or "–"])
-    return "\n".join([*text, "Against the fastest other library, in all cases that were measured:",
-                      "", table(["", "cases", "geometric mean", "slower in"], rows)])
+    return ["Against the fastest other library, in all cases that were measured:", "",
+            table(["", "cases", "geometric mean", "slower in"], rows)]
 
 
 def installed(libraries):

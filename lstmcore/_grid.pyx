@@ -37,19 +37,17 @@ cpdef bint choose_fused(Loop loop, int team) noexcept nogil:
     """Whether a step itself multiplies x, instead of one product for a chunk of steps.
 
     For a single step: it reads all weights once, in one order, and the next one can start with those
-    that are still in the cache. And where all weights of a thread stay there, because the
-    pre-activations need not be stored and loaded in between: inference +3 to 8 % at (50,256,64,64),
-    (50,50,128,128), (20,8,16,32), +2 to 3 % at four shapes with 0.8 to 1 MB a thread.
-
-    With AMX also where the pre-activations' way to memory and back is dearer than to read W_ih in every
-    step instead of once in a chunk, whose bytes take an eighth of the time: 1.06 to 1.35 times as fast
-    at ten shapes of 32 to 128 rows, 0.95 at (50,32,1024,1024), which it leaves.
+    that are still in the cache. Else where the pre-activations' way to memory and back is dearer than to
+    read W_ih in every step instead of once in a chunk, whose bytes take an eighth of the time: from 8
+    rows on at H = 128, from 32 on at H = 256. With one to eight rows to multiply ahead is 1.2 to 2 times
+    as fast, in float32 too; with enough of them in the step is +3 to 8 % at (50,256,64,64),
+    (50,50,128,128), (20,8,16,32). Weights that do not fit the cache are read at their price: there only
+    AMX multiplies x in the step, 1.06 to 1.5 times as fast at ten shapes of 32 to 128 rows.
     """
     cdef int units = choose_grid(loop, team).units
     cdef Py_ssize_t chunk = choose_chunk(loop, False)
-    if loop.steps == 1 or (loop.input_bytes + loop.recurrent_bytes) // units <= loop.cache_bytes:
-        return True
-    return loop.tile_rows >= MANY_ROWS and \
+    cdef bint fits = (loop.input_bytes + loop.recurrent_bytes) // units <= loop.cache_bytes
+    return loop.steps == 1 or (fits or loop.tile_rows >= MANY_ROWS) and \
         8 * loop.rows * loop.gate_bytes >= loop.input_bytes - loop.input_bytes // chunk
 
 

@@ -61,14 +61,16 @@ def test_slabs_follow_from_the_cache():
     (loop(50, 128, steps=50), 2, True),             # all weights of a thread stay in its cache
     (loop(20, 650), 2, False),
     (loop(50, 64, I=5000, steps=50), 2, False),     # W_ih alone is larger
-    (loop(1, 256, steps=50), 1, False),             # 2 MB for one thread
-    (loop(1, 256, steps=50), 2, True),              # 1 MB for each of two
+    (loop(40, 256, steps=50), 1, False),            # 2 MB for one thread
+    (loop(40, 256, steps=50), 2, True),             # 1 MB for each of two
+    (loop(8, 256, steps=50), 2, False),             # too few rows to read W_ih for in every step
+    (loop(1, 64, steps=50), 2, False),
     (loop(128, 1024), 2, False),
     (loop(128, 1024, tile_rows=16, item=2), 2, True),   # pre-activations of 2 MB a step
     (loop(32, 1024, tile_rows=16, item=2), 2, False),
     (loop(20, 650, tile_rows=16, item=2), 2, False),
 ])
-def test_fused_where_the_weights_stay(problem, team, want):
+def test_x_in_the_step(problem, team, want):
     assert bool(choose_fused(problem, team)) is want
 
 
