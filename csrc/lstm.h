@@ -7,11 +7,13 @@
            where the row of each sequence lies at each step, so dense, ragged and reversed are the same
            to a kernel.
    Products: of a format without `lower`, rows are multiplied as they are. Of the others, each row that
-           is multiplied is first lowered: a row of the format's own, made by `lower`. Sums, states and
-           all that is written are numbers of the arrays.
+           is multiplied is first lowered: a row of the format's own, made by `lower`. Those of a call
+           lie at equal distances, and the memory up to a multiple of MR rows can be read. Sums, states
+           and all that is written are numbers of the arrays.
    Units:  a kernel computes the columns [j0, j1) and writes nothing else.
-   Bits:   every output element is one chain of multiply-adds over k in ascending order, whatever tile,
-           row group or thread computes it: results do not depend on n, j0, j1 or the other rows.
+   Bits:   every output element is one chain of multiply-adds over k in ascending order, or what its
+           format says instead, whatever tile, row group or thread computes it: results do not depend on
+           n, j0, j1 or the other rows.
    Memory: the caller owns everything; kernels allocate nothing, keep nothing, and run under any
            thread.  Outputs may alias nothing but what is said to be updated in place.
 
