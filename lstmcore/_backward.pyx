@@ -12,7 +12,8 @@ from lstmcore._kernels cimport address, wait
 from lstmcore._lstm cimport START_ADD, START_ZERO, lstm_back_row, lstm_product, lstm_rows, lstm_weights
 from lstmcore._memory cimport Arena, take
 from lstmcore._products cimport (Engine, Operand, Part, Plan, Sums, Widths, choose_engine,
-                                 lay_out_operand, lowered, lowered_rows, lowered_stride, operand, packed_at,
+                                 lay_out_operand, lowered, lowered_rows, lowered_stride,
+                                 lowers_together, operand, packed_at,
                                  run_plan, unit_range)
 from lstmcore._recurrence cimport (Group, Member, Problem, Steps, active, fill_problem, initial,
                                    lay_out_problem, loop_of, note_plan, place, rows_of, scratch_of)
@@ -97,6 +98,7 @@ cdef void backward(void *arg, int me, int team) noexcept nogil:
     cdef Problem *p = &f.p
     cdef Grid grid = choose_grid(loop_of(p), team)
     cdef int group = me // grid.units
+    cdef Py_ssize_t low_bytes
     cdef bint idle = group >= grid.rows
     cdef Part whole, share
     cdef Member m
@@ -115,8 +117,9 @@ cdef void backward(void *arg, int me, int team) noexcept nogil:
     if not idle:
         m.own, m.barrier = rows_of(&p.steps, group, grid.rows), &p.shared.barriers[1 + group]
         m.products.a, m.products.C = f.a + me * p.steps.B, f.C + me * p.steps.B
-        m.products.bias, m.low = NULL, f.low + me * lowered_rows(p.plan.e.k, p.steps.B) \
-            * lowered_stride(p.plan.e.k, p.heard)
+        low_bytes = lowered_rows(p.plan.e.k, p.steps.B) * lowered_stride(p.plan.e.k, p.heard)
+        m.products.bias = NULL
+        m.low, m.low_shared = f.low + me * low_bytes, f.low + group * grid.units * low_bytes
         backward_rows(f, &m, f.rows + me * p.steps.B)
     wait(&p.shared.barriers[0], team)
     if f.dx != NULL:
@@ -226,12 +229,20 @@ cdef inline void step(const Backward *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t 
                       lstm_back_row *rows) noexcept nogil:
     """dh = dy + da_next W_hh for the first rows, dh = dy for the others, then the cell's gradient."""
     cdef const Problem *p = &f.p
-    cdef Py_ssize_t q, j0, j1
+    cdef Py_ssize_t q, j0, j1, q0 = 0, q1 = multiplied
+    cdef char *low = m.low
+    cdef bint together
     cdef lstm_weights w
     w.no_tape = False
     unit_range(p.H, p.plan.e.k.VL, m.slab.part, m.slab.parts, &j0, &j1)
+    together = lowers_together(p.plan.e.k, &m.slab, multiplied, p.heard)
+    if together:
+        low = m.low_shared
+        unit_range(multiplied, 1, m.slab.part, m.slab.parts, &q0, &q1)
     for q in range(multiplied):
-        rows[q].da_next = lowered(p.plan.e.k, p.heard, rows[q].da_next, m.low, q)
+        rows[q].da_next = lowered(p.plan.e.k, p.heard, rows[q].da_next, low, q, q0 <= q < q1)
+    if together:
+        wait(m.barrier, m.slab.parts)
     w.I, w.H, w.ih, w.bias, w.peepholes = 0, p.H, NULL, NULL, p.peepholes
     if multiplied:
         w.K, w.hh = p.heard, packed_at(p.plan.e.k, &f.hh, j0)
@@ -257,7 +268,7 @@ cdef void later_step(Backward *f, Py_ssize_t s, Py_ssize_t n, Member *m,
         rows[q].dy = p.shared.zeros
         m.products.a[q], m.products.C[q] = rows[q].gates, f.dm + r * p.H * p.item
         if p.plan.e.by.in_step:
-            rows[q].da_next = lowered(p.plan.e.k, p.H, rows[q].gates, m.low, q)
+            rows[q].da_next = lowered(p.plan.e.k, p.H, rows[q].gates, m.low, q, True)
         else:
             rows[q].dy = m.products.C[q]
     if not p.plan.e.by.in_step:

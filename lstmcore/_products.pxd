@@ -88,14 +88,24 @@ cdef inline char *packed_at(const lstm_kernels *k, const Operand *w, Py_ssize_t 
 
 
 cdef inline const void *lowered(const lstm_kernels *k, Py_ssize_t K, const void *a, char *rows,
-                                Py_ssize_t q) noexcept nogil:
-    """a (K) as products take it: itself, or lowered as row q of rows."""
+                                Py_ssize_t q, bint mine) noexcept nogil:
+    """a (K) as products take it: itself, or lowered as row q of rows, by this thread if it is mine."""
     cdef char *row
     if k.lower == NULL or K == 0:
         return a
     row = rows + q * lowered_stride(k, K)
-    k.lower(K, a, row)
+    if mine:
+        k.lower(K, a, row)
     return row
+
+
+cdef enum: SHARED = 1 << 14        # numbers whose lowering takes longer than threads to meet
+
+
+cdef inline bint lowers_together(const lstm_kernels *k, const Part *slab, Py_ssize_t n,
+                                 Py_ssize_t K) noexcept nogil:
+    """Whether the threads that multiply the same n rows of K numbers share out their lowering."""
+    return k.lower != NULL and slab.parts > 1 and n * K >= SHARED
 
 
 cdef inline Py_ssize_t lowered_rows(const lstm_kernels *k, Py_ssize_t n) noexcept nogil:

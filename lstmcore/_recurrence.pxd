@@ -55,6 +55,7 @@ cdef struct Member:                # a thread in the time loop: its row group, a
     team_barrier *barrier          # of the row group
     lstm_rows products             # with room for its row pointers
     char *low                      # room for its lowered rows
+    char *low_shared               # for those of its row group
 
 
 cdef int fill_problem(Problem *p, Engine e, cell, weights, batch, tape) except -1

@@ -174,6 +174,20 @@ def test_bfloat16_training_does_not_depend_on_threads(kind, plan, isa, share_sma
         assert everything(problem, n_threads) == once, f"{n_threads} threads"
 
 
+@pytest.mark.parametrize("compute", ["bfloat16", "int8"])
+def test_threads_that_lower_their_rows_together(compute, isa):
+    """Units in slabs, and so many rows that each thread lowers some for all; the last step has fewer."""
+    if isa == "base":
+        pytest.skip("the plan is the same, and 300 million lanes one by one take a minute")
+    problem = lstm_problem(3, 40, 12, 800, dtype="float32", lengths=[3] * 37 + [2, 1, 0])
+    lower = with_products(problem, compute)
+    call = run if compute == "int8" else lambda problem, _, n_threads: everything(lower, n_threads)
+    want = call(problem, compute, 1)
+    for n_threads in 2, 3:
+        got = call(problem, compute, n_threads)
+        assert bits(got) == bits(want) if compute == "int8" else got == want
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
 def test_a_row_does_not_depend_on_threads_or_on_its_batch(precision, isa, share_small_work):
     problem = lstm_problem(12, 13, 9, 70, dtype="float32", lengths="ragged", peepholes=True)

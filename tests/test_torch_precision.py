@@ -219,14 +219,15 @@ def test_float16_is_an_error_that_says_what_to_do(module):
 
 @pytest.mark.parametrize("bad", ["x", "h", "c"])
 def test_one_type_for_module_input_and_state(bad):
+    """torch.nn takes a c of another type where oneDNN has bfloat16, and refuses it elsewhere."""
     theirs, ours = pair(F32)
     x, (h, c) = inputs(ours, "batched")
     args = dict(x=x, h=h, c=c)
     theirs, ours = theirs.bfloat16(), ours.bfloat16()
     args = {k: v if k == bad else v.bfloat16() for k, v in args.items()}
-    for m in theirs, ours:
+    if bad != "c":
         with pytest.raises((ValueError, RuntimeError)):
-            m(args["x"], (args["h"], args["c"]))
+            theirs(args["x"], (args["h"], args["c"]))
     with pytest.raises(ValueError, match="torch.float32"):
         ours(args["x"], (args["h"], args["c"]))
 
