@@ -276,13 +276,14 @@ def short(record):
     head = ["case (T, B, I, H, L)", "training", "fastest other", "", "inference", "fastest other", ""]
     text = ["Milliseconds in float32 beside the fastest other library: " + setting(record), "",
             table(head, rows), ""]
-    return "\n".join([*text, *standing(record)])
+    return "\n".join([*text, "Against the fastest other library, in all cases that were measured:", "",
+                      standing(record)])
 
 
 def short_below(record):
     """The README's lines on what is below float32."""
     return "\n".join([f"Below float32, beside the fastest other library in the format: {setting(record)}",
-                      "", *standing(record)[2:]])
+                      "", standing(record)])
 
 
 def standing(record):
@@ -297,8 +298,7 @@ def standing(record):
             rows.append([HEADINGS[name].split(":")[0].removesuffix(", milliseconds"), len(pairs),
                          f"{digits(geometric_mean([ratio for _, ratio in pairs]))}×",
                          ", ".join(behind) or "–"])
-    return ["Against the fastest other library, in all cases that were measured:", "",
-            table(["", "cases", "geometric mean", "slower in"], rows)]
+    return table(["", "cases", "geometric mean", "slower in"], rows)
 
 
 def installed(libraries):

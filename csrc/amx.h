@@ -2,8 +2,8 @@
 
    A tile is 16 rows of 64 bytes: of the left side 16 rows times a block of numbers k, of a packed vector
    the words of such a block times 16 columns, as they lie in the panel, of sums 16 rows times 16 columns.
-   There are eight; a product of two takes 16 cycles whatever is in them, and its sum is there after 52, so
-   that four sums or more are in the making at a time.  Loads take 8 from the first-level cache.
+   There are eight; a product of two takes 16 cycles whatever is in them, a load 8 or 9 from the first-level
+   cache, so that loads of up to two tiles hide behind a product.
 
    Left rows lie at equal distances, and the memory of rows up to a multiple of 16 can be read: what comes
    of rows that are none is written to places that nobody reads.
@@ -105,13 +105,10 @@ static void F(times)(ptrdiff_t n, int vectors, int parts, const sides *p, const 
 static void F(times_long)(ptrdiff_t n, int vectors, int parts, const sides *p, const char *from,
                           ptrdiff_t from_row, F(row4) *sums) {
     enum { MOST = 16, PIECE = 12 };
+    const int at_once = p[0].blocks + (parts > 1 ? p[1].blocks : 0) <= MOST;
     IN_ORDER;
-    if (p[0].blocks + (parts > 1 ? p[1].blocks : 0) <= MOST) {
-        F(times)(n, vectors, parts, p, from, from_row, sums);
-        IN_ORDER;
-        return;
-    }
-    for (; parts > 0; parts--, p++) {
+    if (at_once) F(times)(n, vectors, parts, p, from, from_row, sums);
+    for (; !at_once && parts > 0; parts--, p++) {
         const ptrdiff_t pieces = p->blocks <= MOST ? 1 : (p->blocks + PIECE - 1) / PIECE;
         for (ptrdiff_t q = 0; q < pieces; q++) {
             const ptrdiff_t first = p->blocks * q / pieces;
@@ -132,14 +129,12 @@ static void F(times_long)(ptrdiff_t n, int vectors, int parts, const sides *p, c
 #undef TO
 #undef TIMES
 
-/* n rows and a panel, of `words` numbers k on each side: `all` in its vectors, from k0 on. */
-INLINE sides F(sides_of)(ptrdiff_t n, const LEFT *const *a, ptrdiff_t blocks, const PACKED *panel, int nv,
-                         ptrdiff_t all, ptrdiff_t k0) {
+/* n rows, and a panel of K numbers k. */
+INLINE sides F(sides_of)(ptrdiff_t n, const LEFT *const *a, ptrdiff_t K, const PACKED *panel, int nv) {
     const int g = NEIGHBORS(nv);
-    sides s = {blocks, (const char *)a[0], n > 1 ? (const char *)a[1] - (const char *)a[0] : 0, 64,
-               (const char *)(panel + AT(all, nv, 0, k0)), 1024 * g,
-               (AT(all, nv, g % nv, 0) - AT(all, nv, 0, 0)) * (ptrdiff_t)sizeof(PACKED)};
-    return s;
+    return (sides){(K + WHOLE - 1) / WHOLE, (const char *)a[0],
+                   n > 1 ? (const char *)a[1] - (const char *)a[0] : 0, 64, (const char *)panel, 1024 * g,
+                   AT(K, nv, g % nv, 0) * (ptrdiff_t)sizeof(PACKED)};
 }
 
 #if TRAINS
@@ -149,27 +144,21 @@ static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, con
                      const PACKED *next, F(row4) *acc) {
     (void)next;
     if (K == 0) return;
-    sides s = F(sides_of)(n, a, F(whole)(K) / WHOLE, panel, nv, K, 0);
+    sides s = F(sides_of)(n, a, K, panel, nv);
     F(times_long)(n, nv, 1, &s, (const char *)acc, sizeof(F(row4)), acc);
 }
 
-/* As below; of two that add to the same, the sums stay in tiles meanwhile. */
-static void F(groups)(ptrdiff_t n, ptrdiff_t I, ptrdiff_t K, int nv_ih, int nv_hh, const LEFT *const *x,
-                      const LEFT *const *h, const PACKED *ih, const PACKED *hh, const PACKED *next,
-                      F(row4) *acc, F(row4) *acc_h) {
-    if (I == 0 || K == 0 || nv_ih != nv_hh || acc != acc_h) {
-        F(group)(n, I, nv_ih, x, ih, hh, acc);
-        F(group)(n, K, nv_hh, h, hh, next, acc_h);
-        return;
-    }
-    sides s[2] = {F(sides_of)(n, x, F(whole)(I) / WHOLE, ih, nv_ih, I, 0),
-                  F(sides_of)(n, h, F(whole)(K) / WHOLE, hh, nv_hh, K, 0)};
-    F(times_long)(n, nv_ih, 2, s, (const char *)acc, sizeof(F(row4)), acc);
+/* acc[r] += x[r] · ih + h[r] · hh, one after the other: the sums stay in tiles meanwhile. */
+#define JOINS
+static void F(joined_group)(ptrdiff_t n, ptrdiff_t I, ptrdiff_t K, int nv, const LEFT *const *x,
+                            const LEFT *const *h, const PACKED *ih, const PACKED *hh, F(row4) *acc) {
+    sides s[2] = {F(sides_of)(n, x, I, ih, nv), F(sides_of)(n, h, K, hh, nv)};
+    F(times_long)(n, nv, 2, s, (const char *)acc, sizeof(F(row4)), acc);
 }
 
 /* acc = a panel for 16 rows, of which `a` holds blocks of k one after the other. */
 INLINE void F(packed_tile)(int nv, ptrdiff_t K, const LEFT *a, const PACKED *panel, F(row4) *acc) {
-    sides s = F(sides_of)(1, &a, F(whole)(K) / WHOLE, panel, nv, K, 0);
+    sides s = F(sides_of)(1, &a, K, panel, nv);
     s.a_row = 64, s.a_block = 1024;
     for (int r = 0; r < MR; r++)
         for (int v = 0; v < nv; v++) acc[r][v] = F(v_set1)(0);
@@ -188,7 +177,7 @@ static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, con
             F(tiles)[1][nv](k0, kn, a, panel, (uintptr_t)next, acc);
             continue;
         }
-        sides s = F(sides_of)(n, a, (kn + WHOLE - 1) / WHOLE, block + 64 * nv, nv, kn, 0);
+        sides s = F(sides_of)(n, a, kn, block + 64 * nv, nv);
         s.a += (HEAD + k0 / STEP) * (ptrdiff_t)sizeof(LEFT);
         F(times_long)(n, nv, 1, &s, (const char *)block, 0, sums);
         F(add_scaled)(n, nv, a, panel, (const F(row4) *)sums, acc);

@@ -86,6 +86,7 @@ static const lstm_kernels F(kernels) = {
 #undef TILES_END
 #undef DOT
 #undef IN_ORDER
+#undef JOINS
 #undef PACKED
 #undef PACKED_NUMBERS
 #undef STEP

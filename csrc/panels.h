@@ -57,7 +57,7 @@ static void F(pack)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, ptrdiff_t
 }
 
 #ifdef ISA_AMX
-#include "amx.h"        /* F(group), and of formats that train F(groups) */
+#include "amx.h"        /* its F(group) */
 #else
 
 #define TILES_BEGIN     /* in a kernel, around all that multiplies */
@@ -84,15 +84,19 @@ static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, con
 
 #endif
 
-#if !defined(ISA_AMX) || !TRAINS
 /* acc += x · ih, and acc_h, which is acc or within it, += h · hh. */
 INLINE void F(groups)(ptrdiff_t n, ptrdiff_t I, ptrdiff_t K, int nv_ih, int nv_hh, const LEFT *const *x,
                       const LEFT *const *h, const PACKED *ih, const PACKED *hh, const PACKED *next,
                       F(row4) *acc, F(row4) *acc_h) {
+#ifdef JOINS
+    if (I && K && nv_ih == nv_hh && acc == acc_h) {
+        F(joined_group)(n, I, K, nv_ih, x, h, ih, hh, acc);
+        return;
+    }
+#endif
     F(group)(n, I, nv_ih, x, ih, hh, acc);
     F(group)(n, K, nv_hh, h, hh, next, acc_h);
 }
-#endif
 
 /* The size of equal groups of n >= 1 rows, for K numbers k. */
 INLINE ptrdiff_t F(group_size)(ptrdiff_t n, ptrdiff_t K) {

@@ -12,11 +12,11 @@ from lstmcore._kernels cimport address, wait
 from lstmcore._lstm cimport START_ADD, START_ZERO, lstm_back_row, lstm_product, lstm_rows, lstm_weights
 from lstmcore._memory cimport Arena, take
 from lstmcore._products cimport (Engine, Operand, Part, Plan, Sums, Widths, choose_engine,
-                                 lay_out_operand, lowered, lowered_rows, lowered_stride,
-                                 lowers_together, operand, packed_at,
+                                 lay_out_operand, lowered, lowered_rows, lowered_stride, operand, packed_at,
                                  run_plan, unit_range)
 from lstmcore._recurrence cimport (Group, Member, Problem, Steps, active, fill_problem, initial,
-                                   lay_out_problem, loop_of, note_plan, place, rows_of, scratch_of)
+                                   lay_out_problem, loop_of, note_plan, place, rows_of, scratch_of,
+                                   share_lowering)
 
 cnp.import_array()
 
@@ -229,16 +229,13 @@ cdef inline void step(const Backward *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t 
                       lstm_back_row *rows) noexcept nogil:
     """dh = dy + da_next W_hh for the first rows, dh = dy for the others, then the cell's gradient."""
     cdef const Problem *p = &f.p
-    cdef Py_ssize_t q, j0, j1, q0 = 0, q1 = multiplied
-    cdef char *low = m.low
+    cdef Py_ssize_t q, j0, j1, q0, q1
+    cdef char *low
     cdef bint together
     cdef lstm_weights w
     w.no_tape = False
     unit_range(p.H, p.plan.e.k.VL, m.slab.part, m.slab.parts, &j0, &j1)
-    together = lowers_together(p.plan.e.k, &m.slab, multiplied, p.heard)
-    if together:
-        low = m.low_shared
-        unit_range(multiplied, 1, m.slab.part, m.slab.parts, &q0, &q1)
+    together = share_lowering(p.plan.e.k, m, multiplied, p.heard, &low, &q0, &q1)
     for q in range(multiplied):
         rows[q].da_next = lowered(p.plan.e.k, p.heard, rows[q].da_next, low, q, q0 <= q < q1)
     if together:

@@ -11,11 +11,11 @@ from lstmcore._kernels cimport address, forced_plan, overlap, wait
 from lstmcore._lstm cimport START_ADD, START_BIAS, START_ZERO, lstm_kernels, lstm_row, lstm_weights
 from lstmcore._memory cimport Arena, take
 from lstmcore._products cimport (Engine, Operand, Packed, Part, Plan, Widths, choose_engine,
-                                 lay_out_operand, lowered, lowered_rows, lowered_stride,
-                                 lowers_together, operand,
+                                 lay_out_operand, lowered, lowered_rows, lowered_stride, operand,
                                  packed_at, run_plan, unit_range)
 from lstmcore._recurrence cimport (Member, Problem, Steps, active, fill_problem, initial,
-                                   lay_out_problem, loop_of, note_plan, place, rows_of, scratch_of)
+                                   lay_out_problem, loop_of, note_plan, place, rows_of, scratch_of,
+                                   share_lowering)
 
 cnp.import_array()
 
@@ -192,8 +192,8 @@ cdef inline void step(const Forward *f, Py_ssize_t s, Py_ssize_t n, Member *m,
     """One step of n rows on one slab of units: a += h_prev W_hhᵀ, then the cell."""
     cdef const Problem *p = &f.p
     cdef bint in_step = p.plan.e.by.in_step, from_zero = s == 0 and p.h0 == NULL
-    cdef Py_ssize_t q, j0, j1, q0 = 0, q1 = n
-    cdef char *low = m.low
+    cdef Py_ssize_t q, j0, j1, q0, q1
+    cdef char *low
     cdef char *x_low
     cdef lstm_weights w
     cdef bint together
@@ -201,10 +201,7 @@ cdef inline void step(const Forward *f, Py_ssize_t s, Py_ssize_t n, Member *m,
     w.I, w.K, w.H = p.I if f.fused else 0, 0 if from_zero or not in_step else p.K, p.H
     w.ih, w.hh = packed_at(p.plan.e.k, &f.ih, j0), packed_at(p.plan.e.k, &f.hh, j0)
     w.bias, w.peepholes, w.no_tape = f.b, p.peepholes, not f.keep
-    together = lowers_together(p.plan.e.k, &m.slab, n, w.K + w.I)
-    if together:
-        low = m.low_shared
-        unit_range(n, 1, m.slab.part, m.slab.parts, &q0, &q1)
+    together = share_lowering(p.plan.e.k, m, n, w.K + w.I, &low, &q0, &q1)
     x_low = low + lowered_rows(p.plan.e.k, p.steps.B) * lowered_stride(p.plan.e.k, p.K)
     for q in range(n if in_step else 0):
         rows[q].h_low = lowered(p.plan.e.k, w.K, rows[q].h_prev, low, q, q0 <= q < q1)

@@ -38,11 +38,12 @@ cpdef bint choose_fused(Loop loop, int team) noexcept nogil:
 
     For a single step: it reads all weights once, in one order, and the next one can start with those
     that are still in the cache. Else where the pre-activations' way to memory and back is dearer than to
-    read W_ih in every step instead of once in a chunk, whose bytes take an eighth of the time: from 8
-    rows on at H = 128, from 32 on at H = 256. With one to eight rows to multiply ahead is 1.2 to 2 times
-    as fast, in float32 too; with enough of them in the step is +3 to 8 % at (50,256,64,64),
-    (50,50,128,128), (20,8,16,32). Weights that do not fit the cache are read at their price: there only
-    AMX multiplies x in the step, 1.06 to 1.5 times as fast at ten shapes of 32 to 128 rows.
+    read W_ih in every step instead of once in a chunk, whose bytes take an eighth of the time: in float32
+    from 15 rows on at H = 128, from 28 on at H = 256. With fewer to multiply ahead is up to twice as fast
+    (1.2 times at B = 1 and 12, 2 at 2, 1.4 at 8, H = 256; 0.96 at (100,8,128,128)); with enough of them in
+    the step is +3 to 8 % at (50,256,64,64), (50,50,128,128), (20,8,16,32). Weights that do not fit the
+    cache are read at their price: there only AMX multiplies x in the step, 1.0 to 1.36 times as fast at
+    eight shapes of 32 to 128 rows.
     """
     cdef int units = choose_grid(loop, team).units
     cdef Py_ssize_t chunk = choose_chunk(loop, False)

@@ -99,15 +99,6 @@ cdef inline const void *lowered(const lstm_kernels *k, Py_ssize_t K, const void 
     return row
 
 
-cdef enum: SHARED = 1 << 14        # numbers whose lowering takes longer than threads to meet
-
-
-cdef inline bint lowers_together(const lstm_kernels *k, const Part *slab, Py_ssize_t n,
-                                 Py_ssize_t K) noexcept nogil:
-    """Whether the threads that multiply the same n rows of K numbers share out their lowering."""
-    return k.lower != NULL and slab.parts > 1 and n * K >= SHARED
-
-
 cdef inline Py_ssize_t lowered_rows(const lstm_kernels *k, Py_ssize_t n) noexcept nogil:
     """Rows that n lowered ones have room for, as products may read them."""
     return (n + k.MR - 1) // k.MR * k.MR

@@ -4,9 +4,9 @@ from libc.stdint cimport int64_t
 
 from lstmcore._grid cimport Grid, Loop
 from lstmcore._kernels cimport team_barrier
-from lstmcore._lstm cimport lstm_cell, lstm_rows
+from lstmcore._lstm cimport lstm_cell, lstm_kernels, lstm_rows
 from lstmcore._memory cimport Arena
-from lstmcore._products cimport Engine, Part, Plan, Widths
+from lstmcore._products cimport Engine, Part, Plan, Widths, unit_range
 
 
 cdef struct Steps:                 # which rows run when, and where their tokens lie
@@ -99,3 +99,20 @@ cdef inline const char *initial(const Problem *p, const char *state, Py_ssize_t 
                                 Py_ssize_t row) noexcept nogil:
     """Row r of an initial state, zeros where there is none."""
     return state + p.steps.order[r] * row if state != NULL else p.shared.zeros
+
+
+cdef enum: SHARED = 1 << 14        # numbers whose lowering takes longer than threads to meet
+
+
+cdef inline bint share_lowering(const lstm_kernels *k, const Member *m, Py_ssize_t n, Py_ssize_t K,
+                                char **low, Py_ssize_t *q0, Py_ssize_t *q1) noexcept nogil:
+    """Where n rows of K numbers are lowered to, and which of them, q0 to q1, by this thread.
+
+    True if the threads of its row group share them out: then they meet before they multiply.
+    """
+    cdef bint together = k.lower != NULL and m.slab.parts > 1 and n * K >= SHARED
+    low[0], q0[0], q1[0] = m.low, 0, n
+    if together:
+        low[0] = m.low_shared
+        unit_range(n, 1, m.slab.part, m.slab.parts, q0, q1)
+    return together

@@ -26,15 +26,12 @@ import numpy as np
 from lstmcore import checks
 from lstmcore._types import Array, Floats
 from lstmcore.module import Module
+from lstmcore.reduction import Reduction, check_ways
 from lstmcore.threads import cpus, get_num_threads, threads
 
 SHARDS = 8              # of a batch, where a communicator is given and nothing else is said
-REDUCTIONS, WIRES = ("tree", "allreduce"), (None, "bfloat16")
 PATIENCE = 2.0          # seconds in which all ranks have failed alike, or one has failed alone
 CHUNK = 1 << 28         # bytes of one broadcast: counts of older MPIs have 31 bits
-ALIGN = 16              # numbers: a cache line of float32
-BLOCK = 4096            # numbers that are rounded at once
-UPPER = int(sys.byteorder == "little")      # which half of a float32 holds its sign
 LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMIX_RANK")
 
 Comm: TypeAlias = Any           # mpi4py.MPI.Intracomm; its type would need mpi4py
@@ -92,7 +89,7 @@ def average_gradients(model: Trained, comm: Comm, *,
     processes.agree(**{"the gradients of the model": outlines})
     for dtype in {g.dtype: None for g in gradients.values()}:
         alike = {name: g for name, g in gradients.items() if g.dtype == dtype}
-        total = _Reduction(processes, alike, [list(alike)], processes.size, reduction, wire)
+        total = Reduction(processes, alike, [list(alike)], processes.size, reduction, wire)
         for name, place in total.places.items():
             place[...] = alike[name]
         total.fold(0, 0)
@@ -363,7 +360,7 @@ class Shards:
             rng.random()
         gradients = network.gradients()
         stages = network.stages() if hasattr(network, "stages") else [list(gradients)]
-        self._reduction = _Reduction(self.processes, gradients, stages, self.count, self.reduction,
+        self._reduction = Reduction(self.processes, gradients, stages, self.count, self.reduction,
                                      self.wire, self._note)
         network.place_gradients(self._reduction.places)
 
@@ -464,233 +461,8 @@ def digest(*arrays: Array) -> str:
     return found.hexdigest()
 
 
-# ---- the sum over all shards -------------------------------------------------------------------------
-
-class _Reduction:
-    """Sums gradients over shards, stage by stage; a stage is what a backward pass completes at once.
-
-    The gradients of a stage lie in one flat buffer of M numbers, a multiple of the processes: `places`
-    says where. `fold` takes in those of one more shard of this process: neighbors in the tree are
-    added on the spot. After the last, `send` starts the exchange: process r gets part r of what every
-    process has. `collect` adds these parts up, in the order of the tree, and gives all parts to all; the
-    flat buffers hold the sums then. So 2 M numbers go out of each process and into it, as in any
-    allreduce that makes the best of its links, however many shards it has (if they are a node of the
-    tree, as they are where the numbers of shards and processes are powers of two).
-    """
-
-    def __init__(self, processes, gradients, stages, count, reduction, wire,
-                 note=lambda what: None) -> None:
-        dtypes = {str(g.dtype) for g in gradients.values()}
-        if len(dtypes) > 1:
-            raise TypeError(f"gradients must be of one dtype, got {', '.join(sorted(dtypes))}")
-        if wire and dtypes - {"float32"}:
-            raise TypeError(f"wire={wire!r} is for float32 gradients, got {dtypes.pop()}")
-        self.processes, self.stages, self.reduction, self.wire = processes, stages, reduction, wire
-        self._note, P = note, processes.size
-        own = count // P
-        cover = [_nodes(count, rank * own, (rank + 1) * own) for rank in range(P)]
-        self._steps = _folding(count, range(processes.rank * own, (processes.rank + 1) * own))
-        self._counts = [len(nodes) for nodes in cover]  # nodes of the tree that travel, of each rank
-        self._merges = _merging(count, [node for nodes in cover for node in nodes])
-        levels = 1 + max((level for level, _, _ in self._steps[:-1]), default=-1)
-        self.places: dict[str, Floats] = {}
-        self._flats, self._sums = [], []
-        dtype = next(iter(dtypes), "float32")
-        for names in stages:
-            starts = np.cumsum([0] + [-(-gradients[name].size // ALIGN) * ALIGN for name in names])
-            flat = np.zeros(-(-starts[-1] // P) * P, dtype)
-            for name, at in zip(names, starts):
-                g = gradients[name]
-                self.places[name] = flat[at:at + g.size].reshape(g.shape)
-            self._flats.append(flat)
-            self._sums.append(np.empty((levels, flat.size), dtype))     # of earlier shards, a stack
-        self._requests = [None] * len(stages)
-
-    def fold(self, stage, n):
-        """Take in what the flat buffer holds, the gradients of the n-th shard of this process.
-
-        After the last shard the buffer is the top of the stack of sums.
-        """
-        flat, sums, (level, add, merges) = self._flats[stage], self._sums[stage], self._steps[n]
-        last = n == len(self._steps) - 1
-        if self.wire:
-            _round(flat)
-        top = flat if last else sums[level]
-        if last and add:            # a + b is b + a, bit for bit
-            top += sums[level]
-        elif add:
-            top += flat
-        elif not last:
-            top[...] = flat
-        if add and self.wire:
-            _round(top)
-        for into in merges:
-            if last:
-                top += sums[into]
-            else:
-                top = np.add(sums[into], top, out=sums[into])
-            if self.wire:
-                _round(top)
-
-    def send(self, stage):
-        """Start the exchange."""
-        P, flat = self.processes.size, self._flats[stage]
-        if P == 1:
-            return
-        from mpi4py import MPI
-
-        for request in self._requests[:stage]:          # many MPIs move data only when they are called
-            if request is not None:
-                request[0].Test()
-        comm = self.processes.comm
-        if self.reduction == "allreduce":
-            self._requests[stage] = comm.Iallreduce(MPI.IN_PLACE, flat), None, None
-            return
-        sent, M = self._counts[self.processes.rank], flat.size
-        out = flat if sent == 1 else np.stack([*self._sums[stage][:sent - 1], flat])
-        if self.wire:
-            out = _lowered(out)
-        # (nodes, P, M/P) -> (P, nodes, M/P): what goes to one process lies together
-        out = np.ascontiguousarray(out.reshape(sent, P, M // P).swapaxes(0, 1))
-        rows = np.empty((sum(self._counts), M // P), out.dtype)
-        if len(set(self._counts)) == 1:
-            request = comm.Ialltoall(out, rows)
-        else:
-            sizes = [count * (M // P) for count in self._counts]
-            request = comm.Ialltoallv([out, [sent * (M // P)] * P], [rows, sizes])
-        self._requests[stage] = request, rows, out      # which must live as long as it is sent
-
-    def collect(self):
-        """Wait for the sums."""
-        gathered = []
-        for stage, flat in enumerate(self._flats):
-            if self._requests[stage] is None:
-                continue
-            request, rows, _ = self._requests[stage]
-            request.Wait()
-            self._note(f"parts of {stage}")
-            self._requests[stage] = None
-            if rows is None:
-                continue
-            rows = _raised(rows) if self.wire else rows
-            for into, other in self._merges:
-                rows[into] += rows[other]
-                if self.wire:
-                    _round(rows[into])
-            part, whole = rows[0], flat
-            if self.wire:
-                part, whole = _lowered(part), np.empty(flat.size, np.uint16)
-            gathered.append((self.processes.comm.Iallgather(part, whole), part, whole, flat))
-        for request, _, whole, flat in gathered:
-            request.Wait()
-            if self.wire:
-                _raised(whole, flat)
-
-
-def check_ways(reduction: Any, wire: Any) -> None:
-    """ValueError unless a sum can be formed so."""
-    checks.choice("reduction", reduction, REDUCTIONS)
-    if wire not in WIRES:
-        raise ValueError(f"wire must be None or 'bfloat16', got {wire!r}")
-    if wire and reduction == "allreduce":
-        raise ValueError("wire='bfloat16' needs reduction='tree': an MPI does not add bfloat16")
-
-
 def _cut(n, parts):
     """Slices of n rows, the first n % parts of them one longer: those of np.array_split."""
     small, longer = divmod(n, parts)
     starts = [part * small + min(part, longer) for part in range(parts + 1)]
     return [slice(a, b) for a, b in zip(starts, starts[1:])]
-
-
-def _halves(node):
-    low, high = node
-    middle = (low + high + 1) // 2
-    return (low, middle), (middle, high)
-
-
-def _nodes(count, first, last, node=None):
-    """The largest nodes of the tree over `count` shards that lie in first..last-1, in order."""
-    low, high = node = node or (0, count)
-    if high <= first or last <= low:
-        return []
-    if first <= low and high <= last:
-        return [node]
-    return [found for half in _halves(node) for found in _nodes(count, first, last, half)]
-
-
-def _parents(count):
-    """{(left, right): parent} of all nodes."""
-    waiting, found = [(0, count)], {}
-    while waiting:
-        node = waiting.pop()
-        if node[1] - node[0] > 1:
-            halves = _halves(node)
-            found[halves] = node
-            waiting += halves
-    return found
-
-
-def _folding(count, shards):
-    """What `fold` does with each of some shards: the level of the stack of sums that it becomes, or
-    is added to, which of the two, and the levels to which what lies above them is added then."""
-    parents, stack, steps = _parents(count), [], []
-    for shard in shards:
-        leaf, merges = (shard, shard + 1), []
-        add = bool(stack) and (stack[-1], leaf) in parents
-        if add:
-            stack[-1] = parents[stack[-1], leaf]
-        else:
-            stack.append(leaf)
-        level = len(stack) - 1
-        while len(stack) > 1 and tuple(stack[-2:]) in parents:
-            stack[-2:] = [parents[tuple(stack[-2:])]]
-            merges.append(len(stack) - 1)
-        steps.append((level, add, merges))
-    return steps
-
-
-def _merging(count, nodes):
-    """(into, other) of each addition that makes the root of these nodes, by their places."""
-    parents, stack, merges = _parents(count), [], []
-    for place, node in enumerate(nodes):
-        stack.append((node, place))
-        while len(stack) > 1 and (stack[-2][0], stack[-1][0]) in parents:
-            (left, into), (right, other) = stack[-2:]
-            stack[-2:] = [(parents[left, right], into)]
-            merges.append((into, other))
-    return merges
-
-
-def _round(a):
-    """float32 numbers (n,), rounded in place to bfloat16: to nearest, ties to even; nan stays nan.
-
-    In blocks that stay in the first cache: 4 times as fast as at once.
-    """
-    odd = np.empty(min(a.size, BLOCK), np.uint32)
-    for at in range(0, a.size, BLOCK):
-        some = a[at:at + BLOCK]
-        bits, up = some.view(np.uint32), odd[:some.size]
-        nan = None if np.isfinite(some).all() else np.isnan(some)
-        np.right_shift(bits, 16, out=up)
-        up &= 1
-        up += 0x7FFF
-        if nan is not None:
-            up[nan] = 0
-            bits[nan] |= 0x00400000
-        bits += up
-        bits &= 0xFFFF0000
-    return a
-
-
-def _lowered(a):
-    """The upper halves of float32 numbers that `_round` has rounded."""
-    return a.view(np.uint16)[..., UPPER::2].copy()
-
-
-def _raised(a, out=None):
-    """The float32 numbers of upper halves."""
-    out = np.empty(a.shape, np.float32) if out is None else out
-    halves = out.view(np.uint16)
-    halves[..., 1 - UPPER::2], halves[..., UPPER::2] = 0, a
-    return out

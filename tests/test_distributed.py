@@ -18,7 +18,7 @@ import pytest
 import ranks
 
 import lstmcore
-from lstmcore import LanguageModel, distributed, reference
+from lstmcore import LanguageModel, distributed, reduction, reference
 from lstmcore.formats import safetensors
 
 HERE = Path(__file__).parent
@@ -70,17 +70,17 @@ def test_every_number_of_processes_adds_up_one_tree(count):
         own, sent = count // P, []
         for rank in range(P):
             shards = range(rank * own, (rank + 1) * own)
-            steps = distributed._folding(count, shards)
+            steps = reduction.folding(count, shards)
             stack = [None] * count
             for shard, (level, add, merges) in zip(shards, steps):
                 stack[level] = f"({stack[level]}+{shard})" if add else str(shard)
                 for into in merges:
                     stack[into] = f"({stack[into]}+{stack[into + 1]})"
-            sent += stack[:len(distributed._nodes(count, shards[0], shards[-1] + 1))]
+            sent += stack[:len(reduction.nodes(count, shards[0], shards[-1] + 1))]
         nodes = [node for rank in range(P)
-                 for node in distributed._nodes(count, rank * own, (rank + 1) * own)]
+                 for node in reduction.nodes(count, rank * own, (rank + 1) * own)]
         assert len(sent) == len(nodes) and (count not in (2, 4, 8, 16) or len(nodes) == P)
-        for into, other in distributed._merging(count, nodes):
+        for into, other in reduction.merging(count, nodes):
             sent[into] = f"({sent[into]}+{sent[other]})"
         assert sent[0] == tree(0, count)
 
@@ -97,11 +97,11 @@ def test_rounding_to_bfloat16_is_the_reference_s():
     a = rng.integers(0, 1 << 32, 100_000, np.uint32).view(np.float32)
     a[:6] = 0, -0.0, np.inf, -np.inf, np.nan, 1 + 2.0**-8
     want = reference.rounded(a)
-    got = distributed._round(a.copy())
+    got = reduction.round_off(a.copy())
     there = ~np.isnan(want)
     assert np.array_equal(got[there].view(np.uint32), want[there].view(np.uint32))
     assert np.isnan(got[~there]).all()
-    assert np.array_equal(distributed._raised(distributed._lowered(got)).view(np.uint32), got.view(np.uint32))
+    assert np.array_equal(reduction.raised(reduction.lowered(got)).view(np.uint32), got.view(np.uint32))
 
 
 def test_one_shard_has_the_bits_of_none():
