@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from lstmcore import checks
+from lstmcore import checks, optim
 from lstmcore._types import Array, Floats
 from lstmcore.module import Module
 from lstmcore.reduction import Reduction, check_ways
@@ -89,12 +89,13 @@ def average_gradients(model: Trained, comm: Comm, *,
     processes.agree(**{"the gradients of the model": outlines})
     for dtype in {g.dtype: None for g in gradients.values()}:
         alike = {name: g for name, g in gradients.items() if g.dtype == dtype}
-        total = Reduction(processes, alike, [list(alike)], processes.size, reduction, wire)
+        total = Reduction(processes, alike, [list(alike)], processes.size, reduction, wire, optim.BLOCK)
         for name, place in total.places.items():
             place[...] = alike[name]
         total.fold(0, 0)
         total.send(0)
         total.collect()
+        total.share(total.places)
         for name, place in total.places.items():
             np.multiply(place, dtype.type(1 / processes.size), out=alike[name])
 
@@ -361,8 +362,44 @@ class Shards:
         gradients = network.gradients()
         stages = network.stages() if hasattr(network, "stages") else [list(gradients)]
         self._reduction = Reduction(self.processes, gradients, stages, self.count, self.reduction,
-                                     self.wire, self._note)
+                                     self.wire, optim.BLOCK, self._note)
         network.place_gradients(self._reduction.places)
+
+    def clip(self, max_norm: float) -> float:
+        """`optim.clip_grad_norm` of the network's gradients, with its bits, on every rank."""
+        gradients, mine = self._network.gradients(), self._reduction.mine
+        if mine is None:
+            return optim.clip_grad_norm(gradients, max_norm)
+        places = [(name, at) for name, g in gradients.items() for at in range(0, g.size, optim.BLOCK)]
+        own = [n for n, (name, at) in enumerate(places)
+               if name in mine and mine[name].start <= at < mine[name].stop]
+
+        def to_all(sums):
+            every = np.zeros(len(places))
+            every[own] = sums
+            self.processes.comm.Allreduce(MPI.IN_PLACE, every)      # of one number and zeros: no rounding
+            return every.tolist()
+
+        from mpi4py import MPI
+        blocks = [gradients[name].reshape(-1)[at:at + optim.BLOCK] for name, at in (places[n] for n in own)]
+        return optim.clip_blocks(blocks, max_norm, to_all)
+
+    def divide(self, optimizer: optim.Optimizer) -> None:
+        """Let it update this process's part of the parameters."""
+        optimizer.follow()
+        optimizer.restrict(self._reduction.mine)
+
+    def step(self, optimizer: optim.Optimizer) -> None:
+        """Update all parameters: each process its own part, which all get."""
+        optimizer.step()
+        self._note("updated")
+        self._reduction.share(self._network.parameters())
+
+    def complete(self, optimizer: optim.Optimizer) -> None:
+        """Give all processes the arrays that an optimizer keeps."""
+        arrays = optimizer.arrays()
+        for slot in optimizer.slots:
+            self._reduction.share({name: arrays[f"{slot}.{name}"] for name in self._reduction.places})
 
     def differentiate(self, step: int, loss_of: Callable[[int], tuple[float, Any]]) -> list[float]:
         """Set the network's gradients to the sum over all shards; the losses of this process's.

@@ -10,7 +10,7 @@ The update rules are PyTorch's, letter for letter: p parameter, g gradient, lr l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import cos, inf, pi, sqrt
 from typing import Any, TypeAlias
 
@@ -49,6 +49,7 @@ class Optimizer:
         self._shapes = {name: (p.shape, p.dtype) for name, p in self._parameters.items()}
         self._slots = {slot: {name: np.zeros_like(p) for name, p in self._parameters.items()}
                        for slot in self.slots}
+        self._own: Mapping[str, slice] | None = None
         self._blocks = self._seen = None
 
     def step(self) -> None:
@@ -68,6 +69,13 @@ class Optimizer:
         """Take the gradients where the model has them now: see `Module.place_gradients`."""
         _, self._gradients = _parameters_and_gradients(self._model)
         self._seen = None
+
+    def restrict(self, own: Mapping[str, slice] | None) -> None:
+        """Update only these numbers of each parameter, counted in its flat form, from now on; None: all.
+
+        For whoever has the others updated elsewhere. A parameter without a slice is left alone.
+        """
+        self._own, self._seen = own, None
 
     def arrays(self) -> dict[str, Floats]:
         """The arrays that the rule keeps, themselves, by slot and parameter."""
@@ -131,8 +139,9 @@ class Optimizer:
             s, r = scratch[p.dtype][:, :min(BLOCK, p.size)]
             flat = [a[name].reshape(-1)
                     for a in (self._parameters, self._gradients, *self._slots.values())]
-            for at in range(0, p.size, size):
-                p_, g_, *slots = (a[at:at + size] for a in flat)
+            own = slice(0, p.size) if self._own is None else self._own.get(name, slice(0, 0))
+            for at in range(own.start, own.stop, size):
+                p_, g_, *slots = (a[at:min(at + size, own.stop)] for a in flat)
                 yield p_, g_, s[:p_.size], r[:p_.size], *slots
 
     def _decayed(self, p, g, s):
@@ -297,12 +306,24 @@ def clip_grad_norm(gradients: Module | Mapping[str, Floats], max_norm: float) ->
     """
     max_norm, arrays = checks.number("max_norm", max_norm), _to_be_clipped(gradients)
     blocks = [a.reshape(-1)[at:at + BLOCK] for a in arrays for at in range(0, a.size, BLOCK)]
+    return clip_blocks(blocks, max_norm)
+
+
+def clip_blocks(blocks: Sequence[Floats], max_norm: float,
+                to_all: Callable[[list[float]], list[float]] = list) -> float:
+    """`clip_grad_norm` of the blocks that this process has.
+
+    to_all : the sums of squares of these blocks -> those of all blocks, in an order that is always the same
+    """
+    def norm_of(dtype):
+        return sqrt(sum(to_all([float(np.square(g, dtype=dtype).sum()) for g in blocks])))
+
     with np.errstate(over="ignore", invalid="ignore"):
-        norm = sqrt(sum(float(np.square(g).sum()) for g in blocks))
+        norm = norm_of(None)
         if norm == inf:             # squares beyond float32: once more in float64
-            norm = sqrt(sum(float(np.square(g, dtype=np.float64).sum()) for g in blocks))
+            norm = norm_of(np.float64)
     if max_norm < norm < inf:
-        for g in arrays:
+        for g in blocks:
             g *= max_norm / norm
     return norm
 

@@ -35,17 +35,20 @@ def check_ways(reduction: Any, wire: Any) -> None:
 class Reduction:
     """Sums gradients over shards, stage by stage; a stage is what a backward pass completes at once.
 
-    The gradients of a stage lie in one flat buffer of M numbers, a multiple of the processes: `places`
-    says where. `fold` takes in those of one more shard of this process: neighbors in the tree are
-    added on the spot. After the last, `send` starts the exchange: process r gets part r of what every
-    process has. `collect` adds these parts up, in the order of the tree, and gives all parts to all; the
-    flat buffers hold the sums then. So 2 M numbers go out of each process and into it, as in any
-    allreduce that makes the best of its links, however many shards it has (if they are a node of the
-    tree, as they are where the numbers of shards and processes are powers of two).
+    The gradients of a stage lie in one flat buffer of M numbers: `places` says where. `fold` takes in
+    those of one more shard of this process: neighbors in the tree are added on the spot. After the
+    last, `send` starts the exchange: process r gets part r of what every process has, and adds it up in
+    `collect`, in the order of the tree. Then the flat buffer holds the sums of this part, and `mine` says
+    which numbers of which gradient these are: whoever updates the parameters there gives them to all by
+    `share`. So 2 M numbers go out of each process and into it, as in any allreduce that makes the best
+    of its links, however many shards it has (if they are a node of the tree, as they are where the
+    numbers of shards and processes are powers of two), and each updates M / P parameters.
+
+    With `wire`, and where MPI adds, the sums themselves go to all, and `mine` is None.
     """
 
     def __init__(self, processes: Any, gradients: Mapping[str, Floats], stages: Sequence[Sequence[str]],
-                 count: int, reduction: str, wire: str | None,
+                 count: int, reduction: str, wire: str | None, block: int,
                  note: Callable[[str], object] = lambda what: None) -> None:
         dtypes = {str(g.dtype) for g in gradients.values()}
         if len(dtypes) > 1:
@@ -53,24 +56,39 @@ class Reduction:
         if wire and dtypes - {"float32"}:
             raise TypeError(f"wire={wire!r} is for float32 gradients, got {dtypes.pop()}")
         self.processes, self.stages, self.reduction, self.wire = processes, stages, reduction, wire
-        self._note, P = note, processes.size
+        self._note, P, rank = note, processes.size, processes.rank
         own = count // P
-        cover = [nodes(count, rank * own, (rank + 1) * own) for rank in range(P)]
-        self._steps = folding(count, range(processes.rank * own, (processes.rank + 1) * own))
+        cover = [nodes(count, r * own, (r + 1) * own) for r in range(P)]
+        self._steps = folding(count, range(rank * own, (rank + 1) * own))
         self._counts = [len(nodes) for nodes in cover]  # nodes of the tree that travel, of each rank
         self._merges = merging(count, [node for nodes in cover for node in nodes])
         levels = 1 + max((level for level, _, _ in self._steps[:-1]), default=-1)
         self.places: dict[str, Floats] = {}
-        self._flats, self._sums = [], []
+        self._flats, self._sums, self._cuts, self._rows = [], [], [], []
+        self._owned: list[dict[str, slice]] = [{} for _ in range(P)]
         dtype = next(iter(dtypes), "float32")
         for names in stages:
             starts = np.cumsum([0] + [-(-gradients[name].size // ALIGN) * ALIGN for name in names])
-            flat = np.zeros(-(-starts[-1] // P) * P, dtype)
+            flat = np.zeros(starts[-1], dtype)
+            blocks = [start + at for name, start in zip(names, starts)
+                      for at in range(0, gradients[name].size, block)]
             for name, at in zip(names, starts):
                 g = gradients[name]
                 self.places[name] = flat[at:at + g.size].reshape(g.shape)
+            cuts = parts(blocks, flat.size, P)
+            for name, start in zip(names, starts.tolist()):
+                for own, a, b in zip(self._owned, cuts, cuts[1:]):
+                    piece = slice(max(a - start, 0), min(b - start, gradients[name].size))
+                    if piece.start < piece.stop:
+                        own[name] = piece
             self._flats.append(flat)
             self._sums.append(np.empty((levels, flat.size), dtype))     # of earlier shards, a stack
+            self._cuts.append(cuts)
+            others = (sum(self._counts) - self._counts[rank]) * (cuts[rank + 1] - cuts[rank])
+            # made once: new memory for it in every step takes as long as the sums
+            self._rows.append(None if P == 1 or reduction == "allreduce" else np.empty(
+                others, "uint16" if wire else dtype))
+        self.mine = None if P == 1 or wire or reduction == "allreduce" else self._owned[rank]
         self._requests: list[Any] = [None] * len(stages)
 
     def fold(self, stage: int, n: int) -> None:
@@ -101,7 +119,7 @@ class Reduction:
 
     def send(self, stage: int) -> None:
         """Start the exchange."""
-        P, flat = self.processes.size, self._flats[stage]
+        P, rank, flat = self.processes.size, self.processes.rank, self._flats[stage]
         if P == 1:
             return
         from mpi4py import MPI
@@ -111,47 +129,85 @@ class Reduction:
                 request[0].Test()
         comm = self.processes.comm
         if self.reduction == "allreduce":
-            self._requests[stage] = comm.Iallreduce(MPI.IN_PLACE, flat), None, None
+            self._requests[stage] = comm.Iallreduce(MPI.IN_PLACE, flat), None
             return
-        sent, M = self._counts[self.processes.rank], flat.size
-        out = flat if sent == 1 else np.stack([*self._sums[stage][:sent - 1], flat])
-        if self.wire:
-            out = lowered(out)
-        # (nodes, P, M/P) -> (P, nodes, M/P): what goes to one process lies together
-        out = np.ascontiguousarray(out.reshape(sent, P, M // P).swapaxes(0, 1))
-        rows = np.empty((sum(self._counts), M // P), out.dtype)
-        if len(set(self._counts)) == 1:
-            request = comm.Ialltoall(out, rows)
-        else:
-            sizes = [count * (M // P) for count in self._counts]
-            request = comm.Ialltoallv([out, [sent * (M // P)] * P], [rows, sizes])
-        self._requests[stage] = request, rows, out      # which must live as long as it is sent
+        sent, cuts = self._counts[rank], self._cuts[stage]
+        out = self._lowered(flat)
+        if sent > 1:        # what goes to one process lies together
+            every = [*map(self._lowered, self._sums[stage][:sent - 1]), out]
+            out = np.concatenate([row[a:b] for a, b in zip(cuts, cuts[1:]) for row in every])
+        size, own = np.diff(cuts), cuts[rank + 1] - cuts[rank]
+        there = [0 if r == rank else sent * n for r, n in enumerate(size.tolist())]
+        back = [0 if r == rank else count * own for r, count in enumerate(self._counts)]
+        request = comm.Ialltoallv([out, (there, [sent * cut for cut in cuts[:-1]])],
+                                  [self._rows[stage], back])
+        self._requests[stage] = request, out            # which must live as long as it is sent
 
     def collect(self) -> None:
-        """Wait for the sums."""
+        """Wait for the sums: of this process's part, or of all."""
         gathered = []
         for stage, flat in enumerate(self._flats):
             if self._requests[stage] is None:
                 continue
-            request, rows, _ = self._requests[stage]
-            request.Wait()
-            self._note(f"parts of {stage}")
+            self._requests[stage][0].Wait()
             self._requests[stage] = None
-            if rows is None:
+            self._note(f"parts of {stage}")
+            if self.reduction == "allreduce":
                 continue
-            rows = raised(rows) if self.wire else rows
-            for into, other in self._merges:
-                rows[into] += rows[other]
-                if self.wire:
-                    round_off(rows[into])
-            part, whole = rows[0], flat
+            part = self._add_up(stage)
             if self.wire:
                 part, whole = lowered(part), np.empty(flat.size, np.uint16)
-            gathered.append((self.processes.comm.Iallgather(part, whole), part, whole, flat))
+                sizes = np.diff(self._cuts[stage]).tolist()
+                gathered.append((self.processes.comm.Iallgatherv(part, [whole, sizes]), part, whole, flat))
         for request, _, whole, flat in gathered:
             request.Wait()
+            raised(whole, flat)
+
+    def share(self, arrays: Mapping[str, Floats]) -> None:
+        """Give all processes the parts of arrays, named and shaped as the gradients, that each owns."""
+        if self.mine is None:
+            return
+        from mpi4py import MPI
+
+        comm, own, P = self.processes.comm, self.processes.rank, self.processes.size
+
+        def pieces(r):
+            return [arrays[name].reshape(-1)[piece] for name, piece in self._owned[r].items()]
+
+        # As they lie: MPI's datatypes for scattered arrays take 3 times as long. The next rank first, so
+        # that not all send to one.
+        requests = [comm.Irecv(piece, (own - n) % P) for n in range(1, P) for piece in pieces((own - n) % P)]
+        requests += [comm.Isend(piece, (own + n) % P) for n in range(1, P) for piece in pieces(own)]
+        MPI.Request.Waitall(requests)
+
+    def _add_up(self, stage):
+        """The sums of this process's part, in the flat buffer."""
+        rank, cuts, rows, at = self.processes.rank, self._cuts[stage], [], 0
+        own = slice(cuts[rank], cuts[rank + 1])
+        part = self._flats[stage][own]
+        come = raised(self._rows[stage]) if self.wire else self._rows[stage]
+        for r, count in enumerate(self._counts):
+            if r == rank:
+                rows += [*self._sums[stage][:count - 1, own], part]
+            else:
+                rows += list(come[at:at + count * part.size].reshape(count, part.size))
+                at += count * part.size
+        for into, other in self._merges:        # part is itself one of the rows: it is written to last
+            out = part if (into, other) == self._merges[-1] else rows[into]
+            np.add(rows[into], rows[other], out=out)
             if self.wire:
-                raised(whole, flat)
+                round_off(out)
+        return part
+
+    def _lowered(self, row):
+        return lowered(row) if self.wire else row
+
+
+def parts(places: Sequence[int], size: int, count: int) -> list[int]:
+    """Where a buffer is cut in `count` parts of about one size, at some of these places: 0, ..., size."""
+    places = [*places, size]
+    inner = [min(places, key=lambda place: abs(place - size * n / count)) for n in range(1, count)]
+    return [0, *inner, size]
 
 
 def _halves(node):

@@ -140,7 +140,9 @@ def failing(comm, how, path):
     Trainer.__init__ = lambda self, *args, **more: init(self, *args, **{**more, "tick": fault})
     try:
         model.fit(story(), steps=2000, evaluate_every=5, seq_length=7, batch_size=8, lr=0.01,
-                  checkpoint=path, callbacks=callback, progress=False, comm=comm)
+                  checkpoint=path, callbacks=callback, progress=False, comm=comm,
+                  # with "tree" a parameter is that of the rank that updates it, whatever others did to theirs
+                  reduction="allreduce" if how == "replicas" else "tree")
     except RuntimeError as error:
         return str(error)
     return model.outcome, model.history[-1]["step"]

@@ -104,6 +104,30 @@ def test_rounding_to_bfloat16_is_the_reference_s():
     assert np.array_equal(reduction.raised(reduction.lowered(got)).view(np.uint32), got.view(np.uint32))
 
 
+@pytest.mark.parametrize("P", (1, 2, 3, 8))
+@pytest.mark.parametrize("block", (1, 7, 16, 1000))
+def test_the_parts_of_all_processes_are_every_number_once(P, block):
+    gradients = {name: np.zeros(shape, "float32") for name, shape in (
+        ("a", (3, 5)), ("b", 0), ("c", 257), ("d", 1))}
+    found = {name: np.zeros(g.size, int) for name, g in gradients.items()}
+    for rank in range(P):
+        processes = distributed.Processes()
+        processes.rank, processes.size = rank, P
+        mine = reduction.Reduction(processes, gradients, [["b", "c"], ["d", "a"], []], 8 * P, "tree", None,
+                                   block).mine
+        if mine is None:
+            mine = {name: slice(0, g.size) for name, g in gradients.items()}
+        for name, part in mine.items():
+            assert part.start % block == 0
+            found[name][part] += 1
+    assert all((n == 1).all() for n in found.values())
+
+
+def test_parts_are_about_equal():
+    assert reduction.parts(range(0, 1000, 10), 1000, 3) == [0, 330, 670, 1000]
+    assert reduction.parts([0], 5, 2) in ([0, 0, 5], [0, 5, 5])
+
+
 def test_one_shard_has_the_bits_of_none():
     options = dict(steps=60, seq_length=9, batch_size=12, lr=0.02, progress=False)
     plain, sharded = (LanguageModel(hidden_size=11, seed=0).fit(ranks.story(500), shards=shards, **options)

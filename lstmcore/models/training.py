@@ -155,7 +155,7 @@ class Trainer:
             shards.attach(network)
         self.optimizer = optimizer or new_optimizer(network, settings)
         if shards:
-            self.optimizer.follow()
+            shards.divide(self.optimizer)
         self.gradients = network.gradients()
         self.schedule = settings.schedule or ("step" if budget.minutes is None else "cosine")
         self._rise, self._fall = self._schedules()
@@ -192,14 +192,19 @@ class Trainer:
         self.network.train()
         self._clock = time.perf_counter() - self.seconds
         # What overflows is found by _check_finite.
-        with np.errstate(all="ignore"), _interrupts() as self._interrupted:
-            while self.outcome is None and self.share < 1:
-                if self._advance():
-                    self._evaluate(scheduled=True)
-                self.tick(self)
-                # Of several processes all end after the same step, of which `_signal` is known to all.
-                if number := self._signal if self.shards else self._received():
-                    self.outcome = signal.Signals(number).name
+        try:
+            with np.errstate(all="ignore"), _interrupts() as self._interrupted:
+                while self.outcome is None and self.share < 1:
+                    if self._advance():
+                        self._evaluate(scheduled=True)
+                    self.tick(self)
+                    # Of several processes all end after the same step, of which `_signal` is known to all.
+                    if number := self._signal if self.shards else self._received():
+                        self.outcome = signal.Signals(number).name
+        finally:
+            self.optimizer.restrict(None)
+        if self.shards:
+            self.shards.complete(self.optimizer)
         self.outcome = self.outcome or "finished"
         measured = self.history[-1]["step"] if self.history else -1
         if self.outcome == "finished" and measured < self.step:
@@ -267,9 +272,13 @@ class Trainer:
             self.source.start()
         self.optimizer.lr = self._learning_rate()
         loss, count, end = self._differentiate()
-        norm = optim.clip_grad_norm(self.gradients, self.settings.clip or 1e300)
+        clip = self.settings.clip or 1e300
+        norm = self.shards.clip(clip) if self.shards else optim.clip_grad_norm(self.gradients, clip)
         self._check_finite("norm of the gradients", norm)
-        self.optimizer.step()
+        if self.shards:
+            self.shards.step(self.optimizer)
+        else:
+            self.optimizer.step()
 
         self.step += 1
         self.loss_sum += loss * count
@@ -323,6 +332,7 @@ class Trainer:
     def _evaluate(self, scheduled):
         """Measure, remember the best weights, report. Only what is `scheduled` steers the run."""
         if self.shards:
+            self.shards.complete(self.optimizer)        # a report may save it
             self.shards.check_replicas()
         train = self.loss_sum / self.loss_tokens if self.loss_tokens else None
         self.network.eval()
