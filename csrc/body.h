@@ -9,6 +9,7 @@
 #include "panels.h"       /* packed operands, and a group of rows over a panel */
 #include "products.h"     /* gemm, the gradients of weights */
 #include "cell_lstm.h"    /* a cell each: its equations, and its steps through step.h */
+#include "cell_varied.h"
 #include "cell_rnn.h"
 #include "cell_gru.h"
 #if !BELOW
@@ -25,6 +26,9 @@
 static const lstm_cell F(cells)[] = {
     {.name = "lstm", .gates = 4, .keeps_gates = 1, .has_c = 1, .step = F(lstm_step),
      .back_step = TRAINED(lstm_back_step), .output = F(lstm_output),
+     .peephole_gradient = F(peephole_gradient)},
+    {.name = "lstm_varied", .gates = 4, .keeps_gates = 1, .has_c = 1, .reads_h = 1, .varies = 1,
+     .step = F(varied_step), .back_step = TRAINED(varied_back_step),
      .peephole_gradient = F(peephole_gradient)},
     {.name = "tanh", .gates = 1, .step = F(tanh_step), .back_step = TRAINED(tanh_back_step)},
     {.name = "relu", .gates = 1, .step = F(relu_step), .back_step = TRAINED(relu_back_step)},

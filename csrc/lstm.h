@@ -26,6 +26,26 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* What an activation computes, with A->alpha and A->beta: SIGMOID σ(x), TANH α tanh(β x), AFFINE α x + β,
+   HARD_SIGMOID α x + β in 0..1, LEAKY_RELU x or, below 0, α x, THRESHOLDED_RELU x or, up to α, 0,
+   SOFTSIGN x / (1 + |x|), ELU β x or, below 0, β α (e^x - 1).  None of them may fall. */
+enum { SIGMOID, TANH, AFFINE, HARD_SIGMOID, LEAKY_RELU, THRESHOLDED_RELU, SOFTSIGN, ELU };
+
+typedef struct {
+    int kind;
+    double alpha, beta;
+} lstm_activation;
+
+/* In what a cell differs from the usual one, of cells that ask. */
+typedef struct {
+    lstm_activation gate, candidate, cell; /* of i, f and o; of g; of c before o multiplies it */
+    int clips;           /* 1: pre-activations are limited to -clip..clip */
+    double clip;
+    int coupled;         /* 1: f = 1 - i */
+    int zones;           /* 1: zoneout; zone_h and zone_c where rows have no masks of their own */
+    double zone_h, zone_c;
+} lstm_variant;
+
 /* The weights of a step, packed for the units from j0 on. */
 typedef struct {
     ptrdiff_t I, K, H;   /* I = 0: gates hold x W_ihᵀ + b already; K = 0: the recurrent part is zero */
@@ -34,6 +54,7 @@ typedef struct {
     const void *bias;    /* a row of gates or NULL; read if I > 0 */
     const void *peepholes; /* (3, H) or NULL; of cells that have them */
     int no_tape;         /* 1 if nobody asks for the gates: whether they are written is the cell's affair */
+    const lstm_variant *variant; /* of cells that have some */
 } lstm_weights;
 
 /* Where one sequence's forward step lives. */
@@ -46,7 +67,9 @@ typedef struct {
                                   that keep them; of others it may be the same row as h */
     void *c;             /* (H)   out: c_t, of cells with c */
     void *h;             /* (H)   out: h_t, before any projection */
-    void *m;             /* (H)   out: what the later product multiplies, of cells with one */
+    void *m;             /* (H)   out: what the later product multiplies, of cells with one; or h ∘ mask */
+    const void *mask;    /* (H)   what the next step's product sees of h, or NULL for all */
+    const void *zone;    /* (2, H) what h and c keep of their last values, or NULL */
 } lstm_row;
 
 /* Where one sequence's backward step lives. */
@@ -63,6 +86,9 @@ typedef struct {
                                   out: the same for h_{t-1} */
     void *dc;            /* (H)   of cells with c; in: what reaches c_t from step t+1; out: c_{t-1} */
     void *m;             /* (H)   out: what the later product multiplied, of cells with one */
+    const void *mask;    /* (H)   as forward; then dy is a row of zeros, and the product is ∂L/∂(h ∘ mask) */
+    const void *dy_apart; /* (H)  what reaches h_t from above, with a mask */
+    const void *zone;    /* (2, H) as forward */
 } lstm_back_row;
 
 /* A cell: everything that a plan asks of it. */
@@ -76,6 +102,7 @@ typedef struct {
     int keeps_gates;     /* whether the tape keeps them, for da to take their place */
     int has_c;           /* whether a state c goes from step to step beside h; the tape keeps it too */
     int reads_h;         /* whether a unit reads its own h_{t-1} too; it has no projection then */
+    int varies;          /* whether it asks for lstm_variant, and for masks */
 
     /* One time step of n sequences on the units [j0, j1): the pre-activations, then the cell.
        descending: last panel first; every other step is, to begin with the panels that the step

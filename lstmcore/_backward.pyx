@@ -14,7 +14,7 @@ from lstmcore._memory cimport Arena, take
 from lstmcore._products cimport (Engine, Operand, Part, Plan, Sums, Widths, choose_engine,
                                  lay_out_operand, lowered, lowered_rows, lowered_stride, operand, packed_at,
                                  run_plan, unit_range)
-from lstmcore._recurrence cimport (Group, Member, Problem, Steps, active, fill_problem, initial,
+from lstmcore._recurrence cimport (Group, Member, Problem, Steps, active, fill_problem, h_seen, initial,
                                    lay_out_problem, loop_of, note_plan, place, rows_of, scratch_of,
                                    share_lowering)
 
@@ -36,6 +36,7 @@ cdef struct Backward:
     char *db
     char *dpeepholes
     char *dh0
+    char *dm0                      # with a mask: of what the first product sees
     char *dc0
     # workspace
     lstm_back_row *rows            # (B) of each thread
@@ -144,7 +145,7 @@ cdef void list_tokens(Backward *f, int me, int team) noexcept nogil:
                 else:
                     f.x_rows[k + r] = f.dtable + p.ids[at] * p.G * p.item
                 f.da[k + r], f.da_of_h[k + r] = p.gates + token * p.G * p.item, fed_by_h(p, token)
-                f.h_prev[k + r] = h_before(p, s, r)
+                f.h_prev[k + r] = h_before(p, s, r) if p.mask == NULL else h_seen(p, s, r)
                 if p.cell.has_c:
                     f.c_rows[k + r] = p.c + token * row_c
                     f.c_prev[k + r] = c_before(p, s, r)
@@ -194,8 +195,9 @@ cdef void backward_rows(Backward *f, Member *m, lstm_back_row *rows) noexcept no
     for q in range(going_on):
         r = m.own.first + q * m.own.stride
         m.products.a[q] = fed_by_h(p, steps.start[0] + r)
-        m.products.C[q] = f.dh0 + steps.order[r] * p.K * p.item
-    m.products.start, m.products.n = START_ADD if p.cell.reads_h else START_ZERO, going_on
+        m.products.C[q] = (f.dh0 if p.mask == NULL else f.dm0) + steps.order[r] * p.K * p.item
+    m.products.start = START_ADD if p.cell.reads_h and p.mask == NULL else START_ZERO
+    m.products.n = going_on
     p.plan.e.by.multiply(p.plan.e.k, &f.hh, &m.slab, &m.products)
 
 
@@ -216,6 +218,11 @@ cdef inline void place_row(const Backward *f, Py_ssize_t s, Py_ssize_t r, bint g
         row.da_next = fed_by_h(p, steps.start[s + 1] + r)
     elif f.dy_last != NULL:
         row.dy = f.dy_last + steps.order[r] * row_h
+    if p.cell.varies:
+        row.mask = p.mask + steps.order[r] * row_h if p.mask != NULL else NULL
+        row.zone = p.zone + at * 2 * row_h if p.zone != NULL else NULL
+        if p.mask != NULL:
+            row.dy, row.dy_apart = p.shared.zeros, row.dy
     if not p.cell.keeps_gates:
         row.h = p.y + at * row_h
     if p.cell.reads_h:
@@ -233,7 +240,7 @@ cdef inline void step(const Backward *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t 
     cdef char *low
     cdef bint together
     cdef lstm_weights w
-    w.no_tape = False
+    w.no_tape, w.variant = False, &p.variant
     unit_range(p.H, p.plan.e.k.VL, m.slab.part, m.slab.parts, &j0, &j1)
     together = share_lowering(p.plan.e.k, m, multiplied, p.heard, &low, &q0, &q1)
     for q in range(multiplied):
@@ -254,7 +261,7 @@ cdef void later_step(Backward *f, Py_ssize_t s, Py_ssize_t n, Member *m,
     cdef const Problem *p = &f.p
     cdef Py_ssize_t q, r, j0, j1
     cdef lstm_weights w
-    w.no_tape = False
+    w.no_tape, w.variant = False, NULL
     unit_range(p.H, f.hr.cut, m.slab.part, m.slab.parts, &j0, &j1)
     w.I, w.K, w.H, w.ih, w.bias, w.peepholes = 0, p.H, p.H, NULL, NULL, NULL
     w.hh = packed_at(p.plan.e.k, &f.hr, j0)
@@ -371,7 +378,8 @@ def run(cell, weights, batch, tape, upstream, g, *, n_threads, dtable=None):
     """Fills the gradients g from a tape (y, gates, c), whose gates become da.
 
     See fill_problem for weights and batch. upstream: dy and dy_last (B, K), dy of each row's last step
-    plus dh_n, or None if there is no dh_n or the cell reads h, which finds dh_n in dh0. g: dx, dW_ih,
+    plus dh_n, or None if there is no dh_n or the cell reads h, which finds dh_n in dh0; dm0 (B, H), to be
+    filled with the gradient of h0 ∘ mask, if there is a mask. g: dx, dW_ih,
     dW_hh, db, dpeepholes, dh0, dc0, dW_hr, of which dh0 and dc0 hold dh_n and dc_n on entry. For token
     ids g.dx is None, and dtable (V, G), zero on entry, takes the place of g.dW_ih.
     """
@@ -384,7 +392,7 @@ def run(cell, weights, batch, tape, upstream, g, *, n_threads, dtable=None):
     f.dy, f.dy_last, f.dx = address(upstream.dy), address(upstream.dy_last), address(g.dx)
     f.dtable, f.dW_ih, f.dW_hh = address(dtable), address(g.dW_ih), address(g.dW_hh)
     f.dW_hr, f.db, f.dpeepholes = address(g.dW_hr), address(g.db), address(g.dpeepholes)
-    f.dh0, f.dc0 = address(g.dh0), address(g.dc0)
+    f.dh0, f.dc0, f.dm0 = address(g.dh0), address(g.dc0), address(upstream.dm0)
     W_ih, W_hh = None if g.dx is None else weights.W_ih, weights.W_hh
     f.alone = operand(e.k, 1, None, True)
     if W_ih is not None and f.p.cell.apart:

@@ -13,7 +13,7 @@ from lstmcore._memory cimport Arena, take
 from lstmcore._products cimport (Engine, Operand, Packed, Part, Plan, Widths, choose_engine,
                                  lay_out_operand, lowered, lowered_rows, lowered_stride, operand,
                                  packed_at, run_plan, unit_range)
-from lstmcore._recurrence cimport (Member, Problem, Steps, active, fill_problem, initial,
+from lstmcore._recurrence cimport (Member, Problem, Steps, active, fill_problem, h_seen, initial,
                                    lay_out_problem, loop_of, note_plan, place, rows_of, scratch_of,
                                    share_lowering)
 
@@ -138,6 +138,10 @@ cdef inline void place_row(const Forward *f, Py_ssize_t s, Py_ssize_t s0, Py_ssi
         row.m = f.m + r * p.H * p.item
     if p.ids == NULL:
         row.x = p.x + at * p.I * p.item
+    if p.cell.varies:
+        row.mask = p.mask + p.steps.order[r] * p.H * p.item if p.mask != NULL else NULL
+        row.zone = p.zone + at * 2 * p.H * p.item if p.zone != NULL else NULL
+        row.m = p.m + (p.steps.start[s] + r) * p.H * p.item
     if p.cell.has_c:
         row.c = p.c + (p.steps.start[s] + r) * p.H * p.item if f.keep \
             else f.c_n + p.steps.order[r] * p.H * p.item
@@ -193,6 +197,7 @@ cdef inline void step(const Forward *f, Py_ssize_t s, Py_ssize_t n, Member *m,
     cdef const Problem *p = &f.p
     cdef bint in_step = p.plan.e.by.in_step, from_zero = s == 0 and p.h0 == NULL
     cdef Py_ssize_t q, j0, j1, q0, q1
+    cdef const void *seen
     cdef char *low
     cdef char *x_low
     cdef lstm_weights w
@@ -200,17 +205,18 @@ cdef inline void step(const Forward *f, Py_ssize_t s, Py_ssize_t n, Member *m,
     unit_range(p.H, f.hh.cut, m.slab.part, m.slab.parts, &j0, &j1)
     w.I, w.K, w.H = p.I if f.fused else 0, 0 if from_zero or not in_step else p.K, p.H
     w.ih, w.hh = packed_at(p.plan.e.k, &f.ih, j0), packed_at(p.plan.e.k, &f.hh, j0)
-    w.bias, w.peepholes, w.no_tape = f.b, p.peepholes, not f.keep
+    w.bias, w.peepholes, w.no_tape, w.variant = f.b, p.peepholes, not f.keep, &p.variant
     together = share_lowering(p.plan.e.k, m, n, w.K + w.I, &low, &q0, &q1)
     x_low = low + lowered_rows(p.plan.e.k, p.steps.B) * lowered_stride(p.plan.e.k, p.K)
     for q in range(n if in_step else 0):
-        rows[q].h_low = lowered(p.plan.e.k, w.K, rows[q].h_prev, low, q, q0 <= q < q1)
+        seen = rows[q].h_prev if p.mask == NULL else h_seen(p, s, m.own.first + q * m.own.stride)
+        rows[q].h_low = lowered(p.plan.e.k, w.K, seen, low, q, q0 <= q < q1)
         rows[q].x = lowered(p.plan.e.k, w.I, rows[q].x, x_low, q, q0 <= q < q1)
     if together:
         wait(m.barrier, m.slab.parts)
     if not in_step and not from_zero:
         for q in range(n):
-            m.products.a[q] = rows[q].h_prev
+            m.products.a[q] = rows[q].h_prev if p.mask == NULL else h_seen(p, s, m.own.first + q * m.own.stride)
             m.products.C[q] = <char *>rows[q].gates + (p.G - p.fed) * p.item
         m.products.start, m.products.n = START_ADD, n
         p.plan.e.by.multiply(p.plan.e.k, &f.hh, &m.slab, &m.products)
@@ -227,7 +233,7 @@ cdef void later_step(const Forward *f, Py_ssize_t s, Py_ssize_t n, Member *m,
     unit_range(p.H, f.hr.cut, m.slab.part, m.slab.parts, &j0, &j1)
     w.I, w.K, w.H = 0, 0 if from_zero or not in_step else p.H, p.H
     w.ih, w.hh, w.bias, w.peepholes = NULL, packed_at(p.plan.e.k, &f.hr, j0), NULL, NULL
-    w.no_tape = not f.keep
+    w.no_tape, w.variant = not f.keep, NULL
     for q in range(n):
         rows[q].gates = <char *>rows[q].gates + (p.G - p.H) * p.item
         rows[q].h_low = lowered(p.plan.e.k, w.K, rows[q].m, m.low, q, True)

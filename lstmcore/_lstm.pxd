@@ -14,6 +14,20 @@ cdef extern from "lstm.h" nogil:
     enum: START_BIAS
     enum: START_ADD
     enum: KW
+    ctypedef struct lstm_activation:
+        int kind
+        double alpha
+        double beta
+    ctypedef struct lstm_variant:
+        lstm_activation gate
+        lstm_activation candidate
+        lstm_activation cell
+        bint clips
+        double clip
+        bint coupled
+        bint zones
+        double zone_h
+        double zone_c
     ctypedef struct lstm_weights:
         Py_ssize_t I
         Py_ssize_t K
@@ -23,6 +37,7 @@ cdef extern from "lstm.h" nogil:
         const void *bias
         const void *peepholes
         bint no_tape
+        const lstm_variant *variant
     ctypedef struct lstm_row:
         const void *x
         const void *h_low
@@ -32,6 +47,8 @@ cdef extern from "lstm.h" nogil:
         void *c
         void *h
         void *m
+        const void *mask
+        const void *zone
     ctypedef struct lstm_back_row:
         const void *da_next
         void *gates
@@ -43,6 +60,9 @@ cdef extern from "lstm.h" nogil:
         void *dh
         void *dc
         void *m
+        const void *mask
+        const void *dy_apart
+        const void *zone
     ctypedef struct lstm_cell:
         const char *name
         int gates
@@ -51,6 +71,7 @@ cdef extern from "lstm.h" nogil:
         bint keeps_gates
         bint has_c
         bint reads_h
+        bint varies
         void (*step)(const lstm_weights *w, bint descending, Py_ssize_t n, Py_ssize_t j0,
                      Py_ssize_t j1, const lstm_row *rows) noexcept nogil
         void (*back_step)(const lstm_weights *w, bint descending, Py_ssize_t n, Py_ssize_t j0,

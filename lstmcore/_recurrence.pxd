@@ -4,7 +4,7 @@ from libc.stdint cimport int64_t
 
 from lstmcore._grid cimport Grid, Loop
 from lstmcore._kernels cimport team_barrier
-from lstmcore._lstm cimport lstm_cell, lstm_kernels, lstm_rows
+from lstmcore._lstm cimport lstm_cell, lstm_kernels, lstm_rows, lstm_variant
 from lstmcore._memory cimport Arena
 from lstmcore._products cimport Engine, Part, Plan, Widths, unit_range
 
@@ -32,6 +32,11 @@ cdef struct Problem:               # one layer in one direction; the arrays are 
     Py_ssize_t fed                 # numbers of a row of gates that x feeds: the first ones
     Py_ssize_t heard               # numbers of a row of gates that h feeds, from number G - fed on
     bint projected                 # whether h is (o ∘ tanh(c)) W_hrᵀ
+    lstm_variant variant           # of cells that vary
+    const char *mask               # (B, H): what products see of h, or NULL
+    const char *zone               # (T, B, 2, H): what h and c keep, or NULL
+    char *m                        # (tokens, H): h ∘ mask, with a mask
+    const char *m0                 # (B, H): h0 ∘ mask
     Steps steps
     const char *x
     const int64_t *ids             # (T, B): token ids in place of x
@@ -93,6 +98,13 @@ cdef inline Py_ssize_t place(const Steps *steps, Py_ssize_t s, Py_ssize_t r) noe
 
 cdef inline char *scratch_of(const Problem *p, int me) noexcept nogil:
     return p.shared.scratch + me * p.shared.scratch_bytes
+
+
+cdef inline const char *h_seen(const Problem *p, Py_ssize_t s, Py_ssize_t r) noexcept nogil:
+    """h_{t-1} of step s of row r as products see it, which have a mask."""
+    if s > 0:
+        return p.m + (p.steps.start[s - 1] + r) * p.H * p.item
+    return initial(p, p.m0, r, p.H * p.item)
 
 
 cdef inline const char *initial(const Problem *p, const char *state, Py_ssize_t r,

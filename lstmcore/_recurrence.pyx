@@ -29,13 +29,13 @@ from lstmcore import _kernels as machine
 
 from lstmcore._grid cimport Loop
 from lstmcore._kernels cimport address, cache_bytes, cell_of, kernels_of, team_barrier
-from lstmcore._lstm cimport lstm_cell
+from lstmcore._lstm cimport lstm_cell, lstm_variant
 from lstmcore._memory cimport Arena, padded, take
 from lstmcore._products cimport Engine, Plan, Widths
 
 cnp.import_array()
 
-Cell = namedtuple("Cell", "name gates fed heard later turn keeps_gates has_c reads_h "
+Cell = namedtuple("Cell", "name gates fed heard later turn keeps_gates has_c reads_h varies "
                           "has_projection has_peepholes",
                   module=__name__)  # which a compiled module's frame does not tell
 cells = {}                         # name -> Cell, of those that were asked for
@@ -53,7 +53,7 @@ def cell(name):
         fed = row.gates - row.apart
         cells[name] = Cell(name, row.gates, fed, fed - row.later, bool(row.later),
                            (fed - row.apart) % fed, bool(row.keeps_gates), bool(row.has_c),
-                           bool(row.reads_h), row.output != NULL,
+                           bool(row.reads_h), bool(row.varies), row.output != NULL,
                            row.peephole_gradient != NULL)
     return cells[name]
 
@@ -61,7 +61,7 @@ def cell(name):
 cdef int fill_problem(Problem *p, Engine e, cell, weights, batch, tape) except -1:
     """From named arrays, all C-contiguous, of one dtype, found to fit one another; T, B >= 1.
 
-    weights: W_ih, W_hh, W_hr, peepholes; batch: x, h0, c0, order, lengths, reverse; tape: y, gates, c.
+    weights: W_ih, W_hh, W_hr, peepholes; batch: x, h0, c0, order, lengths, reverse; tape: y, gates, c, m.
     order and lengths (int64) are sorted by length, longest first, or None. x may be token ids (T, B),
     int64.
     """
@@ -80,6 +80,8 @@ cdef int fill_problem(Problem *p, Engine e, cell, weights, batch, tape) except -
         p.x, p.I = address(x), cnp.PyArray_DIM(x, 2)
     p.h0, p.c0, p.peepholes = address(batch.h0), address(batch.c0), address(weights.peepholes)
     p.y, p.gates, p.c = address(tape.y), address(tape.gates), address(tape.c)
+    if cell.varies:
+        fill_variant(p, batch.variant, tape.m)
     steps.T, steps.B = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1)
     steps.ragged, steps.reverse = batch.order is not None, batch.reverse
     steps.count, steps.tokens = steps.T, steps.T * steps.B
@@ -87,6 +89,22 @@ cdef int fill_problem(Problem *p, Engine e, cell, weights, batch, tape) except -
         steps.order = <int64_t *>address(batch.order)
         steps.lengths = <int64_t *>address(batch.lengths)
         steps.count, steps.tokens = steps.lengths[0], batch.lengths.sum()
+    return 0
+
+
+cdef int fill_variant(Problem *p, variant, m) except -1:
+    """From an `arguments.Varied` whose arrays were found to fit; m: (tokens, H) with a mask."""
+    cdef lstm_variant *v = &p.variant
+    v.gate.kind, v.gate.alpha, v.gate.beta = variant.gate
+    v.candidate.kind, v.candidate.alpha, v.candidate.beta = variant.candidate
+    v.cell.kind, v.cell.alpha, v.cell.beta = variant.cell
+    v.clips, v.coupled, v.zones = variant.clip is not None, variant.coupled, variant.zones is not None
+    if v.clips:
+        v.clip = variant.clip
+    if v.zones:
+        v.zone_h, v.zone_c = variant.zones
+    p.mask, p.zone = address(variant.mask), address(variant.zone)
+    p.m, p.m0 = address(m), address(variant.m0)
     return 0
 
 

@@ -17,13 +17,15 @@ from lstmcore._types import ArrayLike, Floats, Ints
 from lstmcore.checks import F32, F64
 from lstmcore.precision import format_of_call
 from lstmcore.threads import get_num_threads, resolve
+from lstmcore.variants import Variant
 
 _SERIAL_WORK = 1_000_000  # multiply-adds that are done before a second thread pays: about 20 µs
 
 # What goes to the plans, by name.
 Sizes = namedtuple("Sizes", "T B I H K dtype")
 Weights = namedtuple("Weights", "W_ih W_hh b peepholes W_hr format")
-Batch = namedtuple("Batch", "x h0 c0 order lengths reverse table")
+Batch = namedtuple("Batch", "x h0 c0 order lengths reverse table variant", defaults=[None])
+Varied = namedtuple("Varied", "gate candidate cell clip coupled zones mask zone m0")
 
 
 # ---- token ids ---------------------------------------------------------------------------------------
@@ -204,6 +206,26 @@ def states_of(cell, sizes, h, c, names, projected):
     if c is not None:
         c = checks.array(c, names[1], "(B, H)", (sizes.B, sizes.H), sizes.dtype)
     return h, c
+
+
+def variant_of(variant, sizes, h0, peepholes, projected):
+    """A `Variant` as the plans read it."""
+    T, B, _, H, K, dtype = sizes
+    if not isinstance(variant, Variant):
+        raise TypeError(f"variant must be a Variant, got {type(variant).__qualname__}")
+    if projected:
+        raise ValueError("a variant has no projection: W_hr must be None")
+    mask, zone = variant.h_mask, variant.zone_masks
+    zones = variant.zones()
+    if zone is not None:
+        zone = checks.array(zone, "zone_masks", "(T, B, 2, H)", (T, B, 2, H), dtype)
+    if mask is not None:
+        mask = checks.array(mask, "h_mask", "(B, H)", (B, H), dtype)
+    zones = zones if any(zones) or zone is not None else None
+    if zones and peepholes:
+        raise ValueError("peepholes cannot look at a c with zoneout: leave out one of them")
+    m0 = None if mask is None or h0 is None else h0 * mask
+    return Varied(*variant.activations(), variant.clip, bool(variant.coupled), zones, mask, zone, m0)
 
 
 def order_of(lengths, T, B):

@@ -23,18 +23,19 @@ from lstmcore.precision import Quantized, format_of_call, format_of_weights, low
 from lstmcore.reference import Gradients, GRUGradients, RNNGradients
 from lstmcore.tapes import GRUTape, RNNTape, Tape
 from lstmcore.threads import get_num_threads, resolve
+from lstmcore.variants import Variant
 
-Cell: TypeAlias = Literal["lstm", "tanh", "relu", "gru", "gru_before"]
+Cell: TypeAlias = Literal["lstm", "lstm_varied", "tanh", "relu", "gru", "gru_before"]
 
 # What goes to the plans, by name.
-Room = namedtuple("Room", "y h_n c_n gates c")
-Upstream = namedtuple("Upstream", "dy dy_last")
+Room = namedtuple("Room", "y h_n c_n gates c m", defaults=[None])
+Upstream = namedtuple("Upstream", "dy dy_last dm0")
 
 
 # ---- a layer -----------------------------------------------------------------------------------------
 
 def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, lengths, reverse,
-                 keep_tape, n_threads, packed=None, compute=None):
+                 keep_tape, n_threads, packed=None, compute=None, variant=None):
     """What the forward passes of all cells have in common: y, h_n, c_n and the pieces of a tape."""
     cell = cell_row(name)
     x, sizes = arguments.sizes_of(cell, x, W_ih, W_hh, W_hr)
@@ -57,7 +58,11 @@ def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, l
     if keep_tape and cell.keeps_gates:
         gates = empty((tokens, cell.gates * H), dtype)
         c = empty((tokens, H), dtype) if cell.has_c else None
-    batch = Batch(x, h0, c0, order, lengths, bool(reverse), None)
+    m = None
+    if variant is not None:
+        variant = arguments.variant_of(variant, sizes, h0, peepholes is not None, W_hr is not None)
+        m = None if variant.mask is None else empty((tokens, H), dtype)
+    batch = Batch(x, h0, c0, order, lengths, bool(reverse), None, variant)
     n_threads = arguments.threads_for(n_threads, tokens, cell.gates * H, K if looked_up else I + K)
     if tokens:
         run = batch
@@ -65,13 +70,13 @@ def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, l
             ids, table = arguments.look_up(cell, x, weights.W_ih, weights.b, packed and packed.quantized)
             run = batch._replace(x=ids, table=table)
         turned = weights._replace(b=arguments.turn(cell, weights.b)) if cell.turn else weights
-        _forward.run(cell, turned, run, Room(y, h_n, c_n, gates, c), packed=packed,
+        _forward.run(cell, turned, run, Room(y, h_n, c_n, gates, c, m), packed=packed,
                      n_threads=n_threads)
     else:
         for final, initial in (h_n, h0), (c_n, c0):
             if final is not None:
                 final[...] = 0 if initial is None else initial
-    return y, h_n, c_n, (cell, sizes, weights, batch, tokens, y), (gates, c)
+    return y, h_n, c_n, (cell, sizes, weights, batch, tokens, y), (gates, c, m)[:2 + cell.varies]
 
 
 def _run_backward(kind, of, tape, dy, dh_n, dc_n, n_threads):
@@ -81,7 +86,7 @@ def _run_backward(kind, of, tape, dy, dh_n, dc_n, n_threads):
     dy, dh_n, dc_n = _checked_upstream(tape, dy, dh_n, dc_n)
     if n_threads is not None:
         resolve(n_threads)
-    gates, c = tape.take()
+    gates, c, m = tape.take()
     cell, sizes, weights, batch, y = tape.cell, tape.sizes, tape.weights, tape.batch, tape.y
     T, B, I, H, K, dtype = sizes
     looked_up = isinstance(batch.x, TokenIds)
@@ -102,9 +107,13 @@ def _run_backward(kind, of, tape, dy, dh_n, dc_n, n_threads):
     if tokens:
         if looked_up:
             batch = batch._replace(x=batch.x.array)
-        _backward.run(cell, weights, batch, Room(y, None, None, gates, c),
-                      Upstream(dy, None if cell.reads_h else _last_dy(batch, dy, dh_n)), g, dtable=dtable,
+        dm0 = None if m is None else np.zeros((B, K), dtype)
+        _backward.run(cell, weights, batch, Room(y, None, None, gates, c, m),
+                      Upstream(dy, None if cell.reads_h else _last_dy(batch, dy, dh_n), dm0), g,
+                      dtable=dtable,
                       n_threads=arguments.threads_for(n_threads, tokens, G, K if looked_up else I + K))
+        if m is not None:
+            np.add(g.dh0, dm0 * batch.variant.mask, out=g.dh0)
     else:
         for d in g.dW_ih, g.dW_hh, g.db, g.dpeepholes, g.dW_hr:
             if d is not None:
@@ -185,7 +194,7 @@ def lstm_forward(x: Array, W_ih: Floats, W_hh: Floats, b: Floats | None = None,
                  peepholes: Floats | None = None, W_hr: Floats | None = None,
                  lengths: Lengths = None, reverse: bool = False, keep_tape: bool = True,
                  n_threads: int | None = None, packed: _products.Packed | None = None,
-                 compute: Compute | None = None,
+                 compute: Compute | None = None, variant: Variant | None = None,
                  ) -> tuple[Floats, tuple[Floats, Floats], Tape | Any]:
     """Run one LSTM layer over a batch of sequences.
 
@@ -207,6 +216,8 @@ def lstm_forward(x: Array, W_ih: Floats, W_hh: Floats, b: Floats | None = None,
     compute : "bfloat16" rounds the operands of every product, here and in `lstm_backward`, to
         bfloat16 (x, h, the weights, and da there); sums, states, bias and results stay float32. By
         default the dtype of the arrays, or what `packed` is of
+    variant : a `Variant`: other activations, clipping, f = 1 - i, zoneout, recurrent dropout; without
+        projection. `packed` is then of "lstm_varied"
 
     Returns
     -------
@@ -234,8 +245,9 @@ def lstm_forward(x: Array, W_ih: Floats, W_hh: Floats, b: Floats | None = None,
     ((5, 2, 4), True, 0.0)
     """
     y, h_n, c_n, made, kept = _run_forward(
-        "lstm", x, W_ih, W_hh, b, h0, c0, peepholes=peepholes, W_hr=W_hr, lengths=lengths,
-        reverse=reverse, keep_tape=keep_tape, n_threads=n_threads, packed=packed, compute=compute)
+        "lstm" if variant is None else "lstm_varied", x, W_ih, W_hh, b, h0, c0, peepholes=peepholes,
+        W_hr=W_hr, lengths=lengths, reverse=reverse, keep_tape=keep_tape, n_threads=n_threads,
+        packed=packed, compute=compute, variant=variant)
     return y, (h_n, c_n), Tape(*made, *kept) if keep_tape else None
 
 
@@ -464,7 +476,8 @@ class Step:
                  b: Floats | None = None, peepholes: Floats | None = None,
                  W_hr: Floats | None = None, *, n_threads: int | None = None,
                  precision: Precision | None = None,
-                 quantized: Sequence[Quantized | None] | None = None) -> None:
+                 quantized: Sequence[Quantized | None] | None = None,
+                 variant: Variant | None = None) -> None:
         row = cell_row(cell)
         B = checks.size("batch_size", batch_size)
         W_ih = checks.unmasked("W_ih", W_ih)
@@ -475,7 +488,12 @@ class Step:
             raise ValueError(f"a {cell} cell has neither projection nor peepholes")
         weights = arguments.weights_of(row, self._sizes, W_ih, W_hh, b, peepholes, W_hr,
                            format=format_of_weights(precision, self._sizes.dtype))
-        self._cell, self._quantized = row, None
+        if (variant is None) == row.varies:
+            raise ValueError(f"a {cell} cell takes {'a' if row.varies else 'no'} variant")
+        if variant is not None and (variant.h_mask is not None or variant.zone_masks is not None):
+            raise ValueError("a step has no masks: they are for training")
+        self._cell, self._quantized, self._variant = row, None, variant and arguments.variant_of(
+            variant, self._sizes, None, peepholes is not None, False)
         if weights.format == "int8":
             self._quantized = lowered((weights.W_ih, weights.W_hh, weights.W_hr), "int8",
                                       quantized)
@@ -495,7 +513,7 @@ class Step:
         self._x_shape, self._y_shape, self._is_double = (B, I), (B, K), dtype == F64
         self._table = None
         packed = _packed(self._cell, format, self._quantized or (W_ih, W_hh, W_hr), ())
-        batch = Batch(np.zeros((1, B, I), dtype), None, None, None, None, False, None)
+        batch = Batch(np.zeros((1, B, I), dtype), None, None, None, None, False, None, self._variant)
         room = Room(np.zeros((B, K), dtype), self._h, self._c, None, None)
         shapes = self._weights._replace(b=arguments.turn(self._cell, b))
         if self._quantized:         # the kernels ask W_hh for its shape, and whether W_hr is there
@@ -517,7 +535,8 @@ class Step:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: vars(self)[name]
-                for name in ("_cell", "_weights", "_quantized", "_sizes", "_h", "_c", "_n_threads")}
+                for name in ("_cell", "_weights", "_quantized", "_variant", "_sizes", "_h", "_c",
+                             "_n_threads")}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)

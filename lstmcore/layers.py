@@ -14,8 +14,9 @@ from lstmcore import checks, dense, functional, renames
 from lstmcore._types import Array, ArrayLike, Bools, Compute, Dtype, Floats, Lengths, Seed
 from lstmcore.module import Module, dropout_mask, products
 from lstmcore.precision import Quantized
-from lstmcore.recurrent import GRU, LSTM, RNN, GRUTrace, LSTMTrace, RNNTrace, Stream
+from lstmcore.recurrent import GRU, LSTM, RNN, GRUTrace, LSTMTrace, RNNTrace
 from lstmcore.stack import Stack
+from lstmcore.streams import Stream
 
 __all__ = ["Module", "LSTM", "GRU", "RNN", "LSTMTrace", "GRUTrace", "RNNTrace", "Stream", "Stack",
            "Embedding", "Linear", "Dropout", "Tanh", "Sigmoid", "ReLU", "Sequential", "LastStep",

@@ -9,10 +9,8 @@ D directions. States are (L·D, B, ·); layer l in direction d stands at l·D + 
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import functools
-import threading
-from collections.abc import Mapping
 from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -20,6 +18,8 @@ import numpy as np
 from lstmcore import checks, dense, functional
 from lstmcore._types import Array, Compute, Dtype, Floats, Init, Lengths, Seed
 from lstmcore.module import Module, dropout_mask, products
+from lstmcore.streams import State, Stream
+from lstmcore.variants import Activation, Variant
 
 
 class LSTMTrace(NamedTuple):
@@ -48,7 +48,6 @@ class RNNTrace(NamedTuple):
     h: Floats
 
 
-State = TypeVar("State")                        # (h, c) of an LSTM, h of a GRU or RNN
 Trace = TypeVar("Trace", LSTMTrace, GRUTrace, RNNTrace)
 Pair: TypeAlias = tuple[Floats, Floats]
 
@@ -64,6 +63,16 @@ class _Recurrent(Module, Generic[State, Trace]):
     trace one layer.
     """
 
+    _variant: Variant | None = None
+    _options: dict[str, Any] = {}   # what a file has to say where it is not the default: name -> default
+
+    def describe(self) -> dict[str, Any]:
+        """What the parameters do not say of this layer, as JSON can hold it: its class first."""
+        values = {name: getattr(self, name) for name in self._options}
+        return {**super().describe(), **{
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items() if value != self._options[name]}}
+
     @property
     def _biases(self):
         return self._gates
@@ -73,13 +82,15 @@ class _Recurrent(Module, Generic[State, Trace]):
         return (self.hidden_size,)
 
     def _build(self, input_size, hidden_size, num_layers, bias, batch_first, dropout,
-               bidirectional, init, dtype, compute, seed):
+               bidirectional, init, dtype, compute, seed, locked_dropout, weight_dropout):
         self.input_size = checks.size("input_size", input_size)
         self.hidden_size = checks.size("hidden_size", hidden_size)
         self.num_layers = checks.size("num_layers", num_layers)
         self.bias, self.batch_first = bool(bias), bool(batch_first)
         self.bidirectional, self.directions = bool(bidirectional), 1 + bool(bidirectional)
         self.dropout = checks.probability("dropout", dropout)
+        self.locked_dropout = bool(locked_dropout)
+        self.weight_dropout = checks.probability("weight_dropout", weight_dropout)
         self.init, self.dtype = init, checks.float_dtype(dtype)
         self.compute = products(compute, self.dtype)
         self.rng = np.random.default_rng(seed)
@@ -154,7 +165,7 @@ class _Recurrent(Module, Generic[State, Trace]):
         x, initial = self._inputs(x, state)
         y, final, tapes = self._run(x, weights, initial, lengths, self.training, self.training)
         y = self._swap(y)
-        self._keep(y, [(mask, [tape for _, tape in runs]) for mask, runs in tapes], embedding,
+        self._keep(y, [(mask, [run[1:] for run in runs]) for mask, runs in tapes], embedding,
                    weights is not self._weights)
         return y, self._join(final)
 
@@ -172,9 +183,11 @@ class _Recurrent(Module, Generic[State, Trace]):
             mask, runs = tapes[layer]
             halves = [dx] if self.directions == 1 else np.split(dx, 2, axis=2)
             dx = None
-            for d, (tape, half) in enumerate(zip(runs, halves)):
+            for d, ((tape, dropped), half) in enumerate(zip(runs, halves)):
                 n = layer * self.directions + d
                 g, dinitial[n] = self._cell_backward(tape, half, dfinal[n])
+                if dropped is not None:
+                    np.multiply(g.dW_hh, dropped, out=g.dW_hh)
                 if tabled and layer == 0:
                     g = self._through_table(n, g, embedding)
                 for letter, total in self._dweights[n].items():
@@ -206,26 +219,44 @@ class _Recurrent(Module, Generic[State, Trace]):
                              "keeps nothing to look at: unfreeze() it first")
         x, initial = self._inputs(x, state)
         _, _, tapes = self._run(x, self._weights, initial, lengths, True, False)
-        return [self._traced(y, tape) for _, runs in tapes for y, tape in runs]
+        return [self._traced(y, tape) for _, runs in tapes for y, tape, _ in runs]
 
     def _run(self, x, weights, initial, lengths, keep_tape, drop):
-        """The stack over time-major x: y, the final states, and (mask, [(y, tape)]) per layer."""
+        """The stack over time-major x: y, the final states, and per layer a mask and, for each direction,
+        (y, tape, mask of W_hh)."""
         final, tapes = [], []
         for layer in range(self.num_layers):
             mask, runs = None, []
             if layer and drop and self.dropout:
-                mask = dropout_mask(self.rng, self.dropout, x.shape, self.dtype)
+                shape = (1, *x.shape[1:]) if self.locked_dropout else x.shape
+                mask = dropout_mask(self.rng, self.dropout, shape, self.dtype)
                 x = x * mask
             for d in range(self.directions):
-                n = layer * self.directions + d
-                y, last, tape = self._cell_forward(weights[n], x, initial[n], lengths, d == 1,
+                n, dropped = layer * self.directions + d, None
+                w, variant = weights[n], self._variant
+                if drop:
+                    w, dropped = self._with_dropped_weights(w)
+                    variant = self._drawn(variant, x)
+                more = {} if variant is None else {"variant": variant}
+                y, last, tape = self._cell_forward({**w, **more}, x, initial[n], lengths, d == 1,
                                                    keep_tape)
                 final.append(last)
-                runs.append((y, tape))
-            x = y if len(runs) == 1 else np.concatenate([y for y, _ in runs], axis=2)
+                runs.append((y, tape, dropped))
+            x = y if len(runs) == 1 else np.concatenate([y for y, *_ in runs], axis=2)
             if keep_tape:
                 tapes.append((mask, runs))
         return x, final, tapes
+
+    def _with_dropped_weights(self, w):
+        """The weights of a layer with some of W_hh dropped, for the whole sequence, and the mask."""
+        if not self.weight_dropout:
+            return w, None
+        mask = dropout_mask(self.rng, self.weight_dropout, w["W_hh"].shape, self.dtype)
+        return {**w, "W_hh": w["W_hh"] * mask}, mask
+
+    def _drawn(self, variant, x):
+        """The variant with the random masks of one call for x in training."""
+        return variant
 
     def _look_up(self, x, embedding):
         """What the layers read for x, and their weights.
@@ -332,6 +363,13 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
     init : "uniform": U(-1/√H, 1/√H), as in PyTorch; "glorot": Glorot for inputs and projection,
         orthogonal for the recurrence, zeros for bias and peepholes
     dtype : "float32" or "float64", of the weights and of all that is given and returned
+    recurrent_activation, activation, cell_activation, clip, coupled : as of `Variant`
+    zoneout : z, or (z_h, z_c): in training, the probability of a number of h, and of c, to keep its last
+        value; afterwards the mean of that (Krueger et al. 2017)
+    recurrent_dropout : probability to drop a number of h where it enters the next step's product, drawn
+        once for a sequence (Gal and Ghahramani 2016)
+    weight_dropout : probability to drop a number of weight_hh, drawn once for a call (Merity et al. 2018)
+    locked_dropout : dropout between two layers is drawn once for a sequence too
     compute : the number format of the products, forward and backward: that of dtype by default; or,
         of a float32 layer, "bfloat16": their operands (x, h, the weights; da in `backward`) are
         rounded to 8 significant bits. All else, and so every sum and gradient, stays float32. See
@@ -352,23 +390,53 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
     ((7, 4, 3), (20, 5))
     """
 
-    _gates, _cell = 4, "lstm"
+    _gates = 4
     _says = "batch_first", "dropout"
+    _options = dict(recurrent_activation="sigmoid", activation="tanh", cell_activation=None, clip=None,
+                    coupled=False, zoneout=0.0, recurrent_dropout=0.0, weight_dropout=0.0,
+                    locked_dropout=False)
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, *,
                  bias: bool = True, batch_first: bool = False, dropout: float = 0.0,
                  bidirectional: bool = False, proj_size: int = 0, peepholes: bool = False,
-                 forget_bias: float = 1.0, init: Init = "uniform", dtype: Dtype = "float32",
+                 forget_bias: float = 1.0, recurrent_activation: Activation = "sigmoid",
+                 activation: Activation = "tanh", cell_activation: Activation | None = None,
+                 clip: float | None = None, coupled: bool = False,
+                 zoneout: float | tuple[float, float] = 0.0, recurrent_dropout: float = 0.0,
+                 weight_dropout: float = 0.0, locked_dropout: bool = False,
+                 init: Init = "uniform", dtype: Dtype = "float32",
                  compute: Compute | None = None, seed: Seed = None) -> None:
+        self.recurrent_activation, self.activation = recurrent_activation, activation
+        self.cell_activation, self.clip, self.coupled = cell_activation, clip, bool(coupled)
+        self.recurrent_dropout = checks.probability("recurrent_dropout", recurrent_dropout)
+        self.zoneout = zoneout if isinstance(zoneout, (int, float)) else tuple(zoneout)
+        variant = Variant(recurrent_activation, activation, cell_activation, clip, coupled, zoneout)
+        self._variant = None if variant.is_usual() else variant
+        self._cell = "lstm_varied" if self._variant else "lstm"
+        if (self._variant or recurrent_dropout) and proj_size:
+            raise ValueError(f"an LSTM with proj_size={proj_size} has the usual activations, no clip, no "
+                             "zoneout, no recurrent dropout and no coupled gates")
+        if peepholes and any(variant.zones()):
+            raise ValueError("peepholes cannot look at a c with zoneout: leave out one of them")
         self.proj_size = checks.size("proj_size", proj_size, at_least=0)
         self.peepholes, self.forget_bias = bool(peepholes), float(forget_bias)
         if self.proj_size > checks.size("hidden_size", hidden_size):
             raise ValueError(f"proj_size must be at most hidden_size = {hidden_size}, "
                              f"got {proj_size}")
         self._build(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-                    init, dtype, compute, seed)
+                    init, dtype, compute, seed, locked_dropout, weight_dropout)
         for weights in self._weights if self.bias else ():
             weights["b"][hidden_size:2 * hidden_size] += self.forget_bias
+
+    def _drawn(self, variant, x):
+        (T, B), H = x.shape[:2], self.hidden_size
+        masks = {}
+        if self.recurrent_dropout:
+            masks["h_mask"] = dropout_mask(self.rng, self.recurrent_dropout, (B, H), self.dtype)
+        if variant is not None and any(z := variant.zones()):
+            kept = self.rng.random((T, B, 2, H), np.float32) < np.array(z, np.float32)[:, None]
+            masks["zone_masks"] = kept.astype(self.dtype)
+        return dataclasses.replace(variant or Variant(), **masks) if masks else variant
 
     @property
     def _widths(self):
@@ -400,7 +468,7 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
 class GRU(_Recurrent[Floats, GRUTrace]):
     """A stack of gated recurrent units (Cho et al. 2014): three gates, and no cell beside h.
 
-    As `LSTM`, without projection and peepholes; the state is h alone, (L·D, B, H).
+    As `LSTM`, without projection, peepholes and variants; the state is h alone, (L·D, B, H).
 
     reset_after : True: the reset gate multiplies W_hn h + b_hn, as in torch.nn.GRU and, by default, in
         Keras; False: it multiplies h, as in the paper
@@ -416,16 +484,18 @@ class GRU(_Recurrent[Floats, GRUTrace]):
 
     _gates = 3
     _says = "batch_first", "dropout", "reset_after"
+    _options = dict(weight_dropout=0.0, locked_dropout=False)
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, *,
                  reset_after: bool = True, bias: bool = True, batch_first: bool = False,
-                 dropout: float = 0.0, bidirectional: bool = False, init: Init = "uniform",
+                 dropout: float = 0.0, bidirectional: bool = False, weight_dropout: float = 0.0,
+                 locked_dropout: bool = False, init: Init = "uniform",
                  dtype: Dtype = "float32", compute: Compute | None = None,
                  seed: Seed = None) -> None:
         self.reset_after = bool(reset_after)
         self._cell = "gru" if self.reset_after else "gru_before"
         self._build(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-                    init, dtype, compute, seed)
+                    init, dtype, compute, seed, locked_dropout, weight_dropout)
 
     @property
     def _biases(self):
@@ -460,17 +530,19 @@ class RNN(_Recurrent[Floats, RNNTrace]):
 
     _gates = 1
     _says = "batch_first", "dropout", "nonlinearity"
+    _options = dict(weight_dropout=0.0, locked_dropout=False)
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, *,
                  nonlinearity: Literal["tanh", "relu"] = "tanh", bias: bool = True,
                  batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
+                 weight_dropout: float = 0.0, locked_dropout: bool = False,
                  init: Init = "uniform", dtype: Dtype = "float32",
                  compute: Compute | None = None, seed: Seed = None) -> None:
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
         self.nonlinearity = self._cell = nonlinearity
         self._build(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-                    init, dtype, compute, seed)
+                    init, dtype, compute, seed, locked_dropout, weight_dropout)
 
     def _cell_forward(self, weights, x, state, lengths, reverse, keep_tape):
         y, h_n, tape = functional.rnn_forward(
@@ -484,75 +556,6 @@ class RNN(_Recurrent[Floats, RNNTrace]):
 
     def _traced(self, y, tape):
         return RNNTrace(self._swap(y))
-
-
-class Stream(Generic[State]):
-    """A recurrent layer fed one step at a time; it remembers its state and keeps nothing else.
-
-    It has the weights as they were when it was made (call `stream` again after training), never
-    drops out, and allocates nothing in a step. A copy or pickle of it goes on from the same state by
-    itself. It is one sequence: a second thread in a step is an error.
-
-    >>> s = LSTM(3, 5, seed=0).stream(batch_size=2)
-    >>> s.step(np.zeros((2, 3), "float32")).shape
-    (2, 5)
-    >>> h, c = s.state
-    >>> s.reset()
-    """
-
-    def __init__(self, layer: _Recurrent[State, Any], batch_size: int = 1) -> None:
-        if layer.bidirectional:
-            raise ValueError("a bidirectional layer cannot stream: its second half starts at the "
-                             "end of the sequence")
-        self.layer, self.batch_size = layer, checks.size("batch_size", batch_size)
-        self._steps = [functional.Step(layer._cell, self.batch_size, n_threads=layer.n_threads,
-                                       precision=layer._frozen_in or layer.compute,
-                                       quantized=quantized,
-                                       **{letter: a for letter, a in w.items() if letter != "packed"})
-                       for w, quantized in zip(layer._weights, layer._lowered)]
-        self._prepare()
-
-    def _prepare(self):
-        # What goes from layer to layer within a step.
-        self._between = [np.empty_like(step.h) for step in self._steps[:-1]]
-        self._turn = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: vars(self)[name] for name in ("layer", "batch_size", "_steps")}
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state)
-        self._steps = [copy.copy(step) for step in self._steps]
-        self._prepare()
-
-    def reset(self) -> None:
-        """Back to a state of zeros."""
-        self.state = None
-
-    @property
-    def state(self) -> State:
-        """The state after the last step, a copy, as the layer returns it; may be set."""
-        return self.layer._join([(step.h, step.c)[:len(self.layer._widths)]
-                                 for step in self._steps])
-
-    @state.setter
-    def state(self, state: State | None) -> None:
-        for step, parts in zip(self._steps, self.layer._split(state, self.batch_size, "state")):
-            for own, part in zip((step.h, step.c), parts):
-                own[...] = 0 if part is None else part
-
-    def step(self, x_t: Array, out: Floats | None = None) -> Floats:
-        """x_t (B, I), or token ids (B,) -> y_t (B, P), in `out` if it is given."""
-        out = self._steps[-1].room(out)     # before any layer has taken a step
-        if not self._turn.acquire(blocking=False):
-            raise RuntimeError("this stream is in a step in another thread: it is one sequence, so each "
-                               "thread needs one of its own")
-        try:
-            for step, h in zip(self._steps, self._between):
-                x_t = step(x_t, h)
-            return self._steps[-1](x_t, out)
-        finally:
-            self._turn.release()
 
 
 def _initializer(init, H, rng):

@@ -20,13 +20,20 @@ The GRU (Cho et al. 2014) has no c, and two forms, whose reset gate comes before
     n_t = tanh(x_t W_inᵀ + b_n + m_t W_hnᵀ)    or not: m_t = r_t ∘ h_{t-1}
     h_t = (1 - z_t) ∘ n_t + z_t ∘ h_{t-1}
 
+A `Variant` of the LSTM has other activations A, A_g, A_c, clips what goes into the first two, may couple
+f = 1 - i, multiplies h_{t-1} by a mask in the product with W_hh, and mixes (zoneout):
+
+    ĉ_t = f_t ∘ c_{t-1} + i_t ∘ g_t                  c_t = z_c ∘ c_{t-1} + (1 - z_c) ∘ ĉ_t
+    ĥ_t = o_t ∘ A_c(ĉ_t)                             h_t = z_h ∘ h_{t-1} + (1 - z_h) ∘ ĥ_t
+
 `compute` names the number format of the operands of every product, forward and backward: None (as
 they are), "bfloat16", or "int8" (forward only). All else, and so c, gates, bias and every sum, stays
 in the dtype of x. Backward takes rounding for the identity.
 
 The kernels are proven against this file, and this file against finite differences. It has the
-signatures of `lstmcore.functional`, checks nothing, knows nothing but NumPy, and is never a
-fallback. Sizes: T steps, B batch, I inputs, H hidden units, P projected units (P = H without W_hr).
+signatures of `lstmcore.functional`, checks nothing, knows nothing but NumPy and the names of
+activations, and is never a fallback. Sizes: T steps, B batch, I inputs, H hidden units, P projected
+units (P = H without W_hr).
 """
 
 from __future__ import annotations
@@ -37,6 +44,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lstmcore._types import ArrayLike, Floats, Ints, Lengths
+from lstmcore.variants import Activation, Variant, activation
 
 
 class Tape(NamedTuple):
@@ -55,6 +63,8 @@ class Tape(NamedTuple):
     y: Floats
     gates: Floats
     c: Floats
+    variant: Variant | None = None
+    a: Any = None               # of a variant: what goes into the activations of i, f, g, o
 
 
 class RNNTape(NamedTuple):
@@ -202,10 +212,13 @@ def lstm_forward(x: Floats, W_ih: Floats, W_hh: Floats, b: Floats | None = None,
                  h0: Floats | None = None, c0: Floats | None = None, *,
                  peepholes: Floats | None = None, W_hr: Floats | None = None,
                  lengths: Lengths = None, reverse: bool = False, keep_tape: bool = True,
-                 compute: str | None = None,
+                 compute: str | None = None, variant: Variant | None = None,
                  n_threads: int | None = None,
                  ) -> tuple[Floats, tuple[Floats, Floats], Tape | Any]:
     """x (T,B,I), W_ih (4H,I), W_hh (4H,P) -> y (T,B,P), (h_n (B,P), c_n (B,H)), tape."""
+    if variant is not None:
+        return varied_forward(x, W_ih, W_hh, b, h0, c0, peepholes, variant, lengths, reverse, keep_tape,
+                              compute)
     T, B, _ = x.shape
     H, P = W_hh.shape[0] // 4, W_hh.shape[1]
     h0 = np.zeros((B, P), x.dtype) if h0 is None else h0
@@ -226,7 +239,9 @@ def lstm_forward(x: Floats, W_ih: Floats, W_hh: Floats, b: Floats | None = None,
 def lstm_backward(tape: Tape, dy: Floats, dh_n: Floats | None = None, dc_n: Floats | None = None, *,
                   n_threads: int | None = None) -> Gradients:
     """dy (T,B,P), dh_n (B,P), dc_n (B,H) -> Gradients, every one shaped as what it belongs to."""
-    x, W_ih, W_hh, peepholes, W_hr, h0, c0, lengths, reverse, compute, y, gates, c = tape
+    x, W_ih, W_hh, peepholes, W_hr, h0, c0, lengths, reverse, compute, y, gates, c, *_ = tape
+    if tape.variant is not None:
+        return varied_backward(tape, dy, dh_n, dc_n)
     T, B, _ = x.shape
     p = np.zeros((3, c.shape[2]), x.dtype) if peepholes is None else peepholes
     dx, dW_ih, dW_hh = np.zeros_like(x), np.zeros_like(W_ih), np.zeros_like(W_hh)
@@ -252,6 +267,106 @@ def lstm_backward(tape: Tape, dy: Floats, dh_n: Floats | None = None, dc_n: Floa
         da_i, da_f, _, da_o = np.split(da, 4, axis=1)
         dp += np.stack([da_i * c_prev, da_f * c_prev, da_o * c[t, r]]).sum(axis=1)
     return Gradients(dx, dW_ih, dW_hh, db, None if peepholes is None else dp, dh, dc, dW_hr)
+
+
+def activate(given: Activation, x: Floats) -> tuple[Floats, Floats]:
+    """A(x) and A'(x) of an activation by its name, as `Variant` has it."""
+    kind, alpha, beta = activation("activation", given)
+    low = alpha * np.expm1(np.minimum(x, 0))
+    value, slope = [
+        lambda: (sigmoid(x), sigmoid(x) * sigmoid(-x)),
+        lambda: (alpha * np.tanh(beta * x), alpha * beta * (1 - np.tanh(beta * x)**2)),
+        lambda: (alpha * x + beta, alpha),
+        lambda: (np.clip(alpha * x + beta, 0, 1), alpha * (abs(alpha * x + beta - 0.5) < 0.5)),
+        lambda: (np.where(x > 0, x, alpha * x), np.where(x > 0, 1, alpha)),
+        lambda: (np.where(x > alpha, x, 0), x > alpha),
+        lambda: (x / (1 + abs(x)), 1 / (1 + abs(x))**2),
+        lambda: (beta * np.where(x > 0, x, low), beta * np.where(x > 0, 1, low + alpha)),
+    ][kind]()
+    return value.astype(x.dtype), np.broadcast_to(slope, x.shape).astype(x.dtype)
+
+
+def clipped(given: Activation, x: Floats, clip: float | None) -> tuple[Floats, Floats]:
+    """`activate` of x in -clip..clip; the slope is 0 outside."""
+    if clip is None:
+        return activate(given, x)
+    value, slope = activate(given, np.clip(x, -clip, clip))
+    return value, slope * (abs(x) < clip)
+
+
+def zones_of(v: Variant, t: Ints, r: Ints) -> tuple[Any, Any]:
+    """z_h and z_c of a step."""
+    return v.zones() if v.zone_masks is None else (v.zone_masks[t, r, 0], v.zone_masks[t, r, 1])
+
+
+def varied_forward(x, W_ih, W_hh, b, h0, c0, peepholes, v, lengths, reverse, keep_tape, compute):
+    """lstm_forward of a `Variant` v."""
+    T, B, _ = x.shape
+    H = W_hh.shape[1]
+    h0 = np.zeros((B, H), x.dtype) if h0 is None else h0
+    c0 = np.zeros((B, H), x.dtype) if c0 is None else c0
+    p_i, p_f, p_o = np.zeros((3, H), x.dtype) if peepholes is None else peepholes
+    mask = np.ones((B, H), x.dtype) if v.h_mask is None else v.h_mask
+    A_c = v.activation if v.cell_activation is None else v.cell_activation
+    y, gates, a_all, c_all = (np.zeros((T, B, n), x.dtype) for n in (H, 4 * H, 4 * H, H))
+    h, c = h0.copy(), c0.copy()
+    for r, t, _ in steps(T, B, lengths, reverse):
+        a = product(x[t, r], W_ih.T, compute) + product(h[r] * mask[r], W_hh.T, compute)
+        a_i, a_f, a_g, a_o = np.split(a + (0 if b is None else b), 4, axis=1)
+        a_i, a_f = a_i + p_i * c[r], a_f + p_f * c[r]
+        i = clipped(v.recurrent_activation, a_i, v.clip)[0]
+        f = 1 - i if v.coupled else clipped(v.recurrent_activation, a_f, v.clip)[0]
+        g = clipped(v.activation, a_g, v.clip)[0]
+        c_hat = f * c[r] + i * g
+        a_o = a_o + p_o * c_hat
+        o = clipped(v.recurrent_activation, a_o, v.clip)[0]
+        h_hat = o * activate(A_c, c_hat)[0]
+        z_h, z_c = zones_of(v, t, r)
+        c[r], h[r] = z_c * c[r] + (1 - z_c) * c_hat, z_h * h[r] + (1 - z_h) * h_hat
+        y[t, r], c_all[t, r] = h[r], c[r]
+        gates[t, r], a_all[t, r] = (np.concatenate(parts, axis=1) for parts in (
+            (i, f, g, o), (a_i, a_f, a_g, a_o)))
+    tape = Tape(x, W_ih, W_hh, peepholes, None, h0, c0, lengths, reverse, compute, y, gates, c_all, v, a_all)
+    return y, (h, c), tape if keep_tape else None
+
+
+def varied_backward(tape, dy, dh_n, dc_n):
+    """lstm_backward of a `Variant`."""
+    x, W_ih, W_hh, peepholes, _, h0, c0, lengths, reverse, compute, y, gates, c, v, a = tape
+    T, B, _ = x.shape
+    H = W_hh.shape[1]
+    p = np.zeros((3, H), x.dtype) if peepholes is None else peepholes
+    mask = np.ones((B, H), x.dtype) if v.h_mask is None else v.h_mask
+    A_c = v.activation if v.cell_activation is None else v.cell_activation
+    dx, dW_ih, dW_hh = np.zeros_like(x), np.zeros_like(W_ih), np.zeros_like(W_hh)
+    db, dp = np.zeros(len(W_ih), x.dtype), np.zeros_like(p)
+    dh = np.zeros_like(h0) if dh_n is None else dh_n.copy()
+    dc = np.zeros_like(c0) if dc_n is None else dc_n.copy()
+    for r, t, t_prev in reversed(list(steps(T, B, lengths, reverse))):
+        h_prev, c_prev = (h0[r], c0[r]) if t_prev is None else (y[t_prev, r], c[t_prev, r])
+        i, f, g, o = np.split(gates[t, r], 4, axis=1)
+        a_i, a_f, a_g, a_o = np.split(a[t, r], 4, axis=1)
+        z_h, z_c = zones_of(v, t, r)
+        dh_t, c_hat = dh[r] + dy[t, r], f * c_prev + i * g
+        dh_hat, dc_hat = (1 - z_h) * dh_t, (1 - z_c) * dc[r]
+        u, slope_u = activate(A_c, c_hat)
+        da_o = dh_hat * u * clipped(v.recurrent_activation, a_o, v.clip)[1]
+        dc_hat = dc_hat + dh_hat * o * slope_u + p[2] * da_o
+        di, df, dg = dc_hat * g, dc_hat * c_prev, dc_hat * i
+        if v.coupled:
+            di, df = di - df, 0 * df
+        da_i = di * clipped(v.recurrent_activation, a_i, v.clip)[1]
+        da_f = df * clipped(v.recurrent_activation, a_f, v.clip)[1]
+        da_g = dg * clipped(v.activation, a_g, v.clip)[1]
+        da = np.concatenate([da_i, da_f, da_g, da_o], axis=1)
+        dc[r] = z_c * dc[r] + dc_hat * f + p[0] * da_i + p[1] * da_f
+        dh[r] = z_h * dh_t + product(da, W_hh, compute) * mask[r]
+        dx[t, r] = product(da, W_ih, compute)
+        dW_ih += product(da.T, x[t, r], compute)
+        dW_hh += product(da.T, h_prev * mask[r], compute)
+        db += da.sum(axis=0)
+        dp += np.stack([da_i * c_prev, da_f * c_prev, da_o * c_hat]).sum(axis=1)
+    return Gradients(dx, dW_ih, dW_hh, db, None if peepholes is None else dp, dh, dc, None)
 
 
 def rnn_forward(x: Floats, W_ih: Floats, W_hh: Floats, b: Floats | None = None,

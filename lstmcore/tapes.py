@@ -52,6 +52,10 @@ class _Tape:
             kept.append(("peepholes", peepholes, (3, H)))
         if W_hr is not None:
             kept.append(("W_hr", W_hr, (K, H)))
+        if (variant := self.batch.variant) is not None:
+            kept += [(name, a, shape) for name, a, shape in (
+                ("h_mask", variant.mask, (B, H)), ("zone_masks", variant.zone, (T, B, 2, H)),
+                ("h0 ∘ h_mask", variant.m0, (B, H))) if a is not None]
         arguments.check_order(self)
         if not _kernels.all_fit(kept, is_double):
             for name, a, shape in kept:
@@ -64,12 +68,12 @@ class _Tape:
 class _GateTape(_Tape):
     """A tape with gates: `raw_gates` (tokens, G), whose memory the backward pass uses, and c if any."""
 
-    __slots__ = ("raw_gates", "raw_c", "_turn")
+    __slots__ = ("raw_gates", "raw_c", "raw_m", "_turn")
 
     def __init__(self, cell: Any, sizes: Sizes, weights: Weights, batch: Batch, tokens: int, y: Floats,
-                 raw_gates: Floats, raw_c: Floats | None) -> None:
+                 raw_gates: Floats, raw_c: Floats | None, raw_m: Floats | None = None) -> None:
         super().__init__(cell, sizes, weights, batch, tokens, y)
-        self.raw_gates, self.raw_c = raw_gates, raw_c
+        self.raw_gates, self.raw_c, self.raw_m = raw_gates, raw_c, raw_m
         self._turn = [True]        # popping it is one step, for threads that race for the tape too
 
     @property
@@ -81,7 +85,7 @@ class _GateTape(_Tape):
     @property
     def nbytes(self) -> int:
         """Bytes kept beside x and y."""
-        return sum(a.nbytes for a in (self.raw_gates, self.raw_c) if a is not None)
+        return sum(a.nbytes for a in (self.raw_gates, self.raw_c, self.raw_m) if a is not None)
 
     def check(self) -> None:
         if not self._turn:
@@ -93,20 +97,21 @@ class _GateTape(_Tape):
     def _kept(self):
         N, H = self.tokens, self.sizes.H
         kept = [("raw_gates", self.raw_gates, (N, self.cell.gates * H))]
-        return kept if self.raw_c is None else [*kept, ("raw_c", self.raw_c, (N, H))]
+        more = (("raw_c", self.raw_c), ("raw_m", self.raw_m))
+        return [*kept, *((name, a, (N, H)) for name, a in more if a is not None)]
 
-    def take(self) -> tuple[Floats, Floats | None]:
-        """Its gates and c: the tape is used now; an error if it was before."""
+    def take(self) -> tuple[Floats, Floats | None, Floats | None]:
+        """Its gates, c and m: the tape is used now; an error if it was before."""
         try:
             self._turn.pop()
         except IndexError:
             self._refuse()
-        return self.raw_gates, self.raw_c
+        return self.raw_gates, self.raw_c, self.raw_m
 
     def again(self: Self) -> Self:
         """This tape with gates of its own, to be used one time more."""
         return type(self)(self.cell, self.sizes, self.weights, self.batch, self.tokens, self.y,
-                          self.raw_gates.copy(), self.raw_c)
+                          self.raw_gates.copy(), self.raw_c, self.raw_m)
 
     def _refuse(self):
         raise ValueError("this tape was used by an earlier backward pass, which overwrote its "
@@ -157,9 +162,9 @@ class RNNTape(_Tape):
 
     __slots__ = ()
 
-    def take(self) -> tuple[None, None]:
+    def take(self) -> tuple[None, None, None]:
         """Nothing, as often as it is asked for."""
-        return None, None
+        return None, None, None
 
     def again(self) -> RNNTape:
         """This tape, which any number of backward passes may read."""

@@ -19,8 +19,9 @@ KERNELS_PXD, MEMORY_PXD, PRODUCTS_PXD, RECURRENCE_PXD = (
 REF, CALLS, ARGUMENTS, TAPES, DENSE_PY, CHECKS, MODULE, LAYERS, LOSSES_PY, THREADS = (
     f"lstmcore/{name}.py" for name in ("reference", "functional", "arguments", "tapes", "dense",
                                        "checks", "module", "layers", "losses", "threads"))
-FILES, PRECISION, RECURRENT, RENAMES = (
-    f"lstmcore/{name}.py" for name in ("files", "precision", "recurrent", "renames"))
+FILES, PRECISION, RECURRENT, RENAMES, DISTRIBUTED, REDUCTION, OPTIM = (
+    f"lstmcore/{name}.py" for name in ("files", "precision", "recurrent", "renames", "distributed",
+                                       "reduction", "optim"))
 NETWORK, SOURCES, TRAINING, TEXT, ESTIMATORS = (
     f"lstmcore/models/{name}.py" for name in ("network", "sources", "training", "text", "estimators"))
 DISK, STATE_DICT, SAFETENSORS, ONNX, GRAPH, OPERATORS, KERAS, DESCRIPTION = (
@@ -943,6 +944,38 @@ MUTANTS = [
     ("torch: h of an LSTM as its c", TORCH_LAYERS, "state = x if hx is None else c if pair else h",
      "state = x if hx is None else h"),
     ("torch: relu is tanh", TORCH_LAYERS, '"tanh" if self.mode == "RNN_TANH" else "relu"', '"tanh"'),
+    # several processes
+    ("processes: the last shard is left out", REDUCTION, "if last and add:            # a + b",
+     "if False:            # a + b"),
+    ("processes: sums of earlier shards are not sent", REDUCTION,
+     "every = [*map(self._lowered, self._sums[stage][:sent - 1]), out]", "every = [out] * sent"),
+    ("processes: another tree", REDUCTION, "middle = (low + high + 1) // 2", "middle = low + 1"),
+    ("processes: parts overlap", REDUCTION, "piece = slice(max(a - start, 0),", "piece = slice(0,"),
+    ("processes: parts are not shared", REDUCTION, "        if self.mine is None:\n            return\n",
+     "        return\n"),
+    ("processes: from the wrong rank", REDUCTION, "comm.Irecv(piece, (own - n) % P)",
+     "comm.Irecv(piece, (own + n) % P)"),
+    ("processes: sums are not rounded", REDUCTION,
+     "np.add(rows[into], rows[other], out=out)\n            if self.wire:",
+     "np.add(rows[into], rows[other], out=out)\n            if False:"),
+    ("processes: nan is rounded", REDUCTION, "            up[nan] = 0\n", ""),
+    ("processes: the norm is of one's own part", DISTRIBUTED,
+     "self.processes.comm.Allreduce(MPI.IN_PLACE, every)", "pass"),
+    ("processes: another order of the norm's sums", DISTRIBUTED, "return every.tolist()",
+     "return every.tolist()[::-1]"),
+    ("processes: the optimizer's arrays stay apart", DISTRIBUTED, "for slot in optimizer.slots:",
+     "for slot in ():"),
+    ("processes: dropout of every shard alike", DISTRIBUTED, "repr((state, step, shard))",
+     "repr((state, step))"),
+    ("processes: other weights", DISTRIBUTED, "broadcast(network, self.processes)\n", "pass\n"),
+    ("processes: losses of one rank", DISTRIBUTED, "self.processes.comm.Allgather(row, rows)",
+     "rows[:] = row"),
+    ("processes: sums without a stage's", DISTRIBUTED, "for stage in done[self._ready:] if last else done:",
+     "for stage in done[self._ready:] if last else ():"),
+    ("an optimizer updates all", OPTIM, "if self._own is None else", "if True else"),
+    ("an optimizer stays restricted", TRAINING, "self.optimizer.restrict(None)", "pass"),
+    ("a saved optimizer has old parts", TRAINING,
+     "self.shards.complete(self.optimizer)        # a report", "pass        # a report"),
     ("torch: cells are left", TORCH_REPLACING, "(LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell)}",
      "(LSTM, GRU, RNN)}"),
 ]

@@ -54,6 +54,8 @@ NOTICE = {
     "lstmcore/files": ((), FILES),
     "lstmcore/formats/": ((), FILES),
     "lstmcore/models/": ((), ("test_language_model", "test_estimators", "test_inspect")),
+    "lstmcore/distributed": ((), ("test_distributed",)),
+    "lstmcore/reduction": ((), ("test_distributed",)),
     "lstmcore/renames": ((), ("test_renames", "test_estimators")),
     "lstmcore/torch/": ((), ("test_torch_dropin", "test_torch_operators", "test_torch_precision")),
     "lstmcore/": ((), CALLS),
