@@ -382,7 +382,9 @@ class Shards:
 
         from mpi4py import MPI
         blocks = [gradients[name].reshape(-1)[at:at + optim.BLOCK] for name, at in (places[n] for n in own)]
-        return optim.clip_blocks(blocks, max_norm, to_all)
+        norm = optim.joint_norm(blocks, to_all)
+        optim.scale_to(blocks, norm, max_norm)
+        return norm
 
     def divide(self, optimizer: optim.Optimizer) -> None:
         """Let it update this process's part of the parameters."""

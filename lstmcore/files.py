@@ -344,12 +344,15 @@ _MAKERS = {"Linear": _linear, "Embedding": _embedding, "Stack": layers.Stack,
 
 def assemble(found: Any, batch_first: bool = False, dropout: float = 0.0,
              nonlinearity: str | None = None, dtype: Any = None, compute: Any = None,
-             reset_after: bool | None = None) -> Any:
+             reset_after: bool | None = None, **variant: Any) -> Any:
     """Descriptions of layers, each fed by the one before it, as one module in evaluation mode.
 
-    They make one `LSTM`, `GRU` or `RNN` where it can say the same, and a `Stack` elsewhere.
+    They make one `LSTM`, `GRU` or `RNN` where it can say the same, and a `Stack` elsewhere. variant: those
+    of `description.COMPUTED` and `DRAWN` that are not the usual ones.
     """
     found = [description.checked(layer, nonlinearity, reset_after) for layer in found]
+    if variant:
+        found = [layer._replace(variant=variant) for layer in found]
     width = found[0].directions[0]["weight_ih"].shape[1]
     for layer in found:
         if layer.last_step and layer is not found[-1]:
@@ -380,6 +383,7 @@ def assemble(found: Any, batch_first: bool = False, dropout: float = 0.0,
 def _build(found, dtype, **options):
     first = found[0]
     names = first.directions[0]
+    options.update(first.variant)
     if first.kind == "LSTM":
         options["peepholes"] = "weight_peephole" in names
         options["proj_size"] = first.output_size if "weight_hr" in names else 0

@@ -306,26 +306,32 @@ def clip_grad_norm(gradients: Module | Mapping[str, Floats], max_norm: float) ->
     """
     max_norm, arrays = checks.number("max_norm", max_norm), _to_be_clipped(gradients)
     blocks = [a.reshape(-1)[at:at + BLOCK] for a in arrays for at in range(0, a.size, BLOCK)]
-    return clip_blocks(blocks, max_norm)
+    norm = joint_norm(blocks)
+    scale_to(arrays, norm, max_norm)
+    return norm
 
 
-def clip_blocks(blocks: Sequence[Floats], max_norm: float,
-                to_all: Callable[[list[float]], list[float]] = list) -> float:
-    """`clip_grad_norm` of the blocks that this process has.
+def joint_norm(blocks: Sequence[Floats],
+               to_all: Callable[[list[float]], list[float]] = list) -> float:
+    """The 2-norm of blocks of numbers together.
 
-    to_all : the sums of squares of these blocks -> those of all blocks, in an order that is always the same
+    to_all : the sums of squares of these blocks -> those of all blocks, where others have more of them,
+        in an order that is always the same
     """
     def norm_of(dtype):
         return sqrt(sum(to_all([float(np.square(g, dtype=dtype).sum()) for g in blocks])))
 
     with np.errstate(over="ignore", invalid="ignore"):
         norm = norm_of(None)
-        if norm == inf:             # squares beyond float32: once more in float64
-            norm = norm_of(np.float64)
+        return norm_of(np.float64) if norm == inf else norm     # squares beyond float32
+
+
+def scale_to(arrays: Sequence[Floats], norm: float, max_norm: float) -> None:
+    """Scale arrays of this joint norm in place, so that it is at most max_norm; one that is not finite
+    scales nothing."""
     if max_norm < norm < inf:
-        for g in blocks:
+        for g in arrays:
             g *= max_norm / norm
-    return norm
 
 
 def clip_grad_value(gradients: Module | Mapping[str, Floats], max_value: float) -> None:

@@ -217,7 +217,7 @@ def lstm_forward(x: Floats, W_ih: Floats, W_hh: Floats, b: Floats | None = None,
                  ) -> tuple[Floats, tuple[Floats, Floats], Tape | Any]:
     """x (T,B,I), W_ih (4H,I), W_hh (4H,P) -> y (T,B,P), (h_n (B,P), c_n (B,H)), tape."""
     if variant is not None:
-        return varied_forward(x, W_ih, W_hh, b, h0, c0, peepholes, variant, lengths, reverse, keep_tape,
+        return _varied_forward(x, W_ih, W_hh, b, h0, c0, peepholes, variant, lengths, reverse, keep_tape,
                               compute)
     T, B, _ = x.shape
     H, P = W_hh.shape[0] // 4, W_hh.shape[1]
@@ -241,7 +241,7 @@ def lstm_backward(tape: Tape, dy: Floats, dh_n: Floats | None = None, dc_n: Floa
     """dy (T,B,P), dh_n (B,P), dc_n (B,H) -> Gradients, every one shaped as what it belongs to."""
     x, W_ih, W_hh, peepholes, W_hr, h0, c0, lengths, reverse, compute, y, gates, c, *_ = tape
     if tape.variant is not None:
-        return varied_backward(tape, dy, dh_n, dc_n)
+        return _varied_backward(tape, dy, dh_n, dc_n)
     T, B, _ = x.shape
     p = np.zeros((3, c.shape[2]), x.dtype) if peepholes is None else peepholes
     dx, dW_ih, dW_hh = np.zeros_like(x), np.zeros_like(W_ih), np.zeros_like(W_hh)
@@ -299,7 +299,7 @@ def zones_of(v: Variant, t: Ints, r: Ints) -> tuple[Any, Any]:
     return v.zones() if v.zone_masks is None else (v.zone_masks[t, r, 0], v.zone_masks[t, r, 1])
 
 
-def varied_forward(x, W_ih, W_hh, b, h0, c0, peepholes, v, lengths, reverse, keep_tape, compute):
+def _varied_forward(x, W_ih, W_hh, b, h0, c0, peepholes, v, lengths, reverse, keep_tape, compute):
     """lstm_forward of a `Variant` v."""
     T, B, _ = x.shape
     H = W_hh.shape[1]
@@ -330,7 +330,7 @@ def varied_forward(x, W_ih, W_hh, b, h0, c0, peepholes, v, lengths, reverse, kee
     return y, (h, c), tape if keep_tape else None
 
 
-def varied_backward(tape, dy, dh_n, dc_n):
+def _varied_backward(tape, dy, dh_n, dc_n):
     """lstm_backward of a `Variant`."""
     x, W_ih, W_hh, peepholes, _, h0, c0, lengths, reverse, compute, y, gates, c, v, a = tape
     T, B, _ = x.shape

@@ -5,18 +5,44 @@ is dropped or taken from the wrong place changes the result. `forward` and `back
 through `lstmcore.functional` or `lstmcore.reference`, which share their signatures.
 """
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
 
 from lstmcore.reference import rounded
+from lstmcore.variants import Variant
 
 UPSTREAM = ("dy", "dh_n", "dc_n")
 
 
+VARIANTS = {        # of an LSTM; `masks` says what is drawn
+    "hard_sigmoid": dict(recurrent_activation=("hard_sigmoid", 0.2, 0.5)),
+    "softsign, scaled tanh": dict(activation="softsign", cell_activation=("tanh", 1.5, 0.7)),
+    "leaky, thresholded": dict(activation=("leaky_relu", 0.1), cell_activation=("thresholded_relu", 0.2)),
+    "elu, linear": dict(activation=("elu", 0.8, 1.2), cell_activation=("linear", 0.5, 0.1)),
+    "clip": dict(clip=0.7),
+    "coupled": dict(coupled=True),
+    "zoneout in the mean": dict(zoneout=(0.2, 0.4)),
+    "zoneout": dict(masks=("zone_masks",)),
+    "recurrent dropout": dict(masks=("h_mask",)),
+    "all": dict(recurrent_activation="hard_sigmoid", activation="softsign", clip=1.5, coupled=True,
+                masks=("zone_masks", "h_mask")),
+}
+
+
+def variant_of(said, T, B, H, dtype, seed):
+    """A `Variant`, of an entry of VARIANTS, with masks that drop about half."""
+    rng, said = np.random.default_rng([seed, T, B, H]), dict(said)
+    drawn = {"zone_masks": lambda: rng.random((T, B, 2, H)) < 0.5,
+             "h_mask": lambda: 2.0 * (rng.random((B, H)) < 0.5)}
+    masks = {name: drawn[name]().astype(dtype) for name in said.pop("masks", ())}
+    return Variant(**said, **masks)
+
+
 def lstm_problem(T, B, I, H, *, P=None, bias=True, states=True, peepholes=False, lengths=None,
-                 reverse=False, dtype="float64", seed=0):
-    """An LSTM problem: `inputs` (arrays), `options`, `upstream` gradients.
+                 reverse=False, variant=None, dtype="float64", seed=0):
+    """An LSTM problem: `inputs` (arrays), `options`, `upstream` gradients. variant: a key of VARIANTS.
 
     lengths="ragged" draws them from 0..T in no order; where B allows, one is 0 and one is T.
     """
@@ -29,8 +55,10 @@ def lstm_problem(T, B, I, H, *, P=None, bias=True, states=True, peepholes=False,
         peepholes=draw(3, H, scale=0.7) if peepholes else None,
         W_hr=draw(P, H, scale=1.5 / np.sqrt(H + 1)) if projected else None)
     upstream = dict(dy=draw(T, B, P), dh_n=draw(B, P), dc_n=draw(B, H))
-    return SimpleNamespace(kind="lstm", inputs=inputs, upstream=upstream,
-                           options=dict(lengths=_lengths(lengths, T, B, seed), reverse=reverse))
+    options = dict(lengths=_lengths(lengths, T, B, seed), reverse=reverse)
+    if variant is not None:
+        options["variant"] = variant_of(VARIANTS[variant], T, B, H, dtype, seed)
+    return SimpleNamespace(kind="lstm", inputs=inputs, upstream=upstream, options=options)
 
 
 def rnn_problem(T, B, I, H, *, nonlinearity="tanh", bias=True, states=True, lengths=None,
@@ -83,7 +111,12 @@ def in_float64(problem):
     cast = {part: {name: None if array is None else array.astype("float64")
                    for name, array in getattr(problem, part).items()}
             for part in ("inputs", "upstream")}
-    return SimpleNamespace(kind=problem.kind, options=problem.options, **cast)
+    options = dict(problem.options)
+    if (variant := options.get("variant")) is not None:
+        options["variant"] = dataclasses.replace(variant, **{
+            name: mask.astype("float64") for name in ("zone_masks", "h_mask")
+            if (mask := getattr(variant, name)) is not None})
+    return SimpleNamespace(kind=problem.kind, options=options, **cast)
 
 
 def bfloat16_sums(a, b, start=0):

@@ -105,7 +105,7 @@ def unlike(comm, what):
             return str(error)
     elif what == "weights":     # equal after all: rank 0's count
         return bits(LanguageModel(hidden_size=5, seed=None).fit(
-            text, steps=3, progress=False, comm=comm).network)
+            text, steps=3, progress=False, comm=comm, reduction="allreduce").network)
     try:
         LanguageModel(hidden_size=5).fit(text, steps=3, progress=False, comm=comm, **options)
     except ValueError as error:

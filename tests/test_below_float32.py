@@ -20,13 +20,14 @@ from lstmcore.reference import quantize, rounded
 SHAPES = [(1, 1, 1), (3, 5, 7), (1, 65, 33), (4, 64, 32), (7, 9, 17), (13, 31, 40), (49, 3, 6),
           (194, 6, 5), (2, 520, 21), (2, 4, 520)]      # B, I, H; 192 rows are lowered at a time
 OPTIONS = {"plain": {}, "no states": dict(states=False), "peepholes": dict(peepholes=True),
-           "projected": dict(P=10, peepholes=True)}
+           "projected": dict(P=10, peepholes=True),
+           "variant": dict(variant="softsign, scaled tanh", states=False)}
 WEIGHTS = ("W_ih", "W_hh", "W_hr")
 
 
 def packed_of(problem, precision):
     """The weights of a problem, packed; a vanilla RNN's too."""
-    cell = "lstm" if problem.kind == "lstm" else problem.options["nonlinearity"]
+    cell = problem.options.get("nonlinearity", "lstm" + "_varied" * ("variant" in problem.options))
     return pack(cell, *(problem.inputs.get(name) for name in WEIGHTS), precision=precision)
 
 

@@ -1,5 +1,7 @@
 """The same bits: for every number of threads, in every run, and whatever else is in the batch."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from problems import backward, forward, gru_problem, lstm_problem, rnn_problem
@@ -19,6 +21,8 @@ CASES = {
     "projected": ("lstm", dict(T=9, B=14, I=5, H=70, P=19)),
     "everything": ("lstm", dict(T=9, B=14, I=5, H=70, P=36, peepholes=True, lengths="ragged",
                                 reverse=True)),
+    "variant": ("lstm", dict(T=31, B=11, I=9, H=70, variant="all")),
+    "variant, ragged": ("lstm", dict(T=12, B=13, I=9, H=35, lengths="ragged", variant="recurrent dropout")),
     "few rows": ("lstm", dict(T=9, B=2, I=5, H=130)),
     "gru": ("gru", dict(T=31, B=11, I=9, H=70)),
     "gru before, ragged": ("gru", dict(T=12, B=13, I=9, H=70, reset_after=False, lengths="ragged")),
@@ -70,6 +74,10 @@ def rows_of(problem, rows):
              for part in ("inputs", "upstream")}
     lengths = problem.options["lengths"]
     options = {**problem.options, "lengths": lengths if lengths is None else lengths[rows]}
+    if (variant := options.get("variant")) is not None:
+        masks = {name: np.take(mask, rows, axis) for name, axis in (("h_mask", 0), ("zone_masks", 1))
+                 if (mask := getattr(variant, name)) is not None}
+        options["variant"] = dataclasses.replace(variant, **masks)
     return type(problem)(kind=problem.kind, options=options, **parts)
 
 
@@ -99,7 +107,7 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(case, parts, plan, isa):
             assert np.array_equal(got, want[rows])
 
 
-@pytest.mark.parametrize("case", ["ragged", "ragged reverse", "everything"])
+@pytest.mark.parametrize("case", ["ragged", "ragged reverse", "everything", "variant"])
 def test_inputs_multiplied_ahead_or_in_the_step_give_the_same_bits(case, isa, monkeypatch):
     found = []
     for plan in "tiles", "fused":

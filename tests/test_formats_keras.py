@@ -121,8 +121,8 @@ def test_weights_alone_need_their_order(tmp_path, keras):
 def test_what_keras_asks_for_is_refused_by_name(tmp_path, keras):
     L = keras.layers
     for message, layer in {
-            "activation='relu'": L.LSTM(3, activation="relu"),
-            "recurrent_activation='hard_sigmoid'": L.LSTM(3, recurrent_activation="hard_sigmoid"),
+            "activation='gelu'": L.LSTM(3, activation="gelu"),
+            "recurrent_activation='softplus'": L.LSTM(3, recurrent_activation="softplus"),
             "go_backwards=True": L.LSTM(3, go_backwards=True, return_sequences=True),
             "merge_mode='sum'": L.Bidirectional(L.LSTM(3), merge_mode="sum"),
             "activation='relu'.*a": L.GRU(3, activation="relu")}.items():

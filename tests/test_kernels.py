@@ -4,7 +4,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from problems import backward, forward, in_float64, lstm_problem, rnn_problem
+from problems import VARIANTS, backward, forward, in_float64, lstm_problem, rnn_problem
 
 from lstmcore import _kernels, _products, functional, reference
 from lstmcore.dense import linear_backward, linear_forward
@@ -47,6 +47,9 @@ LSTM_OPTIONS = {
     "projected": dict(P=10),
     "projected to more": dict(P=37, bias=False),
     "all": dict(P=9, peepholes=True, lengths="ragged", reverse=True),
+    **{f"variant: {name}": dict(variant=name, lengths="ragged", reverse=name == "all",
+                                peepholes="zone" not in name and name != "all") for name in VARIANTS},
+    "variant without states": dict(variant="recurrent dropout", states=False),
 }
 SHAPE_FOR_OPTIONS = (6, 9, 5, 21)
 

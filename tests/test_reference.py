@@ -5,7 +5,7 @@ from math import log
 
 import numpy as np
 import pytest
-from problems import (backward, forward, gru_problem, lstm_problem, rnn_problem,
+from problems import (VARIANTS, backward, forward, gru_problem, lstm_problem, rnn_problem,
                       with_products)
 
 from lstmcore import reference
@@ -22,6 +22,8 @@ LSTM_CASES = {
     "ragged reverse": dict(T=5, B=6, I=2, H=3, peepholes=True, lengths="ragged", reverse=True),
     "projected": dict(T=4, B=3, I=2, H=5, P=4),
     "everything": dict(T=5, B=6, I=4, H=3, P=2, peepholes=True, lengths="ragged", reverse=True),
+    **{name: dict(T=5, B=6, I=3, H=4, variant=name, lengths="ragged", reverse=name == "all",
+                  peepholes="zone" not in name and name != "all") for name in VARIANTS},
 }
 RNN_CASES = {
     f"{nonlinearity} {name}": dict(nonlinearity=nonlinearity, **case)

@@ -11,11 +11,15 @@ from typing import NamedTuple
 import numpy as np
 
 from lstmcore.precision import Quantized
+from lstmcore.variants import Variant
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 _A = {"GRU": "a GRU", "RNN": "an RNN"}
 WEIGHTS = ("weight_ih", "weight_hh", "bias", "weight_peephole", "weight_hr")
 OPTIONS = ("batch_first", "dropout", "nonlinearity", "reset_after")
+# In what a layer is not the usual one, as `LSTM` takes it: what is computed, and what training draws.
+COMPUTED = ("recurrent_activation", "activation", "cell_activation", "clip", "coupled", "zoneout")
+DRAWN = ("recurrent_dropout", "weight_dropout", "locked_dropout")
 VERSION = 1             # of the descriptions in our own files
 SCALE = ".scale"        # ends the name of the scales of int8 numbers
 LAYER, MODEL = "lstmcore.layer", "lstmcore.language_model"      # their names there
@@ -52,6 +56,7 @@ class Layer(NamedTuple):
     initial: "tuple | None" = None      # the initial state, where the file fixes one
     last_step: bool = False             # y is the last output only
     reset_after: "bool | None" = None   # of a GRU, where its biases do not say it
+    variant: dict = {}                  # those of COMPUTED and DRAWN that are not the usual ones
 
     @property
     def hidden_size(self):
@@ -218,7 +223,7 @@ def _reset_after(layer, wanted):
 def signature(layer):
     """What layers must have in common to be one LSTM or RNN."""
     return (layer.kind, layer.hidden_size, layer.output_size, layer.nonlinearity, layer.reset_after,
-            len(layer.directions), tuple(sorted(layer.directions[0])))
+            len(layer.directions), tuple(sorted(layer.directions[0])), repr(sorted(layer.variant.items())))
 
 
 def joined(arrays):
@@ -258,14 +263,21 @@ def check(said):
     """ValueError unless a description in a file says what it can say."""
     kinds = {"batch_first": bool, "dropout": (int, float), "p": (int, float), "nonlinearity": str,
              "compute": str, "bidirectional": bool, "last_step": bool, "reset_after": bool,
-             "reverse": list, "layers": list, "class": str}
+             "reverse": list, "layers": list, "class": str, "clip": (int, float), "coupled": bool,
+             "zoneout": (int, float, list), "recurrent_dropout": (int, float),
+             "weight_dropout": (int, float), "locked_dropout": bool,
+             **dict.fromkeys(COMPUTED[:3], (str, list))}
     if not isinstance(said, dict) or "class" not in said:
         raise ValueError(f"a description must be an object with a class, got {said!r:.100}")
     for name, value in said.items():
         if name not in kinds or not isinstance(value, kinds[name]) \
-                or (isinstance(value, (int, float)) and not 0 <= value <= 1):
+                or (name != "clip" and isinstance(value, (int, float)) and not 0 <= value <= 1):
             raise ValueError(f"the description of a {said['class']:.100} says "
                              f"{name} = {value!r:.100}")
+    try:
+        Variant(**{name: said[name] for name in COMPUTED if name in said})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the description of a {said['class']:.100} does not fit: {error}") from None
     if not all(isinstance(r, bool) for r in said.get("reverse", [])):
         raise ValueError(f"the description of a {said['class']:.100} says reverse = "
                          f"{said['reverse']!r:.100}")
@@ -282,7 +294,8 @@ def parts(description, arrays):
         raise TypeError(f"module must be an LSTM, GRU, RNN or Stack, got {kind}")
     layers = from_torch_names("", group(arrays)[""])
     said = description.get("nonlinearity"), description.get("reset_after")
-    return [(description, [checked(layer, *said) for layer in layers], False)]
+    variant = {name: description[name] for name in COMPUTED + DRAWN if name in description}
+    return [(description, [checked(layer, *said)._replace(variant=variant) for layer in layers], False)]
 
 
 def below(prefix, arrays):

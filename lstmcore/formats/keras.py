@@ -24,6 +24,7 @@ import numpy as np
 from lstmcore.formats import description, disk, hdf5
 from lstmcore.formats.archive import Archive
 from lstmcore.formats.description import Content
+from lstmcore.variants import activation
 
 KINDS = {"LSTM": "LSTM", "CuDNNLSTM": "LSTM", "GRU": "GRU", "SimpleRNN": "RNN"}
 CELLS = {"LSTMCell": "LSTM", "GRUCell": "GRU", "SimpleRNNCell": "SimpleRNN"}    # of the layer class RNN
@@ -36,12 +37,17 @@ NODES = "layers", "_layer_checkpoint_dependencies"              # of Keras 3, an
 PASSING = ("InputLayer", "Dropout", "SpatialDropout1D", "GaussianNoise", "GaussianDropout",
            "ActivityRegularization")
 WEIGHTS = ("kernel", "recurrent_kernel", "bias")
+USUAL = {"recurrent_activation": "sigmoid", "activation": "tanh"}
+ACTIVATIONS = {
+    **{name: name for name in ("sigmoid", "tanh", "linear", "relu", "softsign", "elu", "selu",
+                               "hard_sigmoid")},
+    "leaky_relu": ("leaky_relu", 0.2)}
 OWN = "lstmcore.config"
 
 
 def read_arrays(path):
     """Every array of the file by its path in the HDF5 part."""
-    _, root = _open(path)
+    _, root, _ = _open(path)
     found, waiting = {}, [("", root)]
     while waiting:
         name, node = waiting.pop()
@@ -55,12 +61,11 @@ def read_arrays(path):
 
 def content(path):
     """The chains of recurrent layers in the file."""
-    config, root = _open(path)
+    config, root, version = _open(path)
     options = {"batch_first": _is_batch_first(path, config)}
     layers = _layers(path, config) if config is not None else {}
     weights = _weights_by_layer(path, root, layers)
     if config is None:
-        version = str(root.attributes.get("keras_version", ""))
         chains = [[(name, functools.partial(_unsaid, path, name, found, version))]
                   for name, found in weights.items() if _is_recurrent(found)]
         others = [name for name in weights if not _is_recurrent(weights[name])]
@@ -74,7 +79,7 @@ def content(path):
             used[source] = used.get(source, 0) + 1
     chains = []
     for name in recurrent:
-        entry = name, functools.partial(_from_config, path, name, layers[name], weights)
+        entry = name, functools.partial(_from_config, path, name, layers[name], weights, version)
         if chains and used.get(links.get(name)) == 1 and chains[-1][-1][0] == links[name]:
             chains[-1].append(entry)
         else:
@@ -146,6 +151,7 @@ def arrays(module):
             for cell in layer.directions:
                 if extra := cell.keys() & {"weight_peephole", "weight_hr"}:
                     raise ValueError(f"Keras has no layer with {' and '.join(sorted(extra))}")
+                _config(layer)
                 cell = _for_gru(cell) if layer.kind == "GRU" else cell
                 found[-1] += [cell[weight].T for weight in ("weight_ih", "weight_hh", "bias")
                               if weight in cell]
@@ -168,9 +174,23 @@ def _for_gru(cell):
     return found
 
 
+def _config(layer):
+    """What Keras's configuration says of a variant."""
+    found = {name: value for name, value in layer.variant.items() if name in ("recurrent_dropout", *USUAL)}
+    for key in found.keys() & USUAL:
+        names = [name for name, ours in ACTIVATIONS.items()
+                 if activation(key, ours) == activation(key, found[key])]
+        if not names:
+            raise ValueError(f"Keras has no layer with {key}={found[key]!r}")
+        found[key] = names[0]
+    if extra := layer.variant.keys() - found.keys() - {"locked_dropout", "weight_dropout"}:
+        raise ValueError(f"Keras has no layer with {' and '.join(sorted(extra))}")
+    return found
+
+
 def _entry(name, layer):
     """One layer of an LSTM, GRU or RNN in the configuration of a Sequential model."""
-    config = {"name": name, "return_sequences": True}
+    config = {"name": name, "return_sequences": True, **_config(layer)}
     if layer.kind == "RNN":
         config["activation"] = layer.nonlinearity
     if layer.kind == "GRU":
@@ -192,19 +212,26 @@ def _is_batch_first(path, config):
 
 
 def _open(path):
-    """The configuration, or None, and the root of the weights."""
+    """The configuration, or None, the root of the weights, and which Keras wrote them, if that is said."""
     data = disk.read(path)
     if data[:8] == hdf5.SIGNATURE:
         root = hdf5.read(data)
         text = root.attributes.get("model_config", root.attributes.get(OWN))
-        return None if text is None else _json(path, text), root
+        version = "3" if OWN in root.attributes else _text(root.attributes.get("keras_version", ""))
+        return None if text is None else _json(path, text), root, version
     del data
     with Archive(path) as archive:
         if "model.weights.h5" not in archive.members:
             raise ValueError(f"{path} has no model.weights.h5; weights as npz are pickled and not "
                              "read: save with weights_format='h5'")
-        return (_json(path, archive.read("config.json")),
-                hdf5.read(archive.read("model.weights.h5")))
+        said = _json(path, archive.read("metadata.json")) if "metadata.json" in archive.members else {}
+        return (_json(path, archive.read("config.json")), hdf5.read(archive.read("model.weights.h5")),
+                _text(said.get("keras_version", "") if isinstance(said, dict) else ""))
+
+
+def _text(value):
+    """A version, whatever stands there."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def _json(path, text):
@@ -394,7 +421,7 @@ def _source(layers, name):
     return None
 
 
-def _from_config(path, name, layer, weights):
+def _from_config(path, name, layer, weights, version):
     """The Layers of one entry of the configuration, everything it asks for checked."""
     kind, inner, wrapper, _ = layer
     config = inner["config"]
@@ -402,7 +429,10 @@ def _from_config(path, name, layer, weights):
     backwards = last_step and wrapper is None and config.get("go_backwards") is True
     # Of the last step alone, the order that Keras gives a sequence read backwards is no matter.
     wanted = {"go_backwards": [False, True] if backwards else [False], "time_major": [False]}
-    if inner["class_name"] in ("LSTM", "GRU"):
+    variant = {}
+    if inner["class_name"] == "LSTM":
+        variant = _variant(path, name, config, version)
+    elif inner["class_name"] == "GRU":
         wanted.update(activation=["tanh"], recurrent_activation=["sigmoid"])
     elif inner["class_name"] == "SimpleRNN":
         wanted.update(activation=["tanh", "relu"])
@@ -416,6 +446,8 @@ def _from_config(path, name, layer, weights):
             if back["class_name"] != inner["class_name"]:
                 raise ValueError(f"{name} has a {back['class_name']!r:.40} as its backward_layer")
             _expect(name, back["config"], {**wanted, "go_backwards": [True]})
+            if inner["class_name"] == "LSTM" and _variant(path, name, back["config"], version) != variant:
+                raise ValueError(f"{name} has other activations or another dropout in its backward_layer")
     if str(inner.get("module") or "keras").partition(".")[0] not in KERAS:
         raise ValueError(f"{name} is of a class of {inner['module']!r:.100}, not Keras's own")
     if name not in weights:
@@ -424,30 +456,60 @@ def _from_config(path, name, layer, weights):
         raise ValueError(f"{name} must have weights of {1 if wrapper is None else 2} directions, "
                          f"got {len(weights[name])}")
     (made,) = _layer(name, weights[name], inner)
-    return [made._replace(last_step=last_step, reverse=backwards)]
+    return [made._replace(last_step=last_step, reverse=backwards, variant=variant)]
+
+
+def _variant(path, name, config, version=""):
+    """In what the configuration of a Keras LSTM differs from the usual one, as `lstmcore.LSTM` takes it."""
+    found = {}
+    for key in ("recurrent_activation", "activation"):
+        said = config.get(key, USUAL[key])
+        if isinstance(said, dict):                      # Keras's long form of a function's name
+            said = said.get("config", said.get("class_name"))
+        given = said if isinstance(said, tuple) else ACTIVATIONS.get("linear" if said is None else str(said))
+        if given is None:
+            raise ValueError(f"{name} asks for {key}={said!r:.100}, lstmcore has {list(ACTIVATIONS)}")
+        if given == "hard_sigmoid" and not version[:1].isdigit():
+            raise ValueError(f"{path} does not say which Keras wrote it: {name} has hard_sigmoid, which is "
+                             "0.2 x + 0.5 before Keras 3 and x / 6 + 0.5 since; of weights alone, give "
+                             "recurrent_activation=('hard_sigmoid', 0.2, 0.5), say")
+        if given == "hard_sigmoid" and int(re.match(r"\d+", version)[0]) < 3:
+            given = ("hard_sigmoid", 0.2, 0.5)
+        if given != USUAL[key]:
+            found[key] = given
+    dropped = config.get("recurrent_dropout", 0.0)
+    if not isinstance(dropped, (int, float)) or not 0 <= dropped < 1:
+        raise ValueError(f"{name} asks for recurrent_dropout={dropped!r:.100}")
+    return {**found, "recurrent_dropout": float(dropped)} if dropped else found
 
 
 def _unsaid(path, name, weights, version, activation=None, recurrent_activation=None):
     """The Layers of a file of weights alone, which does not say what they were made of."""
     (made,) = _layer(name, weights, None)
-    for key, value, known in (("activation", activation, "tanh"),
-                              ("recurrent_activation", recurrent_activation, "sigmoid")):
-        if made.kind != "RNN" and value not in (None, known):
-            raise ValueError(f"{name}: {key}={value!r:.40} is asked for, lstmcore has {known!r}")
+    given = {key: value for key, value in (("activation", activation),
+                                           ("recurrent_activation", recurrent_activation))
+             if value is not None}
+    variant = {}
+    if made.kind == "LSTM":
+        variant = _variant(path, name, given, version)
+    elif made.kind == "GRU" and any(value != USUAL[key] for key, value in given.items()):
+        raise ValueError(f"{name}: {given} is asked for, a GRU of lstmcore has {USUAL}")
     if made.kind != "RNN" and recurrent_activation is None:
         old = version and [int(n) for n in re.findall(r"\d+", version)[:2]] < [2, 3]
         if old:
             raise ValueError(
                 f"{path} was written by Keras {version:.20}, whose {made.kind} had recurrent_activation "
-                f"hard_sigmoid unless told otherwise, and does not say which {name} had: lstmcore "
-                "has sigmoid; if it was that, give recurrent_activation='sigmoid'")
+                f"hard_sigmoid unless told otherwise, and does not say which {name} had: give "
+                "recurrent_activation='hard_sigmoid' or 'sigmoid'")
         warnings.warn(f"{path} holds weights alone and does not say what {name} was: taken are "
                       "activation='tanh', recurrent_activation='sigmoid' and go_backwards=False; "
                       "recurrent_activation='sigmoid' says that they are right", stacklevel=4)
     if made.kind == "GRU" and "bias" not in made.directions[0]:
         warnings.warn(f"{path} holds weights alone and {name} has no biases, which would say whether "
                       "it has reset_after: taken is True, unless reset_after= is given", stacklevel=4)
-    return [made._replace(nonlinearity=activation)] if made.kind == "RNN" and activation else [made]
+    if made.kind == "RNN" and activation:
+        return [made._replace(nonlinearity=activation)]
+    return [made._replace(variant=variant)]
 
 
 def _returns_sequences(layer):

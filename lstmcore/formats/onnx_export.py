@@ -22,6 +22,7 @@ import numpy as np
 
 from lstmcore.formats import description, disk
 from lstmcore.formats.description import below
+from lstmcore.variants import Variant
 
 try:
     import onnx
@@ -204,9 +205,12 @@ class _Part(NamedTuple):
 
     @property
     def option(self):
-        """The nonlinearity of an RNN; whether the reset gate of a GRU comes after the product."""
+        """The nonlinearity of an RNN; whether the reset gate of a GRU comes after the product; the variant
+        of an LSTM."""
         layer = self.layers[0]
-        return layer.reset_after if layer.kind == "GRU" else layer.nonlinearity
+        return {"LSTM": Variant(**{name: layer.variant[name] for name in description.COMPUTED
+                                   if name in layer.variant}),
+                "GRU": layer.reset_after, "RNN": layer.nonlinearity}[layer.kind]
 
     @property
     def widths(self):
@@ -377,6 +381,8 @@ def _node(graph, kind, x, cells, initial, reverse, option, name):
     options = {"activations": ["Relu"] * D} if option == "relu" else {}
     if kind == "GRU" and option:
         options["linear_before_reset"] = 1
+    if kind == "LSTM":
+        options = _attributes(option, D)
     direction = "bidirectional" if D == 2 else "reverse" if reverse else "forward"
     y, *last = graph.add(kind, *inputs, outputs=3 if kind == "LSTM" else 2, hidden_size=H,
                          direction=direction, name=name.format(""), **options)
@@ -384,8 +390,39 @@ def _node(graph, kind, x, cells, initial, reverse, option, name):
     return graph.add("Reshape", y, graph.ints(0, 0, D * H)), *last
 
 
+def _attributes(variant, D):
+    """What the node of an LSTM says of its variant."""
+    if any(variant.zones()):
+        raise ValueError("ONNX has no LSTM with zoneout")
+    options, names, alphas, betas = {}, [], [], []
+    for kind, alpha, beta in variant.activations():
+        name, *given = {
+            0: ("Sigmoid",), 1: ("Tanh",) if alpha == beta == 1 else ("ScaledTanh", alpha, beta),
+            2: ("Affine", alpha, beta), 3: ("HardSigmoid", alpha, beta),
+            4: ("LeakyRelu", alpha) if alpha else ("Relu",), 5: ("ThresholdedRelu", alpha), 6: ("Softsign",),
+            7: ("Elu", alpha)}[kind]
+        if kind == 7 and beta != 1:
+            raise ValueError("ONNX has no LSTM with the activation 'selu', or 'elu' with a beta")
+        names.append(name)
+        alphas += given[:1]
+        betas += given[1:]
+    if names != ["Sigmoid", "Tanh", "Tanh"]:
+        options["activations"] = names * D
+    for name, values in ("activation_alpha", alphas), ("activation_beta", betas):
+        if values:
+            options[name] = values * D
+    if variant.clip is not None:
+        options["clip"] = float(variant.clip)
+    if variant.coupled:
+        options["input_forget"] = 1
+    return options
+
+
 def _scans(graph, kind, x, cells, initial, reverse, option, name):
     """One layer as a Scan per direction, like `_node`."""
+    if kind == "LSTM" and not option.is_usual():
+        raise ValueError("an LSTM with other activations, clip or coupled gates is written to ONNX in "
+                         f"float32 alone, got {cells[0]['weight_hh'].dtype}")
     found = []
     for d, cell in enumerate(cells):
         first = [graph.add("Gather", s, graph.constant(np.int64(d)), axis=0) for s in initial]

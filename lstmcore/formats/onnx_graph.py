@@ -25,9 +25,16 @@ except ImportError:
     raise ImportError("ONNX files need the package onnx: pip install 'lstmcore[onnx]'") from None
 
 from lstmcore.formats.onnx_operators import DTYPES, PLUMBING, SHAPES, plumb, string
+from lstmcore.variants import Variant
 
 GATES = {"LSTM": [0, 2, 3, 1], "GRU": [1, 0, 2], "RNN": [0]}    # ours, as places in ONNX's order
 DEFAULTS = {"LSTM": ["sigmoid", "tanh", "tanh"], "GRU": ["sigmoid", "tanh"], "RNN": ["tanh"]}
+# ONNX's activations of an LSTM: ours, and the usual alpha, or alpha and beta, of those that have them
+ACTIVATIONS = {
+    "sigmoid": ("sigmoid",), "tanh": ("tanh",), "relu": ("relu",), "softsign": ("softsign",),
+    "hardsigmoid": ("hard_sigmoid", 0.2, 0.5), "leakyrelu": ("leaky_relu", 0.01),
+    "thresholdedrelu": ("thresholded_relu", 1.0), "elu": ("elu", 1.0),
+    "affine": ("linear", None, None), "scaledtanh": ("tanh", None, None)}
 QUANTIZED = "com.microsoft.DynamicQuantizeLSTM"
 _FIELDS = {TensorProto.FLOAT: "float_data", TensorProto.DOUBLE: "double_data",
            TensorProto.INT64: "int64_data", TensorProto.UINT32: "uint64_data",
@@ -290,7 +297,8 @@ def _attribute(a, external):
 
 
 def _options(node):
-    """The attributes of a recurrent node: (directions, reverse, layout, nonlinearity, reset_after).
+    """The attributes of a recurrent node: (directions, reverse, layout, nonlinearity, reset_after,
+    variant).
 
     What lstmcore does not compute is refused by its name.
     """
@@ -299,9 +307,10 @@ def _options(node):
     if direction not in ("forward", "reverse", "bidirectional"):
         raise ValueError(f"{node.name} has direction={direction!r:.40}")
     D = 1 + (direction == "bidirectional")
+    variant = _variant(node, a, D) if node.op == "LSTM" else {}
     for name in ("clip", "activation_alpha", "activation_beta", "input_forget"):
         if value := a.pop(name, None):
-            raise ValueError(f"{node.name} asks for {name}={value}, which lstmcore does not have")
+            raise ValueError(f"{node.name} asks for {name}={value}, which lstmcore's {node.op} does not have")
     wanted = a.pop("activations", [])
     if not isinstance(wanted, list):
         raise ValueError(f"{node.name} has activations={wanted!r:.40}, not a list of names")
@@ -317,12 +326,48 @@ def _options(node):
         raise ValueError(f"{node.name} asks for {a or {'layout': layout}}, which lstmcore does not "
                          "have")
     return (D, direction == "reverse", layout, wanted[0] if node.op == "RNN" else None,
-            reset_after)
+            reset_after, variant)
+
+
+def _variant(node, a, D):
+    """The attributes of an LSTM node, taken out of `a`, as `lstmcore.LSTM` takes them."""
+    wanted = a.pop("activations", [])
+    if not isinstance(wanted, list) or len(wanted) not in (0, 3 * D):
+        raise ValueError(f"{node.name} must have activations of {3 * D} functions, got {wanted!r:.100}")
+    numbers = [list(a.pop(f"activation_{which}", [])) for which in ("alpha", "beta")]
+    found = []
+    for name in [string(s).lower() for s in wanted]:
+        if name not in ACTIVATIONS:
+            raise ValueError(f"{node.name} asks for the activation {name!r:.40}, lstmcore has "
+                             f"{', '.join(ACTIVATIONS)}")
+        word, *usual = ACTIVATIONS[name]
+        # alpha, and beta, are those of the functions that have one, in their order
+        given = [kept.pop(0) if kept else value for kept, value in zip(numbers, usual)]
+        if None in given:
+            raise ValueError(f"{node.name} has no alpha and beta for {name}")
+        found.append((word, *given) if given else word)
+    if found[:3] != found[3:] and D == 2:
+        raise ValueError(f"{node.name} has other activations in its second direction, {wanted}: a layer "
+                         "of lstmcore has the same in both")
+    if any(numbers):
+        raise ValueError(f"{node.name} has more of activation_alpha or activation_beta than its "
+                         "activations take")
+    variant = dict(zip(("recurrent_activation", "activation", "cell_activation"), found))
+    if (clip := a.pop("clip", None)) is not None:
+        variant["clip"] = clip
+    if (coupled := a.pop("input_forget", 0)) not in (0, 1):
+        raise ValueError(f"{node.name} has input_forget={coupled!r:.40}")
+    if coupled:
+        variant["coupled"] = True
+    try:
+        return {} if Variant(**variant).is_usual() else variant
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{node.name}: {error}") from None
 
 
 def layer_of(node, W, R, B=None, P=None):
     """A recurrent node's weights as a `Layer`, checked against each other."""
-    D, reverse, _, nonlinearity, reset_after = _options(node)
+    D, reverse, _, nonlinearity, reset_after, variant = _options(node)
     order = GATES[node.op]
     n = len(order)
     for name, a in (("W", W), ("R", R)):
@@ -350,7 +395,7 @@ def layer_of(node, W, R, B=None, P=None):
             cell["weight_peephole"] = P[d].reshape(3, H)[[0, 2, 1]]
         directions.append(cell)
     return description.Layer(node.name, node.op, directions, nonlinearity, reverse,
-                             reset_after=reset_after)
+                             reset_after=reset_after, variant=variant)
 
 
 def dequantized(node, q, scale, zero):
@@ -392,8 +437,9 @@ def _run_recurrent(node, budget, X=None, W=None, R=None, B=None, sequence_lens=N
         common = dict(lengths=lengths, reverse=reverse or d == 1, keep_tape=False)
         weights = x, cell["weight_ih"], cell["weight_hh"], cell.get("bias"), h0
         if layer.kind == "LSTM":
-            y, last, _ = functional.lstm_forward(*weights, c0, **common,
-                                                 peepholes=cell.get("weight_peephole"))
+            y, last, _ = functional.lstm_forward(
+                *weights, c0, **common, peepholes=cell.get("weight_peephole"),
+                variant=Variant(**layer.variant) if layer.variant else None)
         elif layer.kind == "GRU":
             y, *last, _ = functional.gru_forward(*weights, reset_after=layer.reset_after, **common)
         else:
