@@ -46,6 +46,74 @@ static void lstm_backward(unit *u) {
     u->dc = dc * f + u->p[0] * u->a[0] + u->p[1] * u->a[1];
 }
 
+static const lstm_variant variants[] = {
+    {{SIGMOID, 0, 0}, {TANH, 1, 1}, {TANH, 1, 1}, 0, 0, 0, 0, 0, 0},
+    {{HARD_SIGMOID, 0.2, 0.5}, {SOFTSIGN, 0, 0}, {TANH, 1.5, 0.7}, 1, 0.9, 1, 0, 0, 0},
+    {{SIGMOID, 0, 0}, {LEAKY_RELU, 0.1, 0}, {THRESHOLDED_RELU, 0.2, 0}, 0, 0, 0, 1, 0.2, 0.4},
+    {{HARD_SIGMOID, 0.3, 0.4}, {ELU, 0.8, 1.2}, {AFFINE, 0.5, 0.1}, 1, 1.5, 0, 1, 0.5, 0},
+};
+static const lstm_variant *variant = variants;      /* of the cell that varies, in this check */
+
+static double activation(const lstm_activation *A, double x) {
+    switch (A->kind) {
+    case SIGMOID: return sigmoid(x);
+    case TANH: return A->alpha * tanh(A->beta * x);
+    case AFFINE: return A->alpha * x + A->beta;
+    case HARD_SIGMOID: return fmax(0, fmin(1, A->alpha * x + A->beta));
+    case LEAKY_RELU: return x > 0 ? x : A->alpha * x;
+    case THRESHOLDED_RELU: return x > A->alpha ? x : 0;
+    case SOFTSIGN: return x / (1 + fabs(x));
+    default: return A->beta * (x > 0 ? x : A->alpha * expm1(x));
+    }
+}
+
+/* A'(x), where y = A(x). */
+static double slope(const lstm_activation *A, double y) {
+    switch (A->kind) {
+    case SIGMOID: return y * (1 - y);
+    case TANH: return A->beta * (A->alpha - y * y / A->alpha);
+    case AFFINE: return A->alpha;
+    case HARD_SIGMOID: return y > 0 && y < 1 ? A->alpha : 0;
+    case LEAKY_RELU: return y > 0 ? 1 : A->alpha;
+    case THRESHOLDED_RELU: return y > 0;
+    case SOFTSIGN: return (1 - fabs(y)) * (1 - fabs(y));
+    default: return y > 0 ? A->beta : y + A->alpha * A->beta;
+    }
+}
+
+static double clipped(const lstm_activation *A, double x) {
+    return activation(A, variant->clips ? fmax(-variant->clip, fmin(variant->clip, x)) : x);
+}
+
+static double clipped_slope(const lstm_activation *A, double y) {
+    int inside = !variant->clips ||
+                 (y > activation(A, -variant->clip) && y < activation(A, variant->clip));
+    return inside ? slope(A, y) : 0;
+}
+
+static void varied_forward(unit *u) {
+    double i = clipped(&variant->gate, u->a[0] + u->p[0] * u->c_prev);
+    double f = variant->coupled ? 1 - i : clipped(&variant->gate, u->a[1] + u->p[1] * u->c_prev);
+    double g = clipped(&variant->candidate, u->a[2]), c = f * u->c_prev + i * g;
+    double o = clipped(&variant->gate, u->a[3] + u->p[2] * c), h = o * activation(&variant->cell, c);
+    double z_h = variant->zones ? variant->zone_h : 0, z_c = variant->zones ? variant->zone_c : 0;
+    u->c = z_c * u->c_prev + (1 - z_c) * c, u->h = z_h * u->h_prev + (1 - z_h) * h;
+    u->gates[0] = i, u->gates[1] = f, u->gates[2] = g, u->gates[3] = o;
+}
+
+static void varied_backward(unit *u) {
+    double i = u->gates[0], f = u->gates[1], g = u->gates[2], o = u->gates[3];
+    double z_h = variant->zones ? variant->zone_h : 0, z_c = variant->zones ? variant->zone_c : 0;
+    double t = activation(&variant->cell, f * u->c_prev + i * g), dh = (1 - z_h) * u->dh;
+    u->a[3] = dh * t * clipped_slope(&variant->gate, o);
+    double dc = (1 - z_c) * u->dc + dh * o * slope(&variant->cell, t) + u->p[2] * u->a[3];
+    u->a[0] = dc * (variant->coupled ? g - u->c_prev : g) * clipped_slope(&variant->gate, i);
+    u->a[1] = variant->coupled ? 0 : dc * u->c_prev * clipped_slope(&variant->gate, f);
+    u->a[2] = dc * i * clipped_slope(&variant->candidate, g);
+    u->dc = z_c * u->dc + dc * f + u->p[0] * u->a[0] + u->p[1] * u->a[1];
+    u->dh *= z_h;
+}
+
 static void tanh_forward(unit *u) { u->h = tanh(u->a[0]); }
 
 static void tanh_backward(unit *u) { u->a[0] = u->dh * (1 - u->h * u->h); }
@@ -85,6 +153,7 @@ static void gru_before_backward(unit *u) {
 
 static const equations known[] = {
     {"lstm", 4, 0, 0, 1, 1, 0, 1, 1, lstm_forward, lstm_backward},
+    {"lstm_varied", 4, 0, 0, 1, 1, 1, 1, 0, varied_forward, varied_backward},
     {"tanh", 1, 0, 0, 0, 0, 0, 0, 0, tanh_forward, tanh_backward},
     {"relu", 1, 0, 0, 0, 0, 0, 0, 0, relu_forward, relu_backward},
     {"gru", 4, 1, 0, 1, 0, 1, 0, 0, gru_forward, gru_backward},
@@ -146,7 +215,7 @@ static void step(const forward_problem *f, int how, ptrdiff_t r0, ptrdiff_t r1, 
     packed hh = pack(heard(cell), f->K, f->H, j0, j1, &f->W_hh, 1, f->K);
     lstm_weights w = {how & FUSED ? f->I : 0, f->K, f->H, ih.panels, hh.panels,
                       f->with_bias ? f->bias.row[0] : NULL,
-                      f->with_peepholes ? f->peepholes.row[0] : NULL, !!(how & NO_TAPE)};
+                      f->with_peepholes ? f->peepholes.row[0] : NULL, !!(how & NO_TAPE), variant};
     lstm_row *rows = calloc((size_t)(r1 - r0 + 1), sizeof *rows);
     const void **x = lowered(&f->x, f->I), **h = lowered(&f->h_prev, f->K);
     for (ptrdiff_t r = r0; r < r1; r++)
@@ -195,6 +264,7 @@ static forward_problem new_forward(const lstm_cell *cell, const equations *e, pt
                                    ptrdiff_t K, ptrdiff_t H, int rough) {
     matrix (*make)(ptrdiff_t, ptrdiff_t) = rough ? rough_matrix : new_matrix;
     ptrdiff_t rows = fed(cell) * H;
+    variant = variants + pick(sizeof variants / sizeof *variants);
     return (forward_problem){
         cell, n, I, K, H, (int)pick(2), e->has_peepholes && pick(2), make(1, rows * I + 1),
         make(1, rows * K + 1), make(1, cell->gates * H), make(1, 3 * H), make(n, I),
@@ -296,7 +366,7 @@ static void back_step(const backward_problem *b, int how, ptrdiff_t r0, ptrdiff_
     const lstm_cell *cell = b->cell;
     packed hh = pack(1, b->K, b->H, j0, j1, &b->W_hh, b->H, 1);
     lstm_weights w = {0, b->K, b->H, NULL, hh.panels, NULL,
-                      b->with_peepholes ? b->peepholes.row[0] : NULL, 0};
+                      b->with_peepholes ? b->peepholes.row[0] : NULL, 0, variant};
     lstm_back_row *rows = calloc((size_t)(r1 - r0 + 1), sizeof *rows);
     const void **da = lowered(&b->da_next, b->K);
     for (ptrdiff_t r = r0; r < r1; r++)
@@ -317,6 +387,7 @@ static void back_step(const backward_problem *b, int how, ptrdiff_t r0, ptrdiff_
 static backward_problem new_backward(const lstm_cell *cell, const equations *e, ptrdiff_t n, ptrdiff_t K,
                                      ptrdiff_t H, int rough) {
     matrix (*make)(ptrdiff_t, ptrdiff_t) = rough ? rough_matrix : new_matrix;
+    variant = variants + pick(sizeof variants / sizeof *variants);
     return (backward_problem){
         cell, n, K, H, e->has_peepholes && pick(2), make(1, K * H + 1), make(1, 3 * H), make(n, K),
         make(n, H), make(n, H), make(n, H), make(n, H), make(n, H)};

@@ -211,18 +211,20 @@ static uint64_t check_step(const lstm_cell *cell, ptrdiff_t n, ptrdiff_t I, ptrd
     for (ptrdiff_t r = 0; r < n; r++) {
         from[r] = (float *)other.row[r] + cell->apart * H;
         for (ptrdiff_t j = 0; j < cell->gates * H; j++) set(&other, r, j, get(&bias, 0, j));
-        rows[r] = (lstm_row){x_low[r], h_low[r], h_prev.row[r], c_prev.row[r], gates.row[r], c.row[r],
-                             h.row[r], h.row[r]};
+        rows[r] = (lstm_row){.x = x_low[r], .h_low = h_low[r], .h_prev = h_prev.row[r],
+                             .c_prev = c_prev.row[r], .gates = gates.row[r], .c = c.row[r],
+                             .h = h.row[r], .m = h.row[r]};
     }
-    cell->step(&(lstm_weights){I, K, H, ih.panels.panels, hh.panels.panels, bias.row[0], NULL, 0},
-               0, n, 0, H,
-               rows);
+    const lstm_variant variant = {{HARD_SIGMOID, 0.2, 0.5}, {ELU, 0.8, 1.2}, {SOFTSIGN, 0, 0},
+                                  1, 1.5, 0, 1, 0.2, 0.4};
+    cell->step(&(lstm_weights){.I = I, .K = K, .H = H, .ih = ih.panels.panels, .hh = hh.panels.panels,
+                               .bias = bias.row[0], .variant = &variant}, 0, n, 0, H, rows);
     under_test->gemm(&ih.panels.w, 0, H, &(lstm_rows){START_ADD, n, x_low, NULL, other.row});
     under_test->gemm(&hh.panels.w, 0, H, &(lstm_rows){START_ADD, n, h_low, NULL, from});
     for (ptrdiff_t r = 0; r < n; r++)
         rows[r].gates = other.row[r], rows[r].c = other_c.row[r],
         rows[r].h = rows[r].m = other_h.row[r];
-    cell->step(&(lstm_weights){.H = H}, 0, n, 0, H, rows);
+    cell->step(&(lstm_weights){.H = H, .variant = &variant}, 0, n, 0, H, rows);
     check_same(&h, &other_h, "h of a step, or of its products");
     if (cell->has_c) check_same(&c, &other_c, "c of a step, or of its products");
     if (cell->keeps_gates) check_same(&gates, &other, "gates of a step, or of its products");

@@ -32,9 +32,9 @@ KERNELS = ("test_kernels", "test_activations", "test_determinism", "test_losses"
            "test_gru", "test_below_float32")
 PLANS = ("test_kernels", "test_gru", "test_determinism", "test_recurrent", "test_api",
          "test_layers", "test_losses", "test_below_float32")
-CALLS = ("test_api", "test_checks", "test_recurrent", "test_layers", "test_losses",
+CALLS = ("test_api", "test_checks", "test_variants", "test_recurrent", "test_layers", "test_losses",
          "test_arguments", "test_optim", "test_precision", "test_gru")
-FILES = ("test_files", "test_formats_disk", "test_formats_state_dict", "test_formats_onnx",
+FILES = ("test_variants", "test_files", "test_formats_disk", "test_formats_state_dict", "test_formats_onnx",
          "test_formats_keras", "test_formats_hostile", "test_precision_models")
 NOTICE = {
     "csrc/team.c": (("barrier", "region"), ("test_threads",)),
@@ -51,6 +51,9 @@ NOTICE = {
     "lstmcore/dense": ((), ("test_losses", "test_optim", *CALLS)),
     "lstmcore/module": ((), ("test_layers", *CALLS)),
     "lstmcore/layers": ((), ("test_layers", *CALLS)),
+    "lstmcore/streams": ((), ("test_recurrent", "test_precision", *CALLS)),
+    "lstmcore/variants": ((), ("test_variants",)),
+    "lstmcore/recurrent": ((), ("test_variants", "test_recurrent", *CALLS)),
     "lstmcore/files": ((), FILES),
     "lstmcore/formats/": ((), FILES),
     "lstmcore/models/": ((), ("test_language_model", "test_estimators", "test_inspect")),
