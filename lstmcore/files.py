@@ -58,7 +58,7 @@ def load(path: Path, name: str | None = None, *, into: Any = None, **options: An
     its arrays. What only acts in training (initializers, regularizers, dropout) is not kept.
 
     Raises ValueError for a file that is damaged, or that asks for what lstmcore does not have, with
-    its name (hard_sigmoid, clip, merge_mode='sum', ...).
+    its name (gelu, merge_mode='sum', ...).
 
     >>> import os, tempfile
     >>> import lstmcore

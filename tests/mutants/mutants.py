@@ -712,12 +712,12 @@ MUTANTS = [
      "np.zeros_like(W_hr)\n    dh = np.zeros_like(h0) if dh_n is None else dh_n.copy()",
      "np.zeros_like(W_hr)\n    dh = np.zeros_like(h0)"),
     ("reference: dc_n is dropped", REF,
-     "dc = np.zeros_like(c0) if dc_n is None else dc_n.copy()\n    for r, t, t_prev in reversed(list(steps("
-     "T, B, lengths, reverse))):\n        h_prev, c_prev = (h0[r], c0[r]) if t_prev is None else (y[t_prev, r],"
-     " c[t_prev, r])\n        dh_t = dh",
-     "dc = np.zeros_like(c0)\n    for r, t, t_prev in reversed(list(steps("
-     "T, B, lengths, reverse))):\n        h_prev, c_prev = (h0[r], c0[r]) if t_prev is None else (y[t_prev, r],"
-     " c[t_prev, r])\n        dh_t = dh"),
+     "np.zeros_like(c0) if dc_n is None else dc_n.copy()\n    for r, t, t_prev in reversed(list(steps("
+     "T, B, lengths, reverse))):\n        h_prev, c_prev = (h0[r], c0[r]) if t_prev is None else "
+     "(y[t_prev, r], c[t_prev, r])\n        dh_t = dh",
+     "np.zeros_like(c0)\n    for r, t, t_prev in reversed(list(steps("
+     "T, B, lengths, reverse))):\n        h_prev, c_prev = (h0[r], c0[r]) if t_prev is None else "
+     "(y[t_prev, r], c[t_prev, r])\n        dh_t = dh"),
     ("reference: step 0 has no h_prev", REF,
      "(h0[r], c0[r]) if t_prev is None else (y[t_prev, r], c[t_prev, r])\n        dh_t = dh",
      "(0 * h0[r], c0[r]) if t_prev is None else (y[t_prev, r], c[t_prev, r])\n        dh_t = dh"),
@@ -762,7 +762,7 @@ MUTANTS = [
      "for q in range(count if p.cell.apart else 0):", "for q in range(0):"),
     ("without a bias they start from anything", FORWARD,
      "memset(<char *>out + (gate * H + j0) * item, 0, (j1 - j0) * item)", "pass"),
-    ("dh0 without what passed h by", BACKWARD, 
+    ("dh0 without what passed h by", BACKWARD,
      "START_ADD if p.cell.reads_h and p.mask == NULL else START_ZERO", "START_ZERO"),
     ("the cell reads h_t", BACKWARD, "row.h_prev, row.dh = h_before(p, s, r), f.dh0",
      "row.h_prev, row.dh = p.y + at * row_h, f.dh0"),
