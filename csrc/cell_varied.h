@@ -67,7 +67,8 @@ INLINE void F(varied_forward)(const lstm_weights *w, const lstm_row *row, ptrdif
     const lstm_variant *v = w->variant;
     const R *p = w->peepholes ? (const R *)w->peepholes + j : NULL;
     ptrdiff_t H = w->H;
-    F(gates) s = {a[0], a[1], a[2], a[3]};
+    F(gates)
+    s = {a[0], a[1], a[2], a[3]};
     vec c, h, c_prev = F(v_load_n)((const R *)row->c_prev + j, n);
     if (p) {
         s.i = v_fma(F(v_load_n)(p, n), c_prev, s.i);
@@ -101,7 +102,8 @@ INLINE void F(varied_backward)(const lstm_weights *w, const lstm_back_row *row, 
     vec g = F(v_load_n)(gates + 2 * H, n), o = F(v_load_n)(gates + 3 * H, n);
     vec dc = F(v_load_n)(dc_row, n), c_prev = F(v_load_n)((const R *)row->c_prev + j, n);
     vec c = v_fma(f, c_prev, i * g), u = F(v_activation)(&v->cell, c), passed = F(v_set1)(0);
-    F(gates) s;
+    F(gates)
+    s;
     if (row->mask) dh = v_fma(F(v_load_n)((const R *)row->mask + j, n), dh, F(v_load_n)((const R *)row->dy_apart + j, n));
     if (v->zones) {
         dh += F(v_load_n)(dh_row, n);

@@ -22,6 +22,7 @@ class Stream(Generic[State]):
     drops out, and allocates nothing in a step. A copy or pickle of it goes on from the same state by
     itself. It is one sequence: a second thread in a step is an error.
 
+    >>> from lstmcore import LSTM
     >>> s = LSTM(3, 5, seed=0).stream(batch_size=2)
     >>> s.step(np.zeros((2, 3), "float32")).shape
     (2, 5)
