@@ -10,6 +10,9 @@
 #include "products.h"     /* gemm, the gradients of weights */
 #include "cell_lstm.h"    /* a cell each: its equations, and its steps through step.h */
 #include "cell_varied.h"
+#if !BELOW
+#include "cell_norm.h"
+#endif
 #include "cell_rnn.h"
 #include "cell_gru.h"
 #if !BELOW
@@ -30,6 +33,11 @@ static const lstm_cell F(cells)[] = {
     {.name = "lstm_varied", .gates = 4, .keeps_gates = 1, .has_c = 1, .reads_h = 1, .varies = 1,
      .step = F(varied_step), .back_step = TRAINED(varied_back_step),
      .peephole_gradient = F(peephole_gradient)},
+#if !BELOW
+    {.name = "lstm_norm", .gates = 4, .keeps_gates = 1, .has_c = 1, .norm_step = F(norm_step),
+     .norm_back_step = F(norm_back_step), .norm_moments = F(norm_moments),
+     .norm_gradient = F(norm_gradient), .norm_inputs = F(norm_inputs)},
+#endif
     {.name = "tanh", .gates = 1, .step = F(tanh_step), .back_step = TRAINED(tanh_back_step)},
     {.name = "relu", .gates = 1, .step = F(relu_step), .back_step = TRAINED(relu_back_step)},
     {.name = "gru", .gates = 4, .apart = 1, .keeps_gates = 1, .reads_h = 1, .step = F(gru_step),

@@ -55,6 +55,7 @@ typedef struct {
     const void *peepholes; /* (3, H) or NULL; of cells that have them */
     int no_tape;         /* 1 if nobody asks for the gates: whether they are written is the cell's affair */
     const lstm_variant *variant; /* of cells that have some */
+    const void *norms;   /* (10, H) of cells that normalize: gamma of x W_ihᵀ, of h W_hhᵀ, of c, beta of c */
 } lstm_weights;
 
 /* Where one sequence's forward step lives. */
@@ -70,6 +71,7 @@ typedef struct {
     void *m;             /* (H)   out: what the later product multiplies, of cells with one; or h ∘ mask */
     const void *mask;    /* (H)   what the next step's product sees of h, or NULL for all */
     const void *zone;    /* (2, H) what h and c keep of their last values, or NULL */
+    const void *ax, *ah; /* (4H) each, of cells that normalize: x_t W_ihᵀ and h_{t-1} W_hhᵀ */
 } lstm_row;
 
 /* Where one sequence's backward step lives. */
@@ -89,7 +91,17 @@ typedef struct {
     const void *mask;    /* (H)   as forward; then dy is a row of zeros, and the product is ∂L/∂(h ∘ mask) */
     const void *dy_apart; /* (H)  what reaches h_t from above, with a mask */
     const void *zone;    /* (2, H) as forward */
+    const void *ah;      /* (4H)  as forward */
+    void *dah;           /* (4H)  out: what reaches it */
+    void *dn;            /* (H)   out: what reaches the normalized c */
 } lstm_back_row;
+
+/* What a token's step has left to the gradients of `norms`, which lstm_weights has. */
+typedef struct {
+    const void *da;
+    void *ax;            /* out of norm_inputs: what reaches it */
+    const void *ah, *c, *dn;
+} lstm_normed;
 
 /* A cell: everything that a plan asks of it. */
 typedef struct {
@@ -121,6 +133,18 @@ typedef struct {
                        const lstm_row *rows);
     void (*later_back_step)(const lstm_weights *w, int descending, ptrdiff_t n, ptrdiff_t j0,
                             ptrdiff_t j1, const lstm_back_row *rows);
+
+    /* Of cells that normalize, in the place of step and back_step: `part` counts the parts of a step,
+       between which all units are waited for; then what has no recurrence. NULL elsewhere. */
+    void (*norm_step)(const lstm_weights *w, int part, ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1,
+                      const lstm_row *rows);
+    void (*norm_back_step)(const lstm_weights *w, int part, ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1,
+                           const lstm_back_row *rows);
+    void (*norm_moments)(ptrdiff_t n, ptrdiff_t H, const lstm_normed *tokens, void *moments);
+    void (*norm_gradient)(ptrdiff_t n, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1,
+                          const lstm_normed *tokens, const void *moments, void *dnorms);
+    void (*norm_inputs)(ptrdiff_t n, ptrdiff_t H, const lstm_normed *tokens, const void *moments,
+                        const void *norms);
 
     /* h (before projection) again, from the gates and c: what a projection's gradient needs.  NULL if
        the cell has no projection. */

@@ -9,7 +9,8 @@ cimport numpy as cnp
 
 from lstmcore._grid cimport Grid, choose_grid
 from lstmcore._kernels cimport address, wait
-from lstmcore._lstm cimport START_ADD, START_ZERO, lstm_back_row, lstm_product, lstm_rows, lstm_weights
+from lstmcore._lstm cimport START_ADD, START_ZERO, lstm_back_row, lstm_normed, lstm_product, lstm_rows, \
+    lstm_weights
 from lstmcore._memory cimport Arena, take
 from lstmcore._products cimport (Engine, Operand, Part, Plan, Sums, Widths, choose_engine,
                                  lay_out_operand, lowered, lowered_rows, lowered_stride, operand, packed_at,
@@ -55,6 +56,13 @@ cdef struct Backward:
     char *m                        # (tokens, H): o ∘ tanh(c), with a projection
     char *dh                       # (tokens, K) with a projection, else (B, K)
     char *dm                       # (B, H)
+    # of cells that normalize
+    lstm_normed *normed            # (tokens), in the order of steps
+    const void **dax               # rows of ax, which become its gradient
+    char *dah                      # (tokens, G)
+    char *dn                       # (tokens, H)
+    char *moments                  # (tokens, 6)
+    char *dnorms                   # (10, H)
 
 
 cdef void lay_out(Plan *plan, Arena *arena) noexcept nogil:
@@ -90,6 +98,12 @@ cdef void lay_out(Plan *plan, Arena *arena) noexcept nogil:
         f.dm = take(arena, B * p.H * p.item)
     if p.projected:
         f.dh_rows = <const void **>take(arena, pointers)
+    if p.norms != NULL:
+        f.normed = <lstm_normed *>take(arena, tokens * sizeof(lstm_normed))
+        f.dax = <const void **>take(arena, pointers)
+        f.dah = take(arena, tokens * p.G * p.item)
+        f.dn = take(arena, tokens * p.H * p.item)
+        f.moments = take(arena, tokens * 6 * p.item)
     if f.apart:
         f.dh = take(arena, (tokens if p.projected else B) * p.K * p.item)
 
@@ -123,6 +137,8 @@ cdef void backward(void *arg, int me, int team) noexcept nogil:
         m.low, m.low_shared = f.low + me * low_bytes, f.low + group * grid.units * low_bytes
         backward_rows(f, &m, f.rows + me * p.steps.B)
     wait(&p.shared.barriers[0], team)
+    if p.norms != NULL:
+        norm_gradients(f, &share)
     if f.dx != NULL:
         input_gradient(f, &share)
     add_up_gradients(f, &share)
@@ -144,7 +160,12 @@ cdef void list_tokens(Backward *f, int me, int team) noexcept nogil:
                     f.x_rows[k + r] = p.x + at * p.I * p.item
                 else:
                     f.x_rows[k + r] = f.dtable + p.ids[at] * p.G * p.item
-                f.da[k + r], f.da_of_h[k + r] = p.gates + token * p.G * p.item, fed_by_h(p, token)
+                f.da[k + r], f.da_of_h[k + r] = p.gates + token * p.G * p.item, fed_by_h(f, token)
+                if p.norms != NULL:
+                    f.dax[k + r] = p.ax + token * p.G * p.item
+                    f.normed[k + r].da, f.normed[k + r].ax = f.da[k + r], <void *>f.dax[k + r]
+                    f.normed[k + r].ah = p.ah + token * p.G * p.item
+                    f.normed[k + r].c, f.normed[k + r].dn = p.c + token * row_c, f.dn + token * row_c
                 f.h_prev[k + r] = h_before(p, s, r) if p.mask == NULL else h_seen(p, s, r)
                 if p.cell.has_c:
                     f.c_rows[k + r] = p.c + token * row_c
@@ -183,7 +204,10 @@ cdef void backward_rows(Backward *f, Member *m, lstm_back_row *rows) noexcept no
             place_row(f, s, m.own.first + q * m.own.stride, q < going_on, &rows[q])
         if f.apart:
             multiply_apart(f, s, n, going_on, m, rows)
-            step(f, s, n, 0, m, rows)
+            if p.norms != NULL:
+                normed_step(f, n, m, rows)
+            else:
+                step(f, s, n, 0, m, rows)
         else:
             step(f, s, n, going_on, m, rows)
         if p.cell.later:
@@ -194,15 +218,18 @@ cdef void backward_rows(Backward *f, Member *m, lstm_back_row *rows) noexcept no
     # dh0 = da_0 W_hh        (n,heard) (heard,K), to which a cell that reads h has added already
     for q in range(going_on):
         r = m.own.first + q * m.own.stride
-        m.products.a[q] = fed_by_h(p, steps.start[0] + r)
+        m.products.a[q] = fed_by_h(f, steps.start[0] + r)
         m.products.C[q] = (f.dh0 if p.mask == NULL else f.dm0) + steps.order[r] * p.K * p.item
     m.products.start = START_ADD if p.cell.reads_h and p.mask == NULL else START_ZERO
     m.products.n = going_on
     p.plan.e.by.multiply(p.plan.e.k, &f.hh, &m.slab, &m.products)
 
 
-cdef inline const char *fed_by_h(const Problem *p, Py_ssize_t token) noexcept nogil:
-    """The gates of a token from the first that h feeds on."""
+cdef inline const char *fed_by_h(const Backward *f, Py_ssize_t token) noexcept nogil:
+    """What reaches h W_hhᵀ of a token: its gates from the first that h feeds on."""
+    cdef const Problem *p = &f.p
+    if p.norms != NULL:
+        return f.dah + token * p.G * p.item
     return p.gates + (token * p.G + p.G - p.fed) * p.item
 
 
@@ -215,7 +242,7 @@ cdef inline void place_row(const Backward *f, Py_ssize_t s, Py_ssize_t r, bint g
     row.gates = p.gates + token * p.G * p.item
     row.dy = f.dy + at * row_h
     if goes_on:
-        row.da_next = fed_by_h(p, steps.start[s + 1] + r)
+        row.da_next = fed_by_h(f, steps.start[s + 1] + r)
     elif f.dy_last != NULL:
         row.dy = f.dy_last + steps.order[r] * row_h
     if p.cell.varies:
@@ -223,6 +250,9 @@ cdef inline void place_row(const Backward *f, Py_ssize_t s, Py_ssize_t r, bint g
         row.zone = p.zone + at * 2 * row_h if p.zone != NULL else NULL
         if p.mask != NULL:
             row.dy, row.dy_apart = p.shared.zeros, row.dy
+    if p.norms != NULL:
+        row.ah, row.dah = p.ah + token * p.G * p.item, f.dah + token * p.G * p.item
+        row.dn = f.dn + token * p.H * p.item
     if not p.cell.keeps_gates:
         row.h = p.y + at * row_h
     if p.cell.reads_h:
@@ -253,6 +283,19 @@ cdef inline void step(const Backward *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t 
         p.cell.back_step(&w, s & 1, multiplied, j0, j1, rows)
     w.K, w.hh = 0, NULL
     p.cell.back_step(&w, s & 1, n - multiplied, j0, j1, rows + multiplied)
+
+
+cdef void normed_step(const Backward *f, Py_ssize_t n, Member *m, lstm_back_row *rows) noexcept nogil:
+    """The gradient of a cell that normalizes, in parts between which all units are waited for."""
+    cdef const Problem *p = &f.p
+    cdef Py_ssize_t j0, j1
+    cdef int part
+    cdef lstm_weights w
+    unit_range(p.H, p.plan.e.k.VL, m.slab.part, m.slab.parts, &j0, &j1)
+    w.H, w.norms = p.H, p.norms
+    for part in range(3):
+        wait(m.barrier, m.slab.parts)
+        p.cell.norm_back_step(&w, part, n, j0, j1, rows)
 
 
 cdef void later_step(Backward *f, Py_ssize_t s, Py_ssize_t n, Member *m,
@@ -314,6 +357,20 @@ cdef void multiply_apart(Backward *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t goi
 
 # ---- what has no recurrence --------------------------------------------------------------------------
 
+cdef void norm_gradients(Backward *f, const Part *share) noexcept nogil:
+    """The gradient of `norms`, this thread's share of its units; then what reaches x W_ihᵀ, of the tokens."""
+    cdef Problem *p = &f.p
+    cdef Py_ssize_t k0, k1, j0, j1
+    unit_range(p.steps.tokens, 1, share.part, share.parts, &k0, &k1)
+    unit_range(p.H, p.plan.e.k.VL, share.part, share.parts, &j0, &j1)
+    p.cell.norm_moments(k1 - k0, p.H, f.normed + k0, f.moments + k0 * 6 * p.item)
+    wait(&p.shared.barriers[0], share.parts)
+    p.cell.norm_gradient(p.steps.tokens, p.H, j0, j1, f.normed, f.moments, f.dnorms)
+    wait(&p.shared.barriers[0], share.parts)
+    p.cell.norm_inputs(k1 - k0, p.H, f.normed + k0, f.moments + k0 * 6 * p.item, p.norms)
+    wait(&p.shared.barriers[0], share.parts)
+
+
 cdef void input_gradient(Backward *f, const Part *share) noexcept nogil:
     """dx = da W_ih        (n,fed) (fed,I), for a share of the tokens; what x feeds alone comes last."""
     cdef Problem *p = &f.p
@@ -325,7 +382,7 @@ cdef void input_gradient(Backward *f, const Part *share) noexcept nogil:
         f.dx_rows[k] = f.dx + (<const char *>f.x_rows[k] - p.x)
     whole.part, whole.parts, whole.scratch = 0, 1, share.scratch
     rows.n, rows.bias, rows.C = k1 - k0, NULL, f.dx_rows + k0
-    rows.start, rows.a = START_ZERO, f.da_of_h + k0
+    rows.start, rows.a = START_ZERO, f.da_of_h + k0 if p.norms == NULL else f.dax + k0
     p.plan.e.by.multiply(p.plan.e.k, &f.ih, &whole, &rows)
     if p.cell.apart:
         rows.start, rows.a = START_ADD, f.da + k0
@@ -347,7 +404,15 @@ cdef void add_up_gradients(Backward *f, const Part *share) noexcept nogil:
     products[1].dW, sums.db = f.dW_ih - apart * p.I * p.item, f.db - apart * p.item
     sums.first, sums.last = apart, min(p.fed, apart + p.heard)
     sums.n_products = 2 if p.ids == NULL else 1
-    p.plan.e.by.add_up(p.plan.e.k, &sums, share)
+    if p.norms != NULL:  # three gradients of three sums
+        sums.n_products = 0
+        p.plan.e.by.add_up(p.plan.e.k, &sums, share)
+        sums.da, sums.n_products, sums.db = f.da_of_h, 1, NULL
+        p.plan.e.by.add_up(p.plan.e.k, &sums, share)
+        sums.da, sums.products = f.dax, products + 1
+        sums.n_products = 1 if p.ids == NULL else 0
+    if sums.n_products or sums.db != NULL:
+        p.plan.e.by.add_up(p.plan.e.k, &sums, share)
     if p.cell.later:
         products[0].x = f.m_rows
         sums.first, sums.last = p.heard, p.fed
@@ -361,7 +426,7 @@ cdef void add_up_gradients(Backward *f, const Part *share) noexcept nogil:
         p.plan.e.by.add_up(p.plan.e.k, &sums, share)
     if p.ids != NULL:  # dtable[id] += da
         unit_range(p.G, p.plan.e.k.VL, share.part, share.parts, &j0, &j1)
-        p.plan.e.k.add_rows(p.steps.tokens, j0, j1, f.da, <void **>f.x_rows)
+        p.plan.e.k.add_rows(p.steps.tokens, j0, j1, f.da if p.norms == NULL else f.dax, <void **>f.x_rows)
     if f.dpeepholes != NULL:
         unit_range(p.H, p.plan.e.k.VL, share.part, share.parts, &j0, &j1)
         p.cell.peephole_gradient(p.steps.tokens, p.H, j0, j1, f.da, f.c_prev, f.c_rows, f.dpeepholes)
@@ -388,7 +453,8 @@ def run(cell, weights, batch, tape, upstream, g, *, n_threads, dtable=None):
     choose_engine(&e, weights.format)
     fill_problem(&f.p, e, cell, weights, batch, tape)
     f.p.plan.lay_out, f.p.plan.work, f.p.plan.n_threads = lay_out, backward, n_threads
-    f.apart = f.p.projected or not f.p.plan.e.by.in_step
+    f.apart = f.p.projected or not f.p.plan.e.by.in_step or f.p.norms != NULL
+    f.dnorms = address(g.dnorms)
     f.dy, f.dy_last, f.dx = address(upstream.dy), address(upstream.dy_last), address(g.dx)
     f.dtable, f.dW_ih, f.dW_hh = address(dtable), address(g.dW_ih), address(g.dW_hh)
     f.dW_hr, f.db, f.dpeepholes = address(g.dW_hr), address(g.db), address(g.dpeepholes)

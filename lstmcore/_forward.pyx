@@ -58,6 +58,9 @@ cdef void lay_out(Plan *plan, Arena *arena) noexcept nogil:
         f.m = take(arena, B * p.H * p.item)
     if p.cell.keeps_gates and not f.keep:
         p.gates = take(arena, f.chunk * B * p.G * p.item)
+    if p.norms != NULL and not f.keep:
+        p.ax = take(arena, f.chunk * B * p.G * p.item)
+        p.ah = take(arena, B * p.G * p.item)
 
 
 cdef inline Py_ssize_t low_bytes(const Problem *p) noexcept nogil:
@@ -109,7 +112,10 @@ cdef void forward_rows(Forward *f, Member *m, lstm_row *rows) noexcept nogil:
             running = active(steps, s, &m.own, running)
             for q in range(running):
                 place_row(f, s, s0, m.own.first + q * m.own.stride, &rows[q])
-            step(f, s, running, m, rows)
+            if p.norms != NULL:
+                normed_step(f, s, running, m, rows)
+            else:
+                step(f, s, running, m, rows)
             if p.cell.later:
                 wait(m.barrier, m.slab.parts)
                 later_step(f, s, running, m, rows)
@@ -133,7 +139,7 @@ cdef inline void place_row(const Forward *f, Py_ssize_t s, Py_ssize_t s0, Py_ssi
     cdef const Problem *p = &f.p
     cdef Py_ssize_t at = place(&p.steps, s, r)
     row.h = f.m + r * p.H * p.item if p.projected else p.y + at * p.K * p.item
-    row.gates = gates_at(f, s, s0, r) if p.cell.keeps_gates else row.h
+    row.gates = gates_at(f, p.gates, s, s0, r) if p.cell.keeps_gates else row.h
     if p.cell.later:
         row.m = f.m + r * p.H * p.item
     if p.ids == NULL:
@@ -142,19 +148,26 @@ cdef inline void place_row(const Forward *f, Py_ssize_t s, Py_ssize_t s0, Py_ssi
         row.mask = p.mask + p.steps.order[r] * p.H * p.item if p.mask != NULL else NULL
         row.zone = p.zone + at * 2 * p.H * p.item if p.zone != NULL else NULL
         row.m = p.m + (p.steps.start[s] + r) * p.H * p.item
+    if p.norms != NULL:
+        row.ax = gates_at(f, p.ax, s, s0, r)
+        row.ah = p.ah + (p.steps.start[s] + r if f.keep else r) * p.G * p.item
     if p.cell.has_c:
         row.c = p.c + (p.steps.start[s] + r) * p.H * p.item if f.keep \
             else f.c_n + p.steps.order[r] * p.H * p.item
 
 
-cdef inline char *gates_at(const Forward *f, Py_ssize_t s, Py_ssize_t s0, Py_ssize_t r) noexcept nogil:
-    """The gates of step s of row r: in the tape or, without one, in the chunk that starts at s0."""
+cdef inline char *gates_at(const Forward *f, char *gates, Py_ssize_t s, Py_ssize_t s0,
+                           Py_ssize_t r) noexcept nogil:
+    """A row of gates of step s of row r: in the tape or, without one, in the chunk that starts at s0."""
     cdef Py_ssize_t token = f.p.steps.start[s] + r if f.keep else (s - s0) * f.p.steps.B + r
-    return f.p.gates + token * f.p.G * f.p.item
+    return gates + token * f.p.G * f.p.item
 
 
 cdef void project_inputs(const Forward *f, Py_ssize_t s0, Py_ssize_t n, Member *m) noexcept nogil:
-    """a = x W_ihᵀ + b        (n,I) (I,fed) for all steps of the chunk that starts at s0, n rows there."""
+    """a = x W_ihᵀ + b        (n,I) (I,fed) for all steps of the chunk that starts at s0, n rows there.
+
+    Without b, in the rows of ax, for cells that normalize.
+    """
     cdef const Problem *p = &f.p
     cdef Py_ssize_t s, q, r, at, count = 0
     for s in range(s0, min(p.steps.count, s0 + f.chunk)):
@@ -164,15 +177,15 @@ cdef void project_inputs(const Forward *f, Py_ssize_t s0, Py_ssize_t n, Member *
             at = place(&p.steps, s, r)
             m.products.a[count] = p.x + at * p.I * p.item if p.ids == NULL \
                 else f.table + p.ids[at] * p.G * p.item
-            m.products.C[count] = gates_at(f, s, s0, r) if p.cell.keeps_gates \
-                else p.y + at * p.K * p.item
+            m.products.C[count] = gates_at(f, p.gates if p.norms == NULL else p.ax, s, s0, r) \
+                if p.cell.keeps_gates else p.y + at * p.K * p.item
             count += 1
     if p.ids != NULL:
         for q in range(count):
             copy_units(f, m.products.C[q], <const char *>m.products.a[q], 0, &m.slab)
         return
     m.products.n, m.products.bias = count, f.b
-    m.products.start = START_BIAS if f.b != NULL else START_ZERO
+    m.products.start = START_BIAS if f.b != NULL and p.norms == NULL else START_ZERO
     p.plan.e.by.multiply(p.plan.e.k, &f.ih, &m.slab, &m.products)
     for q in range(count if p.cell.apart else 0):
         copy_units(f, m.products.C[q], f.b, p.fed // p.H, &m.slab)
@@ -221,6 +234,28 @@ cdef inline void step(const Forward *f, Py_ssize_t s, Py_ssize_t n, Member *m,
         m.products.start, m.products.n = START_ADD, n
         p.plan.e.by.multiply(p.plan.e.k, &f.hh, &m.slab, &m.products)
     p.cell.step(&w, (s & 1) != f.descending, n, j0, j1, rows)
+
+
+cdef void normed_step(const Forward *f, Py_ssize_t s, Py_ssize_t n, Member *m,
+                      lstm_row *rows) noexcept nogil:
+    """One step of a cell that normalizes: ah = h_prev W_hhᵀ, gates and c, h; between them, all units."""
+    cdef const Problem *p = &f.p
+    cdef Py_ssize_t q, j0, j1
+    cdef lstm_weights w
+    unit_range(p.H, f.hh.cut, m.slab.part, m.slab.parts, &j0, &j1)
+    w.I, w.K, w.H, w.ih, w.hh, w.bias = 0, 0, p.H, NULL, NULL, f.b
+    w.peepholes, w.no_tape, w.variant, w.norms = NULL, not f.keep, NULL, p.norms
+    for q in range(n):
+        m.products.a[q], m.products.C[q] = rows[q].h_prev, <void *>rows[q].ah
+        if s == 0 and p.h0 == NULL:
+            copy_units(f, <void *>rows[q].ah, NULL, 0, &m.slab)
+    m.products.start, m.products.n = START_ZERO, n
+    if s > 0 or p.h0 != NULL:
+        p.plan.e.by.multiply(p.plan.e.k, &f.hh, &m.slab, &m.products)
+    wait(m.barrier, m.slab.parts)
+    p.cell.norm_step(&w, 0, n, j0, j1, rows)
+    wait(m.barrier, m.slab.parts)
+    p.cell.norm_step(&w, 1, n, j0, j1, rows)
 
 
 cdef void later_step(const Forward *f, Py_ssize_t s, Py_ssize_t n, Member *m,
@@ -278,7 +313,7 @@ cdef int fill(Forward *f, cell, weights, batch, room, Packed packed, int n_threa
         f.ih.w.turn = cell.turn
         f.hh = operand(e.k, cell.heard, weights.W_hh[:f.p.heard], False)
         f.hr = operand(e.k, 1, weights.W_hh[f.p.heard:] if cell.later else weights.W_hr, False)
-    f.fused = f.p.ids == NULL and f.p.plan.e.by.in_step
+    f.fused = f.p.ids == NULL and f.p.plan.e.by.in_step and f.p.norms == NULL
     if f.fused:
         forced = forced_plan()
         f.fused = choose_fused(loop_of(&f.p), n_threads) if forced is None else forced == "fused"

@@ -38,6 +38,7 @@ cdef extern from "lstm.h" nogil:
         const void *peepholes
         bint no_tape
         const lstm_variant *variant
+        const void *norms
     ctypedef struct lstm_row:
         const void *x
         const void *h_low
@@ -49,6 +50,8 @@ cdef extern from "lstm.h" nogil:
         void *m
         const void *mask
         const void *zone
+        const void *ax
+        const void *ah
     ctypedef struct lstm_back_row:
         const void *da_next
         void *gates
@@ -63,6 +66,15 @@ cdef extern from "lstm.h" nogil:
         const void *mask
         const void *dy_apart
         const void *zone
+        const void *ah
+        void *dah
+        void *dn
+    ctypedef struct lstm_normed:
+        const void *da
+        void *ax
+        const void *ah
+        const void *c
+        const void *dn
     ctypedef struct lstm_cell:
         const char *name
         int gates
@@ -80,6 +92,17 @@ cdef extern from "lstm.h" nogil:
                            Py_ssize_t j1, const lstm_row *rows) noexcept nogil
         void (*later_back_step)(const lstm_weights *w, bint descending, Py_ssize_t n, Py_ssize_t j0,
                                 Py_ssize_t j1, const lstm_back_row *rows) noexcept nogil
+        void (*norm_step)(const lstm_weights *w, int part, Py_ssize_t n, Py_ssize_t j0, Py_ssize_t j1,
+                          const lstm_row *rows) noexcept nogil
+        void (*norm_back_step)(const lstm_weights *w, int part, Py_ssize_t n, Py_ssize_t j0,
+                               Py_ssize_t j1, const lstm_back_row *rows) noexcept nogil
+        void (*norm_moments)(Py_ssize_t n, Py_ssize_t H, const lstm_normed *tokens,
+                             void *moments) noexcept nogil
+        void (*norm_gradient)(Py_ssize_t n, Py_ssize_t H, Py_ssize_t j0, Py_ssize_t j1,
+                              const lstm_normed *tokens, const void *moments,
+                              void *dnorms) noexcept nogil
+        void (*norm_inputs)(Py_ssize_t n, Py_ssize_t H, const lstm_normed *tokens,
+                            const void *moments, const void *norms) noexcept nogil
         void (*output)(Py_ssize_t n, Py_ssize_t H, Py_ssize_t j0, Py_ssize_t j1, const void **gates,
                        const void **c, void **h) noexcept nogil
         void (*peephole_gradient)(Py_ssize_t K, Py_ssize_t H, Py_ssize_t j0, Py_ssize_t j1,

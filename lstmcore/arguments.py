@@ -23,7 +23,7 @@ _SERIAL_WORK = 1_000_000  # multiply-adds that are done before a second thread p
 
 # What goes to the plans, by name.
 Sizes = namedtuple("Sizes", "T B I H K dtype")
-Weights = namedtuple("Weights", "W_ih W_hh b peepholes W_hr format")
+Weights = namedtuple("Weights", "W_ih W_hh b peepholes W_hr format norms", defaults=[None])
 Batch = namedtuple("Batch", "x h0 c0 order lengths reverse table variant", defaults=[None])
 Varied = namedtuple("Varied", "gate candidate cell clip coupled zones mask zone m0")
 
@@ -191,6 +191,16 @@ def weights_of(cell, sizes, W_ih, W_hh, b=None, peepholes=None, W_hr=None, looke
         None if peepholes is None else array(peepholes, "peepholes", "(3, H)", (3, H), dtype),
         None if W_hr is None else matrix(W_hr, "W_hr", "(P, H)", (K, H), dtype),
         format or format_of_call(None, dtype))
+
+
+def norms_of(norms, sizes, weights):
+    """The gammas and beta (10, H) of a cell that normalizes, which has no other options."""
+    if weights.peepholes is not None or weights.W_hr is not None:
+        raise ValueError("an LSTM with norms has neither peepholes nor a projection")
+    if weights.format not in ("float32", "float64"):
+        raise ValueError(f"an LSTM with norms computes in float32 or float64, not in {weights.format}: its "
+                         "means are sums over a row")
+    return weights._replace(norms=checks.array(norms, "norms", "(10, H)", (10, sizes.H), sizes.dtype))
 
 
 def found(value, name, letters, shape, dtype):

@@ -25,17 +25,17 @@ from lstmcore.tapes import GRUTape, RNNTape, Tape
 from lstmcore.threads import get_num_threads, resolve
 from lstmcore.variants import Variant
 
-Cell: TypeAlias = Literal["lstm", "lstm_varied", "tanh", "relu", "gru", "gru_before"]
+Cell: TypeAlias = Literal["lstm", "lstm_varied", "lstm_norm", "tanh", "relu", "gru", "gru_before"]
 
 # What goes to the plans, by name.
-Room = namedtuple("Room", "y h_n c_n gates c m", defaults=[None])
+Room = namedtuple("Room", "y h_n c_n gates c m ax ah", defaults=[None, None, None])
 Upstream = namedtuple("Upstream", "dy dy_last dm0")
 
 
 # ---- a layer -----------------------------------------------------------------------------------------
 
 def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, lengths, reverse,
-                 keep_tape, n_threads, packed=None, compute=None, variant=None):
+                 keep_tape, n_threads, packed=None, compute=None, variant=None, norms=None):
     """What the forward passes of all cells have in common: y, h_n, c_n and the pieces of a tape."""
     cell = cell_row(name)
     x, sizes = arguments.sizes_of(cell, x, W_ih, W_hh, W_hr)
@@ -48,15 +48,19 @@ def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, l
     if format == "int8" and keep_tape:
         raise ValueError("weights packed as int8 are for inference: keep_tape must be False")
     weights = arguments.weights_of(cell, sizes, W_ih, W_hh, b, peepholes, W_hr, looked_up, format)
+    if norms is not None:
+        weights = arguments.norms_of(norms, sizes, weights)
     if h0 is not None or c0 is not None:
         h0, c0 = arguments.states_of(cell, sizes, h0, c0, ("h0", "c0"), W_hr is not None)
     order, lengths = (None, None) if lengths is None else arguments.order_of(lengths, T, B)
     tokens = T * B if order is None else int(lengths.sum())
     y = empty((T, B, K), dtype) if order is None else np.zeros((T, B, K), dtype)
     h_n, c_n = np.empty((B, K), dtype), np.empty((B, H), dtype) if cell.has_c else None
-    gates = c = None
+    gates = c = ax = ah = None
     if keep_tape and cell.keeps_gates:
         gates = empty((tokens, cell.gates * H), dtype)
+        if cell.normalizes:
+            ax, ah = (empty((tokens, cell.gates * H), dtype) for _ in range(2))
         c = empty((tokens, H), dtype) if cell.has_c else None
     m = None
     if variant is not None:
@@ -67,16 +71,17 @@ def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, l
     if tokens:
         run = batch
         if looked_up:
-            ids, table = arguments.look_up(cell, x, weights.W_ih, weights.b, packed and packed.quantized)
+            ids, table = arguments.look_up(cell, x, weights.W_ih, None if cell.normalizes else weights.b,
+                                           packed and packed.quantized)
             run = batch._replace(x=ids, table=table)
         turned = weights._replace(b=arguments.turn(cell, weights.b)) if cell.turn else weights
-        _forward.run(cell, turned, run, Room(y, h_n, c_n, gates, c, m), packed=packed,
+        _forward.run(cell, turned, run, Room(y, h_n, c_n, gates, c, m, ax, ah), packed=packed,
                      n_threads=n_threads)
     else:
         for final, initial in (h_n, h0), (c_n, c0):
             if final is not None:
                 final[...] = 0 if initial is None else initial
-    return y, h_n, c_n, (cell, sizes, weights, batch, tokens, y), (gates, c, m)[:2 + cell.varies]
+    return y, h_n, c_n, (cell, sizes, weights, batch, tokens, y), (gates, c, m, ax, ah)
 
 
 def _run_backward(kind, of, tape, dy, dh_n, dc_n, n_threads):
@@ -86,7 +91,7 @@ def _run_backward(kind, of, tape, dy, dh_n, dc_n, n_threads):
     dy, dh_n, dc_n = _checked_upstream(tape, dy, dh_n, dc_n)
     if n_threads is not None:
         resolve(n_threads)
-    gates, c, m = tape.take()
+    gates, c, m, ax, ah = tape.take()
     cell, sizes, weights, batch, y = tape.cell, tape.sizes, tape.weights, tape.batch, tape.y
     T, B, I, H, K, dtype = sizes
     looked_up = isinstance(batch.x, TokenIds)
@@ -103,19 +108,20 @@ def _run_backward(kind, of, tape, dy, dh_n, dc_n, n_threads):
         None if weights.peepholes is None else np.empty((3, H), dtype),
         np.zeros((B, K), dtype) if dh_n is None else np.array(dh_n),
         None if not cell.has_c else np.zeros((B, H), dtype) if dc_n is None else np.array(dc_n),
-        None if weights.W_hr is None else np.empty((K, H), dtype))
+        None if weights.W_hr is None else np.empty((K, H), dtype),
+        None if weights.norms is None else np.empty((10, H), dtype))
     if tokens:
         if looked_up:
             batch = batch._replace(x=batch.x.array)
         dm0 = None if m is None else np.zeros((B, K), dtype)
-        _backward.run(cell, weights, batch, Room(y, None, None, gates, c, m),
+        _backward.run(cell, weights, batch, Room(y, None, None, gates, c, m, ax, ah),
                       Upstream(dy, None if cell.reads_h else _last_dy(batch, dy, dh_n), dm0), g,
                       dtable=dtable,
                       n_threads=arguments.threads_for(n_threads, tokens, G, K if looked_up else I + K))
         if m is not None:
             np.add(g.dh0, dm0 * batch.variant.mask, out=g.dh0)
     else:
-        for d in g.dW_ih, g.dW_hh, g.db, g.dpeepholes, g.dW_hr:
+        for d in g.dW_ih, g.dW_hh, g.db, g.dpeepholes, g.dW_hr, g.dnorms:
             if d is not None:
                 d[...] = 0
     if looked_up:
@@ -195,7 +201,7 @@ def lstm_forward(x: Array, W_ih: Floats, W_hh: Floats, b: Floats | None = None,
                  lengths: Lengths = None, reverse: bool = False, keep_tape: bool = True,
                  n_threads: int | None = None, packed: _products.Packed | None = None,
                  compute: Compute | None = None, variant: Variant | None = None,
-                 ) -> tuple[Floats, tuple[Floats, Floats], Tape | Any]:
+                 norms: Floats | None = None) -> tuple[Floats, tuple[Floats, Floats], Tape | Any]:
     """Run one LSTM layer over a batch of sequences.
 
     Parameters
@@ -218,6 +224,9 @@ def lstm_forward(x: Array, W_ih: Floats, W_hh: Floats, b: Floats | None = None,
         default the dtype of the arrays, or what `packed` is of
     variant : a `Variant`: other activations, clipping, f = 1 - i, zoneout, recurrent dropout; without
         projection. `packed` is then of "lstm_varied"
+    norms : (10, H), optional: layer normalization (Ba et al. 2016) of x W_ihᵀ and h W_hhᵀ, by the gammas
+        in rows 0 to 3 and 4 to 7, and of c where h is made of it, by gamma and beta in rows 8 and 9; in
+        float32 and float64, with no other option. `packed` is then of "lstm_norm"
 
     Returns
     -------
@@ -245,10 +254,17 @@ def lstm_forward(x: Array, W_ih: Floats, W_hh: Floats, b: Floats | None = None,
     ((5, 2, 4), True, 0.0)
     """
     y, h_n, c_n, made, kept = _run_forward(
-        "lstm" if variant is None else "lstm_varied", x, W_ih, W_hh, b, h0, c0, peepholes=peepholes,
+        _name_of(variant, norms), x, W_ih, W_hh, b, h0, c0, peepholes=peepholes,
         W_hr=W_hr, lengths=lengths, reverse=reverse, keep_tape=keep_tape, n_threads=n_threads,
-        packed=packed, compute=compute, variant=variant)
+        packed=packed, compute=compute, variant=variant, norms=norms)
     return y, (h_n, c_n), Tape(*made, *kept) if keep_tape else None
+
+
+def _name_of(variant, norms):
+    """The cell of an LSTM."""
+    if variant is not None and norms is not None:
+        raise ValueError("an LSTM with norms has no variant")
+    return "lstm" if variant is norms is None else "lstm_varied" if norms is None else "lstm_norm"
 
 
 def lstm_backward(tape: Tape, dy: Floats, dh_n: Floats | None = None, dc_n: Floats | None = None, *,
@@ -263,9 +279,9 @@ def lstm_backward(tape: Tape, dy: Floats, dh_n: Floats | None = None, dc_n: Floa
 
     Returns
     -------
-    Gradients(dx, dW_ih, dW_hh, db, dpeepholes, dh0, dc0, dW_hr), a named tuple of arrays shaped as
-    what they belong to; dpeepholes and dW_hr are None where the forward pass had none, and dx is None
-    for token ids
+    Gradients(dx, dW_ih, dW_hh, db, dpeepholes, dh0, dc0, dW_hr, dnorms), a named tuple of arrays shaped as
+    what they belong to; dpeepholes, dW_hr and dnorms are None where the forward pass had none, and dx is
+    None for token ids
 
     Raises
     ------
@@ -477,7 +493,7 @@ class Step:
                  W_hr: Floats | None = None, *, n_threads: int | None = None,
                  precision: Precision | None = None,
                  quantized: Sequence[Quantized | None] | None = None,
-                 variant: Variant | None = None) -> None:
+                 variant: Variant | None = None, norms: Floats | None = None) -> None:
         row = cell_row(cell)
         B = checks.size("batch_size", batch_size)
         W_ih = checks.unmasked("W_ih", W_ih)
@@ -492,14 +508,17 @@ class Step:
             raise ValueError(f"a {cell} cell takes {'a' if row.varies else 'no'} variant")
         if variant is not None and (variant.h_mask is not None or variant.zone_masks is not None):
             raise ValueError("a step has no masks: they are for training")
+        if (norms is None) == row.normalizes:
+            raise ValueError(f"a {cell} cell takes {'its' if row.normalizes else 'no'} norms")
+        if norms is not None:
+            weights = arguments.norms_of(norms, self._sizes, weights)
         self._cell, self._quantized, self._variant = row, None, variant and arguments.variant_of(
             variant, self._sizes, None, peepholes is not None, False)
         if weights.format == "int8":
             self._quantized = lowered((weights.W_ih, weights.W_hh, weights.W_hr), "int8",
                                       quantized)
             weights = weights._replace(W_ih=None, W_hh=None, W_hr=None)
-        self._weights = Weights(*(None if a is None else np.array(a) for a in weights[:5]),
-                                weights.format)
+        self._weights = Weights(*(a if a is None or isinstance(a, str) else np.array(a) for a in weights))
         _, _, I, H, K, dtype = self._sizes
         self._h = np.zeros((B, K), dtype)
         self._c = np.zeros((B, H), dtype) if row.has_c else None
@@ -509,7 +528,7 @@ class Step:
     def _prepare(self):
         """Pack the weights, and all else that is made and not kept."""
         _, B, I, H, K, dtype = self._sizes
-        W_ih, W_hh, b, _, W_hr, format = self._weights
+        W_ih, W_hh, b, _, W_hr, format, _ = self._weights
         self._x_shape, self._y_shape, self._is_double = (B, I), (B, K), dtype == F64
         self._table = None
         packed = _packed(self._cell, format, self._quantized or (W_ih, W_hh, W_hr), ())
@@ -574,7 +593,8 @@ class Step:
         x_t = checks.ids(x_t, "token ids", I)
         if self._table is None:
             W_ih = self._quantized[0].floats() if self._quantized else self._weights.W_ih
-            self._table = arguments.project(self._cell, W_ih.T, self._weights.b)
+            self._table = arguments.project(self._cell, W_ih.T,
+                                            None if self._cell.normalizes else self._weights.b)
         return x_t, self._table
 
 

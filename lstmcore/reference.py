@@ -26,6 +26,12 @@ f = 1 - i, multiplies h_{t-1} by a mask in the product with W_hh, and mixes (zon
     ĉ_t = f_t ∘ c_{t-1} + i_t ∘ g_t                  c_t = z_c ∘ c_{t-1} + (1 - z_c) ∘ ĉ_t
     ĥ_t = o_t ∘ A_c(ĉ_t)                             h_t = z_h ∘ h_{t-1} + (1 - z_h) ∘ ĥ_t
 
+With layer normalization of the two products and of c (Ba, Kiros and Hinton 2016), norm(v) = (v - mean(v)) /
+√(var(v) + ε) over a row of v, ε = 10^-5:
+
+    a_t = γ_x ∘ norm(x_t W_ihᵀ) + γ_h ∘ norm(h_{t-1} W_hhᵀ) + b       norms: γ_x, γ_h (4H), γ_c, β_c (H)
+    h_t = o_t ∘ tanh(γ_c ∘ norm(c_t) + β_c)
+
 `compute` names the number format of the operands of every product, forward and backward: None (as
 they are), "bfloat16", or "int8" (forward only). All else, and so c, gates, bias and every sum, stays
 in the dtype of x. Backward takes rounding for the identity.
@@ -65,6 +71,8 @@ class Tape(NamedTuple):
     c: Floats
     variant: Variant | None = None
     a: Any = None               # of a variant: what goes into the activations of i, f, g, o
+    norms: Floats | None = None
+    normed: Any = None          # with norms: x̂, ĥ (T, B, 4H) and ĉ (T, B, H), and their scales (T, B, 3)
 
 
 class RNNTape(NamedTuple):
@@ -107,6 +115,7 @@ class Gradients(NamedTuple):
     dh0: Floats
     dc0: Floats
     dW_hr: Floats | None
+    dnorms: Floats | None = None
 
 
 class RNNGradients(NamedTuple):
@@ -213,9 +222,11 @@ def lstm_forward(x: Floats, W_ih: Floats, W_hh: Floats, b: Floats | None = None,
                  peepholes: Floats | None = None, W_hr: Floats | None = None,
                  lengths: Lengths = None, reverse: bool = False, keep_tape: bool = True,
                  compute: str | None = None, variant: Variant | None = None,
-                 n_threads: int | None = None,
+                 norms: Floats | None = None, n_threads: int | None = None,
                  ) -> tuple[Floats, tuple[Floats, Floats], Tape | Any]:
     """x (T,B,I), W_ih (4H,I), W_hh (4H,P) -> y (T,B,P), (h_n (B,P), c_n (B,H)), tape."""
+    if norms is not None:
+        return _normed_forward(x, W_ih, W_hh, b, h0, c0, norms, lengths, reverse, keep_tape, compute)
     if variant is not None:
         return _varied_forward(x, W_ih, W_hh, b, h0, c0, peepholes, variant, lengths, reverse, keep_tape,
                               compute)
@@ -242,6 +253,8 @@ def lstm_backward(tape: Tape, dy: Floats, dh_n: Floats | None = None, dc_n: Floa
     x, W_ih, W_hh, peepholes, W_hr, h0, c0, lengths, reverse, compute, y, gates, c, *_ = tape
     if tape.variant is not None:
         return _varied_backward(tape, dy, dh_n, dc_n)
+    if tape.norms is not None:
+        return _normed_backward(tape, dy, dh_n, dc_n)
     T, B, _ = x.shape
     p = np.zeros((3, c.shape[2]), x.dtype) if peepholes is None else peepholes
     dx, dW_ih, dW_hh = np.zeros_like(x), np.zeros_like(W_ih), np.zeros_like(W_hh)
@@ -367,6 +380,76 @@ def _varied_backward(tape, dy, dh_n, dc_n):
         db += da.sum(axis=0)
         dp += np.stack([da_i * c_prev, da_f * c_prev, da_o * c_hat]).sum(axis=1)
     return Gradients(dx, dW_ih, dW_hh, db, None if peepholes is None else dp, dh, dc, None)
+
+
+def norm(v: Floats) -> tuple[Floats, Floats]:
+    """norm(v) of each row of v (n, K), and its scale (n, 1)."""
+    scale = 1 / np.sqrt(v.var(axis=1, keepdims=True) + 1e-5)
+    return (v - v.mean(axis=1, keepdims=True)) * scale, scale
+
+
+def norm_backward(g: Floats, normed: Floats, scale: Floats) -> Floats:
+    """What reaches v, where g reaches norm(v)."""
+    means = (part.mean(axis=1, keepdims=True) for part in (g, g * normed))
+    first, second = means
+    return scale * (g - first - normed * second)
+
+
+def _normed_forward(x, W_ih, W_hh, b, h0, c0, norms, lengths, reverse, keep_tape, compute):
+    """lstm_forward with layer normalization."""
+    T, B, _ = x.shape
+    H = W_hh.shape[1]
+    h0 = np.zeros((B, H), x.dtype) if h0 is None else h0
+    c0 = np.zeros((B, H), x.dtype) if c0 is None else c0
+    gamma_x, gamma_h, (gamma_c, beta_c) = norms[:4].ravel(), norms[4:8].ravel(), norms[8:]
+    y, gates, x_all, h_all, c_all, c_normed, scales = (np.zeros((T, B, n), x.dtype) for n in (
+        H, 4 * H, 4 * H, 4 * H, H, H, 3))
+    h, c, p = h0.copy(), c0.copy(), np.zeros((3, H), x.dtype)
+    for r, t, _ in steps(T, B, lengths, reverse):
+        x_hat, x_scale = norm(product(x[t, r], W_ih.T, compute))
+        h_hat, h_scale = norm(product(h[r], W_hh.T, compute))
+        a = gamma_x * x_hat + gamma_h * h_hat + (0 if b is None else b)
+        gates[t, r], c[r], _ = cell_forward(a, c[r], p)
+        c_hat, c_scale = norm(c[r])
+        y[t, r] = h[r] = gates[t, r, 3 * H:] * np.tanh(gamma_c * c_hat + beta_c)
+        x_all[t, r], h_all[t, r], c_all[t, r], c_normed[t, r] = x_hat, h_hat, c[r], c_hat
+        scales[t, r] = np.concatenate([x_scale, h_scale, c_scale], axis=1)
+    tape = Tape(x, W_ih, W_hh, None, None, h0, c0, lengths, reverse, compute, y, gates, c_all, norms=norms,
+                normed=(x_all, h_all, c_normed, scales))
+    return y, (h, c), tape if keep_tape else None
+
+
+def _normed_backward(tape, dy, dh_n, dc_n):
+    """lstm_backward with layer normalization."""
+    x, W_ih, W_hh, _, _, h0, c0, lengths, reverse, compute, y, gates, c, *_ = tape
+    T, B, _ = x.shape
+    H, norms, (x_all, h_all, c_all, scales) = W_hh.shape[1], tape.norms, tape.normed
+    gamma_x, gamma_h, (gamma_c, beta_c) = norms[:4].ravel(), norms[4:8].ravel(), norms[8:]
+    dx, dW_ih, dW_hh, dnorms = (np.zeros_like(a) for a in (x, W_ih, W_hh, norms))
+    db = np.zeros(4 * H, x.dtype)
+    dh, dc = (np.zeros((B, H), x.dtype) if d is None else d.copy() for d in (dh_n, dc_n))
+    for r, t, t_prev in reversed(list(steps(T, B, lengths, reverse))):
+        h_prev, c_prev = (h0[r], c0[r]) if t_prev is None else (y[t_prev, r], c[t_prev, r])
+        i, f, g, o = np.split(gates[t, r], 4, axis=1)
+        x_hat, h_hat, c_hat = x_all[t, r], h_all[t, r], c_all[t, r]
+        x_scale, h_scale, c_scale = np.split(scales[t, r], 3, axis=1)
+        dh_t, tanh_n = dh[r] + dy[t, r], np.tanh(gamma_c * c_hat + beta_c)
+        dn = dh_t * o * (1 - tanh_n**2)
+        dc_t = dc[r] + norm_backward(dn * gamma_c, c_hat, c_scale)
+        da = np.concatenate([dc_t * g * i * (1 - i), dc_t * c_prev * f * (1 - f), dc_t * i * (1 - g**2),
+                             dh_t * tanh_n * o * (1 - o)], axis=1)
+        dc[r] = dc_t * f
+        dax, dah = (norm_backward(da * gamma, normed, scale) for gamma, normed, scale in (
+            (gamma_x, x_hat, x_scale), (gamma_h, h_hat, h_scale)))
+        dh[r] = product(dah, W_hh, compute)
+        dx[t, r] = product(dax, W_ih, compute)
+        dW_ih += product(dax.T, x[t, r], compute)
+        dW_hh += product(dah.T, h_prev, compute)
+        db += da.sum(axis=0)
+        dnorms[:4] += (da * x_hat).sum(axis=0).reshape(4, H)
+        dnorms[4:8] += (da * h_hat).sum(axis=0).reshape(4, H)
+        dnorms[8:] += np.stack([dn * c_hat, dn]).sum(axis=1)
+    return Gradients(dx, dW_ih, dW_hh, db, None, dh, dc, None, dnorms)
 
 
 def rnn_forward(x: Floats, W_ih: Floats, W_hh: Floats, b: Floats | None = None,

@@ -39,7 +39,7 @@ class _Tape:
         """An error unless every array is still what it was: most are the caller's."""
         T, B, I, H, K, dtype = self.sizes
         rows, is_double = self.cell.fed * H, dtype is F64
-        W_ih, W_hh, _, peepholes, W_hr, _ = self.weights
+        W_ih, W_hh, _, peepholes, W_hr, _, norms = self.weights
         x, h0, c0 = self.batch[:3]
         kept = [("y", self.y, (T, B, K)), ("W_hh", W_hh, (rows, K)), *self._kept()]
         if type(x) is not TokenIds:         # of token ids neither is read again
@@ -52,6 +52,8 @@ class _Tape:
             kept.append(("peepholes", peepholes, (3, H)))
         if W_hr is not None:
             kept.append(("W_hr", W_hr, (K, H)))
+        if norms is not None:
+            kept.append(("norms", norms, (10, H)))
         if (variant := self.batch.variant) is not None:
             kept += [(name, a, shape) for name, a, shape in (
                 ("h_mask", variant.mask, (B, H)), ("zone_masks", variant.zone, (T, B, 2, H)),
@@ -68,12 +70,14 @@ class _Tape:
 class _GateTape(_Tape):
     """A tape with gates: `raw_gates` (tokens, G), whose memory the backward pass uses, and c if any."""
 
-    __slots__ = ("raw_gates", "raw_c", "raw_m", "_turn")
+    __slots__ = ("raw_gates", "raw_c", "raw_m", "raw_ax", "raw_ah", "_turn")
 
     def __init__(self, cell: Any, sizes: Sizes, weights: Weights, batch: Batch, tokens: int, y: Floats,
-                 raw_gates: Floats, raw_c: Floats | None, raw_m: Floats | None = None) -> None:
+                 raw_gates: Floats, raw_c: Floats | None, raw_m: Floats | None = None,
+                 raw_ax: Floats | None = None, raw_ah: Floats | None = None) -> None:
         super().__init__(cell, sizes, weights, batch, tokens, y)
         self.raw_gates, self.raw_c, self.raw_m = raw_gates, raw_c, raw_m
+        self.raw_ax, self.raw_ah = raw_ax, raw_ah
         self._turn = [True]        # popping it is one step, for threads that race for the tape too
 
     @property
@@ -85,7 +89,7 @@ class _GateTape(_Tape):
     @property
     def nbytes(self) -> int:
         """Bytes kept beside x and y."""
-        return sum(a.nbytes for a in (self.raw_gates, self.raw_c, self.raw_m) if a is not None)
+        return sum(a.nbytes for a in self._raw() if a is not None)
 
     def check(self) -> None:
         if not self._turn:
@@ -96,22 +100,26 @@ class _GateTape(_Tape):
 
     def _kept(self):
         N, H = self.tokens, self.sizes.H
-        kept = [("raw_gates", self.raw_gates, (N, self.cell.gates * H))]
-        more = (("raw_c", self.raw_c), ("raw_m", self.raw_m))
-        return [*kept, *((name, a, (N, H)) for name, a in more if a is not None)]
+        named = zip(("raw_gates", "raw_c", "raw_m", "raw_ax", "raw_ah"), self._raw())
+        return [(name, a, (N, H if name in ("raw_c", "raw_m") else self.cell.gates * H))
+                for name, a in named if a is not None]
 
-    def take(self) -> tuple[Floats, Floats | None, Floats | None]:
-        """Its gates, c and m: the tape is used now; an error if it was before."""
+    def _raw(self):
+        return self.raw_gates, self.raw_c, self.raw_m, self.raw_ax, self.raw_ah
+
+    def take(self) -> tuple[Floats, Floats | None, Floats | None, Floats | None, Floats | None]:
+        """What it keeps: the tape is used now; an error if it was before."""
         try:
             self._turn.pop()
         except IndexError:
             self._refuse()
-        return self.raw_gates, self.raw_c, self.raw_m
+        return self._raw()
 
     def again(self: Self) -> Self:
         """This tape with gates of its own, to be used one time more."""
         return type(self)(self.cell, self.sizes, self.weights, self.batch, self.tokens, self.y,
-                          self.raw_gates.copy(), self.raw_c, self.raw_m)
+                          self.raw_gates.copy(), self.raw_c, self.raw_m,
+                          None if self.raw_ax is None else self.raw_ax.copy(), self.raw_ah)
 
     def _refuse(self):
         raise ValueError("this tape was used by an earlier backward pass, which overwrote its "
@@ -162,9 +170,9 @@ class RNNTape(_Tape):
 
     __slots__ = ()
 
-    def take(self) -> tuple[None, None, None]:
+    def take(self) -> tuple[None, ...]:
         """Nothing, as often as it is asked for."""
-        return None, None, None
+        return (None,) * 5
 
     def again(self) -> RNNTape:
         """This tape, which any number of backward passes may read."""

@@ -1,0 +1,187 @@
+/* cell_norm.h: the LSTM with layer normalization of its two products and of c (Ba et al. 2016), in the
+   letters of lstmcore/reference.py.  A step waits for all units twice, so it comes in parts, each for some
+   rows and the units [j0, j1) of each; the means of a row are taken over all of it, by every thread alike. */
+
+#define NORM_EPSILON 1e-5
+
+/* norm(v) = (v - mean) · scale */
+typedef struct { R mean, scale; } F(moments);
+
+INLINE R F(lanes_sum)(vec a) {
+    R lanes[VL], sum = 0;
+    F(v_store)(lanes, a);
+    for (int q = 0; q < VL; q++) sum += lanes[q];
+    return sum;
+}
+
+static F(moments) F(moments_of)(const R *v, ptrdiff_t n) {
+    ptrdiff_t whole = n - n % VL, j;
+    vec sum = F(v_set1)(0), squares = sum;
+    for (j = 0; j < n; j += VL) sum += F(v_load_n)(v + j, MIN(VL, n - j));
+    R mean = F(lanes_sum)(sum) / (R)n;
+    for (j = 0; j < whole; j += VL) {
+        vec d = F(v_load_n)(v + j, VL) - mean;
+        squares = v_fma(d, d, squares);
+    }
+    R total = F(lanes_sum)(squares);
+    for (; j < n; j++) total += (v[j] - mean) * (v[j] - mean);
+    return (F(moments)){mean, (R)(1 / sqrt((double)(total / (R)n) + NORM_EPSILON))};
+}
+
+/* What comes back through norm(v), of which g ∘ gamma reaches it: scale (g ∘ gamma - first - norm(v) second),
+   with the means first of g ∘ gamma and second of g ∘ gamma ∘ norm(v). */
+typedef struct { R first, second; } F(returned);
+
+static F(returned) F(returned_of)(const R *g, const R *gamma, const R *v, F(moments) m, ptrdiff_t n) {
+    vec first = F(v_set1)(0), second = first;
+    for (ptrdiff_t j = 0; j < n; j += VL) {
+        ptrdiff_t w = MIN(VL, n - j);
+        vec product = F(v_load_n)(g + j, w) * F(v_load_n)(gamma + j, w);
+        first += product;
+        second = v_fma(product, (F(v_load_n)(v + j, w) - m.mean) * m.scale, second);
+    }
+    return (F(returned)){F(lanes_sum)(first) / (R)n, F(lanes_sum)(second) / (R)n};
+}
+
+INLINE vec F(v_normed)(const R *v, F(moments) m, ptrdiff_t n) {
+    return (F(v_load_n)(v, n) - m.mean) * m.scale;
+}
+
+INLINE vec F(v_returned)(const R *g, const R *gamma, const R *v, F(moments) m, F(returned) r, ptrdiff_t n) {
+    vec product = F(v_load_n)(g, n) * F(v_load_n)(gamma, n);
+    return (product - r.first - F(v_normed)(v, m, n) * r.second) * m.scale;
+}
+
+/* The two parts of a step forward: the gates and c; then h.  norms: gamma of x W_ihᵀ (4H) and of h W_hhᵀ
+   (4H), gamma and beta of c (H). */
+static void F(norm_step)(const lstm_weights *w, int part, ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1,
+                         const lstm_row *rows) {
+    ptrdiff_t H = w->H;
+    const R *norms = w->norms, *b = w->bias;
+    for (ptrdiff_t r = 0; r < n; r++) {
+        const lstm_row *row = rows + r;
+        R *gates = row->gates, *c = row->c;
+        if (part == 0) {
+            const R *ax = row->ax, *ah = row->ah, *c_prev = row->c_prev;
+            F(moments) of_x = F(moments_of)(ax, 4 * H), of_h = F(moments_of)(ah, 4 * H);
+            for (ptrdiff_t j = j0; j < j1; j += VL) {
+                ptrdiff_t l = MIN(VL, j1 - j);
+                vec a[4];
+                for (int k = 0; k < 4; k++) {
+                    ptrdiff_t at = k * H + j;
+                    a[k] = b ? F(v_load_n)(b + at, l) : F(v_set1)(0);
+                    a[k] = v_fma(F(v_load_n)(norms + at, l), F(v_normed)(ax + at, of_x, l), a[k]);
+                    a[k] = v_fma(F(v_load_n)(norms + 4 * H + at, l), F(v_normed)(ah + at, of_h, l), a[k]);
+                }
+                F(gates) s = {F(v_sigmoid)(a[0]), F(v_sigmoid)(a[1]), F(v_tanh)(a[2]), F(v_sigmoid)(a[3])};
+                F(v_store_n)(c + j, v_fma(s.f, F(v_load_n)(c_prev + j, l), s.i * s.g), l);
+                F(gates_store)(gates + j, &s, H, l);
+            }
+        } else {
+            F(moments) of_c = F(moments_of)(c, H);
+            for (ptrdiff_t j = j0; j < j1; j += VL) {
+                ptrdiff_t l = MIN(VL, j1 - j);
+                vec n_c = v_fma(F(v_load_n)(norms + 8 * H + j, l), F(v_normed)(c + j, of_c, l),
+                                F(v_load_n)(norms + 9 * H + j, l));
+                F(v_store_n)((R *)row->h + j, F(v_load_n)(gates + 3 * H + j, l) * F(v_tanh)(n_c), l);
+            }
+        }
+    }
+}
+
+#if TRAINS
+/* The three parts of a step back: da_o and what reaches norm(c); the other da and dc; what reaches
+   h W_hhᵀ.  dy is all that reaches h. */
+static void F(norm_back_step)(const lstm_weights *w, int part, ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1,
+                              const lstm_back_row *rows) {
+    ptrdiff_t H = w->H;
+    const R *norms = w->norms;
+    for (ptrdiff_t r = 0; r < n; r++) {
+        const lstm_back_row *row = rows + r;
+        R *gates = row->gates, *dn = row->dn;
+        const R *c = row->c;
+        F(moments) of_c = {0, 0}, of_h = {0, 0};
+        F(returned) back = {0, 0};
+        if (part < 2) of_c = F(moments_of)(c, H);
+        if (part == 1) back = F(returned_of)(dn, norms + 8 * H, c, of_c, H);
+        if (part == 2) {
+            of_h = F(moments_of)(row->ah, 4 * H);
+            back = F(returned_of)(gates, norms + 4 * H, row->ah, of_h, 4 * H);
+        }
+        for (ptrdiff_t j = j0; j < j1; j += VL) {
+            ptrdiff_t l = MIN(VL, j1 - j);
+            if (part == 0) {
+                vec n_c = v_fma(F(v_load_n)(norms + 8 * H + j, l), F(v_normed)(c + j, of_c, l),
+                                F(v_load_n)(norms + 9 * H + j, l));
+                vec o = F(v_load_n)(gates + 3 * H + j, l), t = F(v_tanh)(n_c);
+                vec dh = F(v_load_n)((const R *)row->dy + j, l);
+                F(v_store_n)(gates + 3 * H + j, dh * t * (o * (1 - o)), l);
+                F(v_store_n)(dn + j, dh * o * v_fma(-t, t, F(v_set1)(1)), l);
+            } else if (part == 1) {
+                vec i = F(v_load_n)(gates + j, l), f = F(v_load_n)(gates + H + j, l);
+                vec g = F(v_load_n)(gates + 2 * H + j, l);
+                vec dc = F(v_load_n)((R *)row->dc + j, l) +
+                         F(v_returned)(dn + j, norms + 8 * H + j, c + j, of_c, back, l);
+                vec c_prev = F(v_load_n)((const R *)row->c_prev + j, l);
+                F(v_store_n)(gates + j, dc * g * (i * (1 - i)), l);
+                F(v_store_n)(gates + H + j, dc * c_prev * (f * (1 - f)), l);
+                F(v_store_n)(gates + 2 * H + j, dc * i * v_fma(-g, g, F(v_set1)(1)), l);
+                F(v_store_n)((R *)row->dc + j, dc * f, l);
+            } else {
+                for (ptrdiff_t at = j; at < 4 * H; at += H)
+                    F(v_store_n)((R *)row->dah + at, F(v_returned)(gates + at, norms + 4 * H + at,
+                                                                  (const R *)row->ah + at, of_h, back, l), l);
+            }
+        }
+    }
+}
+
+/* After the steps: the moments of ax, ah and c of each token, 6 numbers. */
+static void F(norm_moments)(ptrdiff_t n, ptrdiff_t H, const lstm_normed *tokens, void *moments) {
+    F(moments) *m = moments;
+    for (ptrdiff_t k = 0; k < n; k++) {
+        m[3 * k] = F(moments_of)(tokens[k].ax, 4 * H);
+        m[3 * k + 1] = F(moments_of)(tokens[k].ah, 4 * H);
+        m[3 * k + 2] = F(moments_of)(tokens[k].c, H);
+    }
+}
+
+/* The gradient (10, H) of norms, units [j0, j1), in the order of the tokens. */
+static void F(norm_gradient)(ptrdiff_t n, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1, const lstm_normed *tokens,
+                             const void *moments, void *dnorms) {
+    const F(moments) *m = moments;
+    for (ptrdiff_t j = j0; j < j1; j += VL) {
+        ptrdiff_t l = MIN(VL, j1 - j);
+        vec sums[10];
+        for (int q = 0; q < 10; q++) sums[q] = F(v_set1)(0);
+        for (ptrdiff_t k = 0; k < n; k++) {
+            const R *da = (const R *)tokens[k].da + j, *ax = (const R *)tokens[k].ax + j;
+            const R *ah = (const R *)tokens[k].ah + j;
+            for (int q = 0; q < 4; q++) {
+                vec d = F(v_load_n)(da + q * H, l);
+                sums[q] = v_fma(d, F(v_normed)(ax + q * H, m[3 * k], l), sums[q]);
+                sums[4 + q] = v_fma(d, F(v_normed)(ah + q * H, m[3 * k + 1], l), sums[4 + q]);
+            }
+            vec dn = F(v_load_n)((const R *)tokens[k].dn + j, l);
+            sums[8] = v_fma(dn, F(v_normed)((const R *)tokens[k].c + j, m[3 * k + 2], l), sums[8]);
+            sums[9] += dn;
+        }
+        for (int q = 0; q < 10; q++) F(v_store_n)((R *)dnorms + q * H + j, sums[q], l);
+    }
+}
+
+/* What reaches x W_ihᵀ of each token, in the place of that product. */
+static void F(norm_inputs)(ptrdiff_t n, ptrdiff_t H, const lstm_normed *tokens, const void *moments,
+                           const void *norms) {
+    const F(moments) *m = moments;
+    for (ptrdiff_t k = 0; k < n; k++) {
+        R *ax = tokens[k].ax;
+        F(returned) back = F(returned_of)(tokens[k].da, norms, ax, m[3 * k], 4 * H);
+        for (ptrdiff_t j = 0; j < 4 * H; j += VL) {
+            ptrdiff_t l = MIN(VL, 4 * H - j);
+            F(v_store_n)(ax + j, F(v_returned)((const R *)tokens[k].da + j, (const R *)norms + j, ax + j,
+                                              m[3 * k], back, l), l);
+        }
+    }
+}
+#endif
