@@ -35,8 +35,8 @@ static const lstm_cell F(cells)[] = {
      .peephole_gradient = F(peephole_gradient)},
 #if !BELOW
     {.name = "lstm_norm", .gates = 4, .keeps_gates = 1, .has_c = 1, .norm_step = F(norm_step),
-     .norm_back_step = F(norm_back_step), .norm_moments = F(norm_moments),
-     .norm_gradient = F(norm_gradient), .norm_inputs = F(norm_inputs)},
+     .norm_back_step = F(norm_back_step), .norm_gradient = F(norm_gradient),
+     .norm_inputs = F(norm_inputs)},
 #endif
     {.name = "tanh", .gates = 1, .step = F(tanh_step), .back_step = TRAINED(tanh_back_step)},
     {.name = "relu", .gates = 1, .step = F(relu_step), .back_step = TRAINED(relu_back_step)},

@@ -5,7 +5,9 @@
 #define NORM_EPSILON 1e-5
 
 /* norm(v) = (v - mean) · scale */
-typedef struct { R mean, scale; } F(moments);
+typedef struct {
+    R mean, scale;
+} F(moments);
 
 INLINE R F(lanes_sum)(vec a) {
     R lanes[VL], sum = 0;
@@ -30,7 +32,9 @@ static F(moments) F(moments_of)(const R *v, ptrdiff_t n) {
 
 /* What comes back through norm(v), of which g ∘ gamma reaches it: scale (g ∘ gamma - first - norm(v) second),
    with the means first of g ∘ gamma and second of g ∘ gamma ∘ norm(v). */
-typedef struct { R first, second; } F(returned);
+typedef struct {
+    R first, second;
+} F(returned);
 
 static F(returned) F(returned_of)(const R *g, const R *gamma, const R *v, F(moments) m, ptrdiff_t n) {
     vec first = F(v_set1)(0), second = first;
@@ -61,9 +65,13 @@ static void F(norm_step)(const lstm_weights *w, int part, ptrdiff_t n, ptrdiff_t
     for (ptrdiff_t r = 0; r < n; r++) {
         const lstm_row *row = rows + r;
         R *gates = row->gates, *c = row->c;
+        F(moments) *kept = row->moments;
         if (part == 0) {
             const R *ax = row->ax, *ah = row->ah, *c_prev = row->c_prev;
-            F(moments) of_x = F(moments_of)(ax, 4 * H), of_h = F(moments_of)(ah, 4 * H);
+            F(moments)
+            of_x = F(moments_of)(ax, 4 * H),
+            of_h = F(moments_of)(ah, 4 * H);
+            if (kept && j0 == 0) kept[0] = of_x, kept[1] = of_h;
             for (ptrdiff_t j = j0; j < j1; j += VL) {
                 ptrdiff_t l = MIN(VL, j1 - j);
                 vec a[4];
@@ -73,12 +81,15 @@ static void F(norm_step)(const lstm_weights *w, int part, ptrdiff_t n, ptrdiff_t
                     a[k] = v_fma(F(v_load_n)(norms + at, l), F(v_normed)(ax + at, of_x, l), a[k]);
                     a[k] = v_fma(F(v_load_n)(norms + 4 * H + at, l), F(v_normed)(ah + at, of_h, l), a[k]);
                 }
-                F(gates) s = {F(v_sigmoid)(a[0]), F(v_sigmoid)(a[1]), F(v_tanh)(a[2]), F(v_sigmoid)(a[3])};
+                F(gates)
+                s = {F(v_sigmoid)(a[0]), F(v_sigmoid)(a[1]), F(v_tanh)(a[2]), F(v_sigmoid)(a[3])};
                 F(v_store_n)(c + j, v_fma(s.f, F(v_load_n)(c_prev + j, l), s.i * s.g), l);
                 F(gates_store)(gates + j, &s, H, l);
             }
         } else {
-            F(moments) of_c = F(moments_of)(c, H);
+            F(moments)
+            of_c = F(moments_of)(c, H);
+            if (kept && j0 == 0) kept[2] = of_c;
             for (ptrdiff_t j = j0; j < j1; j += VL) {
                 ptrdiff_t l = MIN(VL, j1 - j);
                 vec n_c = v_fma(F(v_load_n)(norms + 8 * H + j, l), F(v_normed)(c + j, of_c, l),
@@ -100,14 +111,14 @@ static void F(norm_back_step)(const lstm_weights *w, int part, ptrdiff_t n, ptrd
         const lstm_back_row *row = rows + r;
         R *gates = row->gates, *dn = row->dn;
         const R *c = row->c;
-        F(moments) of_c = {0, 0}, of_h = {0, 0};
-        F(returned) back = {0, 0};
-        if (part < 2) of_c = F(moments_of)(c, H);
+        const F(moments) *kept = row->moments;
+        F(moments)
+        of_h = kept[1],
+        of_c = kept[2];
+        F(returned)
+        back = {0, 0};
         if (part == 1) back = F(returned_of)(dn, norms + 8 * H, c, of_c, H);
-        if (part == 2) {
-            of_h = F(moments_of)(row->ah, 4 * H);
-            back = F(returned_of)(gates, norms + 4 * H, row->ah, of_h, 4 * H);
-        }
+        if (part == 2) back = F(returned_of)(gates, norms + 4 * H, row->ah, of_h, 4 * H);
         for (ptrdiff_t j = j0; j < j1; j += VL) {
             ptrdiff_t l = MIN(VL, j1 - j);
             if (part == 0) {
@@ -129,41 +140,30 @@ static void F(norm_back_step)(const lstm_weights *w, int part, ptrdiff_t n, ptrd
                 F(v_store_n)((R *)row->dc + j, dc * f, l);
             } else {
                 for (ptrdiff_t at = j; at < 4 * H; at += H)
-                    F(v_store_n)((R *)row->dah + at, F(v_returned)(gates + at, norms + 4 * H + at,
-                                                                  (const R *)row->ah + at, of_h, back, l), l);
+                    F(v_store_n)((R *)row->dah + at, F(v_returned)(gates + at, norms + 4 * H + at, (const R *)row->ah + at, of_h, back, l), l);
             }
         }
     }
 }
 
-/* After the steps: the moments of ax, ah and c of each token, 6 numbers. */
-static void F(norm_moments)(ptrdiff_t n, ptrdiff_t H, const lstm_normed *tokens, void *moments) {
-    F(moments) *m = moments;
-    for (ptrdiff_t k = 0; k < n; k++) {
-        m[3 * k] = F(moments_of)(tokens[k].ax, 4 * H);
-        m[3 * k + 1] = F(moments_of)(tokens[k].ah, 4 * H);
-        m[3 * k + 2] = F(moments_of)(tokens[k].c, H);
-    }
-}
-
-/* The gradient (10, H) of norms, units [j0, j1), in the order of the tokens. */
+/* Adds to the gradient (10, H) of norms, units [j0, j1), in the order of the tokens. */
 static void F(norm_gradient)(ptrdiff_t n, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1, const lstm_normed *tokens,
-                             const void *moments, void *dnorms) {
-    const F(moments) *m = moments;
+                             void *dnorms) {
     for (ptrdiff_t j = j0; j < j1; j += VL) {
         ptrdiff_t l = MIN(VL, j1 - j);
         vec sums[10];
-        for (int q = 0; q < 10; q++) sums[q] = F(v_set1)(0);
+        for (int q = 0; q < 10; q++) sums[q] = F(v_load_n)((const R *)dnorms + q * H + j, l);
         for (ptrdiff_t k = 0; k < n; k++) {
+            const F(moments) *m = tokens[k].moments;
             const R *da = (const R *)tokens[k].da + j, *ax = (const R *)tokens[k].ax + j;
             const R *ah = (const R *)tokens[k].ah + j;
             for (int q = 0; q < 4; q++) {
                 vec d = F(v_load_n)(da + q * H, l);
-                sums[q] = v_fma(d, F(v_normed)(ax + q * H, m[3 * k], l), sums[q]);
-                sums[4 + q] = v_fma(d, F(v_normed)(ah + q * H, m[3 * k + 1], l), sums[4 + q]);
+                sums[q] = v_fma(d, F(v_normed)(ax + q * H, m[0], l), sums[q]);
+                sums[4 + q] = v_fma(d, F(v_normed)(ah + q * H, m[1], l), sums[4 + q]);
             }
             vec dn = F(v_load_n)((const R *)tokens[k].dn + j, l);
-            sums[8] = v_fma(dn, F(v_normed)((const R *)tokens[k].c + j, m[3 * k + 2], l), sums[8]);
+            sums[8] = v_fma(dn, F(v_normed)((const R *)tokens[k].c + j, m[2], l), sums[8]);
             sums[9] += dn;
         }
         for (int q = 0; q < 10; q++) F(v_store_n)((R *)dnorms + q * H + j, sums[q], l);
@@ -171,16 +171,16 @@ static void F(norm_gradient)(ptrdiff_t n, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j
 }
 
 /* What reaches x W_ihᵀ of each token, in the place of that product. */
-static void F(norm_inputs)(ptrdiff_t n, ptrdiff_t H, const lstm_normed *tokens, const void *moments,
-                           const void *norms) {
-    const F(moments) *m = moments;
+static void F(norm_inputs)(ptrdiff_t n, ptrdiff_t H, const lstm_normed *tokens, const void *norms) {
     for (ptrdiff_t k = 0; k < n; k++) {
         R *ax = tokens[k].ax;
-        F(returned) back = F(returned_of)(tokens[k].da, norms, ax, m[3 * k], 4 * H);
+        F(moments)
+        of_x = *(const F(moments) *)tokens[k].moments;
+        F(returned)
+        back = F(returned_of)(tokens[k].da, norms, ax, of_x, 4 * H);
         for (ptrdiff_t j = 0; j < 4 * H; j += VL) {
             ptrdiff_t l = MIN(VL, 4 * H - j);
-            F(v_store_n)(ax + j, F(v_returned)((const R *)tokens[k].da + j, (const R *)norms + j, ax + j,
-                                              m[3 * k], back, l), l);
+            F(v_store_n)(ax + j, F(v_returned)((const R *)tokens[k].da + j, (const R *)norms + j, ax + j, of_x, back, l), l);
         }
     }
 }

@@ -72,6 +72,7 @@ typedef struct {
     const void *mask;    /* (H)   what the next step's product sees of h, or NULL for all */
     const void *zone;    /* (2, H) what h and c keep of their last values, or NULL */
     const void *ax, *ah; /* (4H) each, of cells that normalize: x_t W_ihᵀ and h_{t-1} W_hhᵀ */
+    void *moments;       /* (6)   out: mean and scale of ax, ah and c, or NULL */
 } lstm_row;
 
 /* Where one sequence's backward step lives. */
@@ -94,13 +95,14 @@ typedef struct {
     const void *ah;      /* (4H)  as forward */
     void *dah;           /* (4H)  out: what reaches it */
     void *dn;            /* (H)   out: what reaches the normalized c */
+    const void *moments; /* (6)   as forward */
 } lstm_back_row;
 
 /* What a token's step has left to the gradients of `norms`, which lstm_weights has. */
 typedef struct {
     const void *da;
     void *ax;            /* out of norm_inputs: what reaches it */
-    const void *ah, *c, *dn;
+    const void *ah, *c, *dn, *moments;
 } lstm_normed;
 
 /* A cell: everything that a plan asks of it. */
@@ -140,11 +142,9 @@ typedef struct {
                       const lstm_row *rows);
     void (*norm_back_step)(const lstm_weights *w, int part, ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1,
                            const lstm_back_row *rows);
-    void (*norm_moments)(ptrdiff_t n, ptrdiff_t H, const lstm_normed *tokens, void *moments);
     void (*norm_gradient)(ptrdiff_t n, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j1,
-                          const lstm_normed *tokens, const void *moments, void *dnorms);
-    void (*norm_inputs)(ptrdiff_t n, ptrdiff_t H, const lstm_normed *tokens, const void *moments,
-                        const void *norms);
+                          const lstm_normed *tokens, void *dnorms);
+    void (*norm_inputs)(ptrdiff_t n, ptrdiff_t H, const lstm_normed *tokens, const void *norms);
 
     /* h (before projection) again, from the gates and c: what a projection's gradient needs.  NULL if
        the cell has no projection. */

@@ -22,6 +22,9 @@ from lstmcore._recurrence cimport (Group, Member, Problem, Steps, active, fill_p
 cnp.import_array()
 
 
+cdef enum: NORM_BLOCK = 48         # tokens: 1.2 MB at H = 512
+
+
 cdef struct Backward:
     Problem p
     bint apart                     # whether a step's product and cell are not one tile
@@ -61,7 +64,6 @@ cdef struct Backward:
     const void **dax               # rows of ax, which become its gradient
     char *dah                      # (tokens, G)
     char *dn                       # (tokens, H)
-    char *moments                  # (tokens, 6)
     char *dnorms                   # (10, H)
 
 
@@ -103,7 +105,6 @@ cdef void lay_out(Plan *plan, Arena *arena) noexcept nogil:
         f.dax = <const void **>take(arena, pointers)
         f.dah = take(arena, tokens * p.G * p.item)
         f.dn = take(arena, tokens * p.H * p.item)
-        f.moments = take(arena, tokens * 6 * p.item)
     if f.apart:
         f.dh = take(arena, (tokens if p.projected else B) * p.K * p.item)
 
@@ -165,6 +166,7 @@ cdef void list_tokens(Backward *f, int me, int team) noexcept nogil:
                     f.dax[k + r] = p.ax + token * p.G * p.item
                     f.normed[k + r].da, f.normed[k + r].ax = f.da[k + r], <void *>f.dax[k + r]
                     f.normed[k + r].ah = p.ah + token * p.G * p.item
+                    f.normed[k + r].moments = p.moments + token * 6 * p.item
                     f.normed[k + r].c, f.normed[k + r].dn = p.c + token * row_c, f.dn + token * row_c
                 f.h_prev[k + r] = h_before(p, s, r) if p.mask == NULL else h_seen(p, s, r)
                 if p.cell.has_c:
@@ -252,7 +254,7 @@ cdef inline void place_row(const Backward *f, Py_ssize_t s, Py_ssize_t r, bint g
             row.dy, row.dy_apart = p.shared.zeros, row.dy
     if p.norms != NULL:
         row.ah, row.dah = p.ah + token * p.G * p.item, f.dah + token * p.G * p.item
-        row.dn = f.dn + token * p.H * p.item
+        row.dn, row.moments = f.dn + token * p.H * p.item, p.moments + token * 6 * p.item
     if not p.cell.keeps_gates:
         row.h = p.y + at * row_h
     if p.cell.reads_h:
@@ -358,16 +360,19 @@ cdef void multiply_apart(Backward *f, Py_ssize_t s, Py_ssize_t n, Py_ssize_t goi
 # ---- what has no recurrence --------------------------------------------------------------------------
 
 cdef void norm_gradients(Backward *f, const Part *share) noexcept nogil:
-    """The gradient of `norms`, this thread's share of its units; then what reaches x W_ihᵀ, of the tokens."""
+    """The gradient of `norms`, this thread's share of its units, and what reaches x W_ihᵀ, its share of the
+    tokens: a block after the other, which stays in the cache in between."""
     cdef Problem *p = &f.p
-    cdef Py_ssize_t k0, k1, j0, j1
-    unit_range(p.steps.tokens, 1, share.part, share.parts, &k0, &k1)
+    cdef Py_ssize_t k, n, k0, k1, j0, j1
     unit_range(p.H, p.plan.e.k.VL, share.part, share.parts, &j0, &j1)
-    p.cell.norm_moments(k1 - k0, p.H, f.normed + k0, f.moments + k0 * 6 * p.item)
-    wait(&p.shared.barriers[0], share.parts)
-    p.cell.norm_gradient(p.steps.tokens, p.H, j0, j1, f.normed, f.moments, f.dnorms)
-    wait(&p.shared.barriers[0], share.parts)
-    p.cell.norm_inputs(k1 - k0, p.H, f.normed + k0, f.moments + k0 * 6 * p.item, p.norms)
+    k = 0
+    while k < p.steps.tokens:
+        n = min(<Py_ssize_t>NORM_BLOCK, p.steps.tokens - k)
+        p.cell.norm_gradient(n, p.H, j0, j1, f.normed + k, f.dnorms)
+        wait(&p.shared.barriers[0], share.parts)
+        unit_range(n, 1, share.part, share.parts, &k0, &k1)
+        p.cell.norm_inputs(k1 - k0, p.H, f.normed + k + k0, p.norms)
+        k += n
     wait(&p.shared.barriers[0], share.parts)
 
 

@@ -151,6 +151,7 @@ cdef inline void place_row(const Forward *f, Py_ssize_t s, Py_ssize_t s0, Py_ssi
     if p.norms != NULL:
         row.ax = gates_at(f, p.ax, s, s0, r)
         row.ah = p.ah + (p.steps.start[s] + r if f.keep else r) * p.G * p.item
+        row.moments = p.moments + (p.steps.start[s] + r) * 6 * p.item if f.keep else NULL
     if p.cell.has_c:
         row.c = p.c + (p.steps.start[s] + r) * p.H * p.item if f.keep \
             else f.c_n + p.steps.order[r] * p.H * p.item

@@ -52,6 +52,7 @@ cdef extern from "lstm.h" nogil:
         const void *zone
         const void *ax
         const void *ah
+        void *moments
     ctypedef struct lstm_back_row:
         const void *da_next
         void *gates
@@ -69,12 +70,14 @@ cdef extern from "lstm.h" nogil:
         const void *ah
         void *dah
         void *dn
+        const void *moments
     ctypedef struct lstm_normed:
         const void *da
         void *ax
         const void *ah
         const void *c
         const void *dn
+        const void *moments
     ctypedef struct lstm_cell:
         const char *name
         int gates
@@ -96,13 +99,10 @@ cdef extern from "lstm.h" nogil:
                           const lstm_row *rows) noexcept nogil
         void (*norm_back_step)(const lstm_weights *w, int part, Py_ssize_t n, Py_ssize_t j0,
                                Py_ssize_t j1, const lstm_back_row *rows) noexcept nogil
-        void (*norm_moments)(Py_ssize_t n, Py_ssize_t H, const lstm_normed *tokens,
-                             void *moments) noexcept nogil
         void (*norm_gradient)(Py_ssize_t n, Py_ssize_t H, Py_ssize_t j0, Py_ssize_t j1,
-                              const lstm_normed *tokens, const void *moments,
-                              void *dnorms) noexcept nogil
+                              const lstm_normed *tokens, void *dnorms) noexcept nogil
         void (*norm_inputs)(Py_ssize_t n, Py_ssize_t H, const lstm_normed *tokens,
-                            const void *moments, const void *norms) noexcept nogil
+                            const void *norms) noexcept nogil
         void (*output)(Py_ssize_t n, Py_ssize_t H, Py_ssize_t j0, Py_ssize_t j1, const void **gates,
                        const void **c, void **h) noexcept nogil
         void (*peephole_gradient)(Py_ssize_t K, Py_ssize_t H, Py_ssize_t j0, Py_ssize_t j1,

@@ -40,6 +40,7 @@ cdef struct Problem:               # one layer in one direction; the arrays are 
     const char *norms              # (10, H) of cells that normalize, else NULL
     char *ax                       # (tokens, G): x W_ihᵀ of those; without a tape, of a chunk
     char *ah                       # (tokens, G): h W_hhᵀ; without a tape (B, G)
+    char *moments                  # (tokens, 6), or NULL
     Steps steps
     const char *x
     const int64_t *ids             # (T, B): token ids in place of x

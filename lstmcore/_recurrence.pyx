@@ -62,7 +62,7 @@ cdef int fill_problem(Problem *p, Engine e, cell, weights, batch, tape) except -
     """From named arrays, all C-contiguous, of one dtype, found to fit one another; T, B >= 1.
 
     weights: W_ih, W_hh, W_hr, peepholes, norms; batch: x, h0, c0, order, lengths, reverse; tape: y, gates,
-    c, m, ax, ah.
+    c, m, ax, ah, moments.
     order and lengths (int64) are sorted by length, longest first, or None. x may be token ids (T, B),
     int64.
     """
@@ -84,6 +84,7 @@ cdef int fill_problem(Problem *p, Engine e, cell, weights, batch, tape) except -
     if cell.varies:
         fill_variant(p, batch.variant, tape.m)
     p.norms, p.ax, p.ah = address(weights.norms), address(tape.ax), address(tape.ah)
+    p.moments = address(tape.moments)
     steps.T, steps.B = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1)
     steps.ragged, steps.reverse = batch.order is not None, batch.reverse
     steps.count, steps.tokens = steps.T, steps.T * steps.B

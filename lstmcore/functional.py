@@ -28,7 +28,7 @@ from lstmcore.variants import Variant
 Cell: TypeAlias = Literal["lstm", "lstm_varied", "lstm_norm", "tanh", "relu", "gru", "gru_before"]
 
 # What goes to the plans, by name.
-Room = namedtuple("Room", "y h_n c_n gates c m ax ah", defaults=[None, None, None])
+Room = namedtuple("Room", "y h_n c_n gates c m ax ah moments", defaults=[None] * 4)
 Upstream = namedtuple("Upstream", "dy dy_last dm0")
 
 
@@ -56,11 +56,12 @@ def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, l
     tokens = T * B if order is None else int(lengths.sum())
     y = empty((T, B, K), dtype) if order is None else np.zeros((T, B, K), dtype)
     h_n, c_n = np.empty((B, K), dtype), np.empty((B, H), dtype) if cell.has_c else None
-    gates = c = ax = ah = None
+    gates = c = ax = ah = moments = None
     if keep_tape and cell.keeps_gates:
         gates = empty((tokens, cell.gates * H), dtype)
         if cell.normalizes:
             ax, ah = (empty((tokens, cell.gates * H), dtype) for _ in range(2))
+            moments = np.empty((tokens, 6), dtype)
         c = empty((tokens, H), dtype) if cell.has_c else None
     m = None
     if variant is not None:
@@ -75,13 +76,13 @@ def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, l
                                            packed and packed.quantized)
             run = batch._replace(x=ids, table=table)
         turned = weights._replace(b=arguments.turn(cell, weights.b)) if cell.turn else weights
-        _forward.run(cell, turned, run, Room(y, h_n, c_n, gates, c, m, ax, ah), packed=packed,
-                     n_threads=n_threads)
+        _forward.run(cell, turned, run, Room(y, h_n, c_n, gates, c, m, ax, ah, moments),
+                     packed=packed, n_threads=n_threads)
     else:
         for final, initial in (h_n, h0), (c_n, c0):
             if final is not None:
                 final[...] = 0 if initial is None else initial
-    return y, h_n, c_n, (cell, sizes, weights, batch, tokens, y), (gates, c, m, ax, ah)
+    return y, h_n, c_n, (cell, sizes, weights, batch, tokens, y), (gates, c, m, ax, ah, moments)
 
 
 def _run_backward(kind, of, tape, dy, dh_n, dc_n, n_threads):
@@ -91,7 +92,7 @@ def _run_backward(kind, of, tape, dy, dh_n, dc_n, n_threads):
     dy, dh_n, dc_n = _checked_upstream(tape, dy, dh_n, dc_n)
     if n_threads is not None:
         resolve(n_threads)
-    gates, c, m, ax, ah = tape.take()
+    gates, c, m, ax, ah, moments = tape.take()
     cell, sizes, weights, batch, y = tape.cell, tape.sizes, tape.weights, tape.batch, tape.y
     T, B, I, H, K, dtype = sizes
     looked_up = isinstance(batch.x, TokenIds)
@@ -109,12 +110,12 @@ def _run_backward(kind, of, tape, dy, dh_n, dc_n, n_threads):
         np.zeros((B, K), dtype) if dh_n is None else np.array(dh_n),
         None if not cell.has_c else np.zeros((B, H), dtype) if dc_n is None else np.array(dc_n),
         None if weights.W_hr is None else np.empty((K, H), dtype),
-        None if weights.norms is None else np.empty((10, H), dtype))
+        None if weights.norms is None else np.zeros((10, H), dtype))
     if tokens:
         if looked_up:
             batch = batch._replace(x=batch.x.array)
         dm0 = None if m is None else np.zeros((B, K), dtype)
-        _backward.run(cell, weights, batch, Room(y, None, None, gates, c, m, ax, ah),
+        _backward.run(cell, weights, batch, Room(y, None, None, gates, c, m, ax, ah, moments),
                       Upstream(dy, None if cell.reads_h else _last_dy(batch, dy, dh_n), dm0), g,
                       dtable=dtable,
                       n_threads=arguments.threads_for(n_threads, tokens, G, K if looked_up else I + K))

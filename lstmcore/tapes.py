@@ -70,14 +70,13 @@ class _Tape:
 class _GateTape(_Tape):
     """A tape with gates: `raw_gates` (tokens, G), whose memory the backward pass uses, and c if any."""
 
-    __slots__ = ("raw_gates", "raw_c", "raw_m", "raw_ax", "raw_ah", "_turn")
+    __slots__ = ("raw_gates", "raw_c", "more", "_turn")
 
     def __init__(self, cell: Any, sizes: Sizes, weights: Weights, batch: Batch, tokens: int, y: Floats,
-                 raw_gates: Floats, raw_c: Floats | None, raw_m: Floats | None = None,
-                 raw_ax: Floats | None = None, raw_ah: Floats | None = None) -> None:
+                 raw_gates: Floats, raw_c: Floats | None, *more: Floats | None) -> None:
         super().__init__(cell, sizes, weights, batch, tokens, y)
-        self.raw_gates, self.raw_c, self.raw_m = raw_gates, raw_c, raw_m
-        self.raw_ax, self.raw_ah = raw_ax, raw_ah
+        self.raw_gates, self.raw_c = raw_gates, raw_c
+        self.more = more            # of variants: h ∘ mask; ax, ah and their moments
         self._turn = [True]        # popping it is one step, for threads that race for the tape too
 
     @property
@@ -100,14 +99,14 @@ class _GateTape(_Tape):
 
     def _kept(self):
         N, H = self.tokens, self.sizes.H
-        named = zip(("raw_gates", "raw_c", "raw_m", "raw_ax", "raw_ah"), self._raw())
-        return [(name, a, (N, H if name in ("raw_c", "raw_m") else self.cell.gates * H))
-                for name, a in named if a is not None]
+        G = self.cell.gates * H
+        named = zip(("raw_gates", "raw_c", "h ∘ mask", "ax", "ah", "moments"), (G, H, H, G, G, 6), self._raw())
+        return [(name, a, (N, width)) for name, width, a in named if a is not None]
 
     def _raw(self):
-        return self.raw_gates, self.raw_c, self.raw_m, self.raw_ax, self.raw_ah
+        return self.raw_gates, self.raw_c, *(self.more or (None,) * 4)
 
-    def take(self) -> tuple[Floats, Floats | None, Floats | None, Floats | None, Floats | None]:
+    def take(self) -> tuple[Floats | None, ...]:
         """What it keeps: the tape is used now; an error if it was before."""
         try:
             self._turn.pop()
@@ -118,8 +117,9 @@ class _GateTape(_Tape):
     def again(self: Self) -> Self:
         """This tape with gates of its own, to be used one time more."""
         return type(self)(self.cell, self.sizes, self.weights, self.batch, self.tokens, self.y,
-                          self.raw_gates.copy(), self.raw_c, self.raw_m,
-                          None if self.raw_ax is None else self.raw_ax.copy(), self.raw_ah)
+                          self.raw_gates.copy(), self.raw_c, *(
+                              a if n != 1 or a is None else a.copy()      # ax becomes its gradient too
+                              for n, a in enumerate(self.more)))
 
     def _refuse(self):
         raise ValueError("this tape was used by an earlier backward pass, which overwrote its "
@@ -172,7 +172,7 @@ class RNNTape(_Tape):
 
     def take(self) -> tuple[None, ...]:
         """Nothing, as often as it is asked for."""
-        return (None,) * 5
+        return (None,) * 6
 
     def again(self) -> RNNTape:
         """This tape, which any number of backward passes may read."""
