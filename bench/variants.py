@@ -32,6 +32,7 @@ OPTIONS = {  # options of LSTM, as they are written there
     "recurrent_dropout=0.3": dict(recurrent_dropout=0.3),
     "weight_dropout=0.3": dict(weight_dropout=0.3),
     "peepholes=True": dict(peepholes=True),
+    'layer_norm="products"': dict(layer_norm="products"),
 }
 KERAS = ("Keras", "Keras, recurrent_dropout=0.3")
 

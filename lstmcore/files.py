@@ -386,6 +386,8 @@ def _build(found, dtype, **options):
     options.update(first.variant)
     if first.kind == "LSTM":
         options["peepholes"] = "weight_peephole" in names
+        if ("weight_layernorm" in names) != (options.get("layer_norm") is not None):
+            raise ValueError(f"{first.name} must have weight_layernorm if and only if it says layer_norm")
         options["proj_size"] = first.output_size if "weight_hr" in names else 0
     elif first.kind == "GRU":
         options["reset_after"] = first.reset_after

@@ -130,12 +130,15 @@ class Module:
         """
         check_precision(precision)
         modules = [module for _, module in self.modules()]
-        formats = [format_of_weights(precision or module.compute, module.dtype) if module._own
-                   else None for module in modules]
+        formats = [module._format(precision) if module._own else None for module in modules]
         self.eval()
         for module, format in zip(modules, formats):
             module._fix(format)
         return self
+
+    def _format(self, precision):
+        """The format of a frozen layer's products; an error where it cannot have it."""
+        return format_of_weights(precision or self.compute, self.dtype)
 
     def unfreeze(self: M) -> M:
         """Let the parameters change again; the mode stays inference. Returns self.
@@ -391,7 +394,7 @@ def products(compute: Compute | None, dtype: np.dtype[Any]) -> Compute | None:
 
 def _is_matrix(name):
     """Whether a parameter is an operand of products, which int8 rounds; the others are added."""
-    return not name.startswith(("bias", "weight_peephole"))
+    return not name.startswith(("bias", "weight_peephole", "weight_layernorm"))
 
 
 def _with_gradient(p):

@@ -17,6 +17,7 @@ import numpy as np
 
 from lstmcore import checks, dense, functional
 from lstmcore._types import Array, Compute, Dtype, Floats, Init, Lengths, Seed
+from lstmcore.initializers import initializer
 from lstmcore.module import Module, dropout_mask, products
 from lstmcore.streams import State, Stream
 from lstmcore.variants import Activation, Variant
@@ -52,7 +53,7 @@ Trace = TypeVar("Trace", LSTMTrace, GRUTrace, RNNTrace)
 Pair: TypeAlias = tuple[Floats, Floats]
 
 NAMES = dict(W_ih="weight_ih", W_hh="weight_hh", b="bias", peepholes="weight_peephole",
-             W_hr="weight_hr")
+             W_hr="weight_hr", norms="weight_layernorm")
 
 
 class _Recurrent(Module, Generic[State, Trace]):
@@ -95,7 +96,7 @@ class _Recurrent(Module, Generic[State, Trace]):
         self.compute = products(compute, self.dtype)
         self.rng = np.random.default_rng(seed)
         self.n_threads: int | None = None           # handed on to lstmcore.functional
-        draw = _initializer(init, self.hidden_size, self.rng)
+        draw = initializer(init, self.hidden_size, self.rng)
         for layer in range(self.num_layers):
             for suffix in ("", "_reverse")[:self.directions]:
                 for letter, shape in self._shapes(layer).items():
@@ -277,7 +278,8 @@ class _Recurrent(Module, Generic[State, Trace]):
         table, D = embedding._rows(), self.directions
         first = []
         for w, quantized in zip(self._weights[:D], self._lowered):
-            W_ih, b, alone = w["W_ih"], w.get("b"), (self._biases - self._gates) * self.hidden_size
+            b = None if "norms" in w else w.get("b")       # what is normalized has no bias yet
+            W_ih, alone = w["W_ih"], (self._biases - self._gates) * self.hidden_size
             packed = functional.pack("linear", W_ih, precision=self._frozen_in,
                                      quantized=(quantized[0], None, None)) if self._frozen_in else None
             # E W_ihᵀ + b        (V,E) (E,4H) -> (V,4H)
@@ -287,7 +289,7 @@ class _Recurrent(Module, Generic[State, Trace]):
             if alone:                   # h alone feeds the last gates: they start from the bias
                 rest = np.zeros(alone, self.dtype) if b is None else b[-alone:]
                 rows = np.hstack([rows, np.broadcast_to(rest, (len(rows), alone))])
-            first.append({**w, "W_ih": functional.TokenTable(rows), "b": None})
+            first.append({**w, "W_ih": functional.TokenTable(rows), **({} if "norms" in w else {"b": None})})
         ids = functional.TokenIds(self._swap(x), embedding.vocab_size)
         return ids, first + self._weights[D:]
 
@@ -364,6 +366,8 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
         orthogonal for the recurrence, zeros for bias and peepholes
     dtype : "float32" or "float64", of the weights and of all that is given and returned
     recurrent_activation, activation, cell_activation, clip, coupled : as of `Variant`
+    layer_norm : "products": x W_ihᵀ, h W_hhᵀ and c are normalized over their units (Ba et al. 2016), in
+        float32 and float64, with no other of these options but the last two
     zoneout : z, or (z_h, z_c): in training, the probability of a number of h, and of c, to keep its last
         value; afterwards the mean of that (Krueger et al. 2017)
     recurrent_dropout : probability to drop a number of h where it enters the next step's product, drawn
@@ -378,7 +382,8 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
 
     Its parameters in layer 0 (`_l1` and so on above it, `_reverse` added in the second direction):
     weight_ih_l0 (4H, I), weight_hh_l0 (4H, P) and bias_l0 (4H,), their rows ordered i, f, g, o;
-    weight_peephole_l0 (3, H), ordered i, f, o; weight_hr_l0 (P, H).
+    weight_peephole_l0 (3, H), ordered i, f, o; weight_hr_l0 (P, H); weight_layernorm_l0 (10, H): the gammas
+    of i, f, g, o for x W_ihᵀ, those for h W_hhᵀ, gamma and beta of c.
 
     >>> m = LSTM(3, 5, num_layers=2, seed=0)
     >>> x = np.random.default_rng(1).standard_normal((7, 4, 3), dtype="float32")
@@ -393,7 +398,7 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
     _gates = 4
     _says = "batch_first", "dropout"
     _options = dict(recurrent_activation="sigmoid", activation="tanh", cell_activation=None, clip=None,
-                    coupled=False, zoneout=0.0, recurrent_dropout=0.0, weight_dropout=0.0,
+                    coupled=False, layer_norm=None, zoneout=0.0, recurrent_dropout=0.0, weight_dropout=0.0,
                     locked_dropout=False)
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, *,
@@ -402,6 +407,7 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
                  forget_bias: float = 1.0, recurrent_activation: Activation = "sigmoid",
                  activation: Activation = "tanh", cell_activation: Activation | None = None,
                  clip: float | None = None, coupled: bool = False,
+                 layer_norm: Literal["products"] | None = None,
                  zoneout: float | tuple[float, float] = 0.0, recurrent_dropout: float = 0.0,
                  weight_dropout: float = 0.0, locked_dropout: bool = False,
                  init: Init = "uniform", dtype: Dtype = "float32",
@@ -412,7 +418,14 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
         self.zoneout = zoneout if isinstance(zoneout, (int, float)) else tuple(zoneout)
         variant = Variant(recurrent_activation, activation, cell_activation, clip, coupled, zoneout)
         self._variant = None if variant.is_usual() else variant
-        self._cell = "lstm_varied" if self._variant else "lstm"
+        self.layer_norm = layer_norm
+        self._cell = "lstm_varied" if self._variant else "lstm_norm" if layer_norm else "lstm"
+        if layer_norm is not None:
+            checks.choice("layer_norm", layer_norm, ("products",))
+            if self._variant or recurrent_dropout or peepholes or proj_size or compute == "bfloat16":
+                raise ValueError("an LSTM with layer_norm has the usual activations, no clip, no coupled "
+                                 "gates, no zoneout, no recurrent dropout, no peepholes and no projection, "
+                                 "and computes in float32 or float64")
         if (self._variant or recurrent_dropout) and proj_size:
             raise ValueError(f"an LSTM with proj_size={proj_size} has the usual activations, no clip, no "
                              "zoneout, no recurrent dropout and no coupled gates")
@@ -427,6 +440,8 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
                     init, dtype, compute, seed, locked_dropout, weight_dropout)
         for weights in self._weights if self.bias else ():
             weights["b"][hidden_size:2 * hidden_size] += self.forget_bias
+        for weights in self._weights if layer_norm else ():
+            weights["norms"][:9], weights["norms"][9] = 1, 0
 
     def _drawn(self, variant, x):
         (T, B), H = x.shape[:2], self.hidden_size
@@ -448,7 +463,16 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
             shapes["peepholes"] = 3, H
         if self.proj_size:
             shapes["W_hr"] = P, H
+        if self.layer_norm:
+            shapes["norms"] = 10, H
         return shapes
+
+    def _format(self, precision):
+        format = super()._format(precision)
+        if self.layer_norm and format not in ("float32", "float64"):
+            raise ValueError(f"an LSTM with layer_norm cannot be frozen in {format}: its means are sums over "
+                             "a row")
+        return format
 
     def _cell_forward(self, weights, x, state, lengths, reverse, keep_tape):
         h0, c0 = state
@@ -556,29 +580,3 @@ class RNN(_Recurrent[Floats, RNNTrace]):
 
     def _traced(self, y, tape):
         return RNNTrace(self._swap(y))
-
-
-def _initializer(init, H, rng):
-    """draw(letter, shape): first values for a weight of that letter, one gate after the other."""
-    def uniform(letter, shape):
-        return rng.uniform(-H**-0.5, H**-0.5, shape)
-
-    def glorot(letter, shape):
-        if letter in ("b", "peepholes"):
-            return np.zeros(shape)
-        if letter == "W_hh":
-            return np.stack([_orthogonal(rng, *shape[1:]) for _ in range(shape[0])])
-        bound = (6 / sum(shape[-2:])) ** 0.5
-        return rng.uniform(-bound, bound, shape)
-
-    rules = dict(uniform=uniform, glorot=glorot)
-    if init not in rules:
-        raise ValueError(f"init must be 'uniform' or 'glorot', got {init!r}")
-
-    return rules[init]
-
-
-def _orthogonal(rng, rows, columns):
-    """A random matrix, rows >= columns, whose columns are orthonormal (Saxe et al. 2014)."""
-    q, r = np.linalg.qr(rng.standard_normal((rows, columns)))
-    return q * np.sign(np.diag(r))

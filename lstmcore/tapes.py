@@ -100,7 +100,8 @@ class _GateTape(_Tape):
     def _kept(self):
         N, H = self.tokens, self.sizes.H
         G = self.cell.gates * H
-        named = zip(("raw_gates", "raw_c", "h ∘ mask", "ax", "ah", "moments"), (G, H, H, G, G, 6), self._raw())
+        names = "raw_gates", "raw_c", "h ∘ mask", "ax", "ah", "moments"
+        named = zip(names, (G, H, H, G, G, 6), self._raw())
         return [(name, a, (N, width)) for name, width, a in named if a is not None]
 
     def _raw(self):

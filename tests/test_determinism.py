@@ -23,6 +23,8 @@ CASES = {
                                 reverse=True)),
     "variant": ("lstm", dict(T=31, B=11, I=9, H=70, variant="all")),
     "variant, ragged": ("lstm", dict(T=12, B=13, I=9, H=35, lengths="ragged", variant="recurrent dropout")),
+    "layer norm": ("lstm", dict(T=31, B=11, I=9, H=70, norms=True)),
+    "layer norm, ragged": ("lstm", dict(T=12, B=13, I=9, H=35, norms=True, lengths="ragged")),
     "few rows": ("lstm", dict(T=9, B=2, I=5, H=130)),
     "gru": ("gru", dict(T=31, B=11, I=9, H=70)),
     "gru before, ragged": ("gru", dict(T=12, B=13, I=9, H=70, reset_after=False, lengths="ragged")),

@@ -50,6 +50,9 @@ LSTM_OPTIONS = {
     **{f"variant: {name}": dict(variant=name, lengths="ragged", reverse=name == "all",
                                 peepholes="zone" not in name and name != "all") for name in VARIANTS},
     "variant without states": dict(variant="recurrent dropout", states=False),
+    "layer norm": dict(norms=True),
+    "layer norm, ragged": dict(norms=True, lengths="ragged", states=False),
+    "layer norm, ragged reverse, no bias": dict(norms=True, lengths="ragged", reverse=True, bias=False),
 }
 SHAPE_FOR_OPTIONS = (6, 9, 5, 21)
 

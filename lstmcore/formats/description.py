@@ -15,16 +15,17 @@ from lstmcore.variants import Variant
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 _A = {"GRU": "a GRU", "RNN": "an RNN"}
-WEIGHTS = ("weight_ih", "weight_hh", "bias", "weight_peephole", "weight_hr")
+WEIGHTS = ("weight_ih", "weight_hh", "bias", "weight_peephole", "weight_hr", "weight_layernorm")
 OPTIONS = ("batch_first", "dropout", "nonlinearity", "reset_after")
 # In what a layer is not the usual one, as `LSTM` takes it: what is computed, and what training draws.
 COMPUTED = ("recurrent_activation", "activation", "cell_activation", "clip", "coupled", "zoneout")
+NORMED = "layer_norm"
 DRAWN = ("recurrent_dropout", "weight_dropout", "locked_dropout")
 VERSION = 1             # of the descriptions in our own files
 SCALE = ".scale"        # ends the name of the scales of int8 numbers
 LAYER, MODEL = "lstmcore.layer", "lstmcore.language_model"      # their names there
 _TORCH_NAME = re.compile(r"(?:(.*)\.)?(weight_ih|weight_hh|bias|bias_ih|bias_hh|weight_hr|"
-                         r"weight_peephole)(?:_l(\d{1,4})(_reverse)?)?", re.DOTALL)
+                         r"weight_peephole|weight_layernorm)(?:_l(\d{1,4})(_reverse)?)?", re.DOTALL)
 
 
 class Content(NamedTuple):
@@ -44,8 +45,8 @@ class Layer(NamedTuple):
 
     directions: one or two dicts of arrays, named and shaped as an LSTM's parameters without their
     `_l0`: weight_ih (4H, I), weight_hh (4H, P), and where there are any bias (4H,),
-    weight_peephole (3, H), weight_hr (P, H); rows ordered i, f, g, o. For an RNN H rows; for a GRU
-    3H, ordered r, z, n, and with reset_after a bias (4H,), its last b_hn.
+    weight_peephole (3, H), weight_hr (P, H), weight_layernorm (10, H); rows ordered i, f, g, o. For an
+    RNN H rows; for a GRU 3H, ordered r, z, n, and with reset_after a bias (4H,), its last b_hn.
     """
 
     name: str
@@ -177,8 +178,9 @@ def checked(layer, nonlinearity=None, reset_after=None):
                          f"{ {weight: np.shape(a) for weight, a in first.items()} }")
     rows, (H, P) = GATES[layer.kind], (layer.hidden_size, layer.output_size)
     shapes = {"weight_ih": (rows * H, first["weight_ih"].shape[-1]), "weight_hh": (rows * H, P),
-              "bias": (rows * H,), "weight_peephole": (3, H), "weight_hr": (P, H)}
-    if layer.kind != "LSTM" and {"weight_peephole", "weight_hr"} & first.keys():
+              "bias": (rows * H,), "weight_peephole": (3, H), "weight_hr": (P, H),
+              "weight_layernorm": (10, H)}
+    if layer.kind != "LSTM" and set(WEIGHTS[3:]) & first.keys():
         raise ValueError(f"{layer.name} has the shape of {_A[layer.kind]} and the weights "
                          f"{sorted(first)}")
     if layer.kind == "GRU":
@@ -265,7 +267,7 @@ def check(said):
              "compute": str, "bidirectional": bool, "last_step": bool, "reset_after": bool,
              "reverse": list, "layers": list, "class": str, "clip": (int, float), "coupled": bool,
              "zoneout": (int, float, list), "recurrent_dropout": (int, float),
-             "weight_dropout": (int, float), "locked_dropout": bool,
+             "weight_dropout": (int, float), "locked_dropout": bool, NORMED: str,
              **dict.fromkeys(COMPUTED[:3], (str, list))}
     if not isinstance(said, dict) or "class" not in said:
         raise ValueError(f"a description must be an object with a class, got {said!r:.100}")
@@ -294,7 +296,7 @@ def parts(description, arrays):
         raise TypeError(f"module must be an LSTM, GRU, RNN or Stack, got {kind}")
     layers = from_torch_names("", group(arrays)[""])
     said = description.get("nonlinearity"), description.get("reset_after")
-    variant = {name: description[name] for name in COMPUTED + DRAWN if name in description}
+    variant = {name: description[name] for name in (*COMPUTED, NORMED, *DRAWN) if name in description}
     return [(description, [checked(layer, *said)._replace(variant=variant) for layer in layers], False)]
 
 

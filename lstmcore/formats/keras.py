@@ -149,7 +149,7 @@ def arrays(module):
         for layer in layers:
             found.append([])
             for cell in layer.directions:
-                if extra := cell.keys() & {"weight_peephole", "weight_hr"}:
+                if extra := cell.keys() & set(description.WEIGHTS[3:]):
                     raise ValueError(f"Keras has no layer with {' and '.join(sorted(extra))}")
                 _config(layer)
                 cell = _for_gru(cell) if layer.kind == "GRU" else cell

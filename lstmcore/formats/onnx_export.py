@@ -337,6 +337,8 @@ def _part(graph, x, part, state, suffix):
              for letter, width in zip(letters, widths)] if state else []
     plain = part.dtype == np.float32 and widths[0] == widths[-1]
     for n, cells in enumerate(part.cells):
+        if "weight_layernorm" in cells[0]:
+            raise ValueError("ONNX has no LSTM with layer normalization")
         initial = [graph.add("Slice", s, graph.ints(n * D), graph.ints((n + 1) * D), graph.ints(0))
                    for s in given]
         run = _node if plain and "weight_hr" not in cells[0] else _scans

@@ -7,8 +7,8 @@ A mutant is (name, file, text, wrong text). The text must be found exactly once 
 SIMD, ACT, TILE, PANELS, PRODUCTS_H, STEP, LSTM, RNN, LOSS, OPTIMIZER = (
     f"csrc/{name}.h" for name in ("simd", "activations", "tile", "panels", "products", "step",
                                   "cell_lstm", "cell_rnn", "loss", "optimizer"))
-GRU, VARIED, FLOAT, BF16, INT8, PACK_FLOATS, AMX = (
-    f"csrc/{name}.h" for name in ("cell_gru", "cell_varied", "format_float", "format_bfloat16",
+GRU, VARIED, NORM, FLOAT, BF16, INT8, PACK_FLOATS, AMX = (
+    f"csrc/{name}.h" for name in ("cell_gru", "cell_varied", "cell_norm", "format_float", "format_bfloat16",
                                   "format_int8", "pack_floats", "amx"))
 DISPATCH, TEAM = "csrc/dispatch.c", "csrc/team.c"
 KERNELS, GRID, MEMORY, PRODUCTS, RECURRENCE, FORWARD, BACKWARD, DENSE, BLAS = (
@@ -1007,6 +1007,32 @@ MUTANTS = [
     ("Keras 2's hard sigmoid", KERAS, 'given = ("hard_sigmoid", 0.2, 0.5)', "pass"),
     ("ONNX's alphas in another order", GRAPH, "given = [kept.pop(0) if kept", "given = [kept.pop() if kept"),
     ("input_forget is forgotten", GRAPH, '        variant["coupled"] = True\n', "        pass\n"),
+    # layer normalization
+    ("norm: the variance without its mean", NORM, "vec d = F(v_load_n)(v + j, VL) - mean;",
+     "vec d = F(v_load_n)(v + j, VL);"),
+    ("norm: the last units have no variance", NORM, "for (; j < n; j++) total +=", "for (; 0;) total +="),
+    ("norm: no epsilon", NORM, "+ NORM_EPSILON)", "+ 0)"),
+    ("norm: gamma of x for h", NORM,
+     "v_fma(F(v_load_n)(norms + 4 * H + at, l), F(v_normed)(ah", "v_fma(F(v_load_n)(norms + at, l), F(v_normed)(ah"),
+    ("norm: c is not normalized", NORM, "F(v_normed)(c + j, of_c, l),\n                                F(v_load_n)"
+     "(norms + 9 * H + j, l));\n                F(v_store_n)((R *)row->h",
+     "F(v_load_n)(c + j, l),\n                                F(v_load_n)"
+     "(norms + 9 * H + j, l));\n                F(v_store_n)((R *)row->h"),
+    ("norm: the first mean is dropped", NORM, "(product - r.first -", "(product -"),
+    ("norm: the second mean is dropped", NORM, "second = v_fma(product,", "second = v_fma(F(v_set1)(0),"),
+    ("norm: dc of the next step alone", NORM, "F(v_returned)(dn + j, norms + 8 * H + j, c + j, of_c, back, l);",
+     "F(v_set1)(0);"),
+    ("norm: the gradient of norms begins anew", NORM, "sums[q] = F(v_load_n)((const R *)dnorms + q * H + j, l);",
+     "sums[q] = F(v_set1)(0);"),
+    ("norm: the bias is normalized", FORWARD, "START_BIAS if f.b != NULL and p.norms == NULL else", "START_BIAS "
+     "if f.b != NULL else"),
+    ("norm: dW_hh of da", BACKWARD, "sums.da, sums.n_products, sums.db = f.da_of_h, 1, NULL",
+     "sums.n_products, sums.db = 1, NULL"),
+    ("norm: dx of da", BACKWARD, "f.da_of_h + k0 if p.norms == NULL else f.dax + k0", "f.da_of_h + k0"),
+    ("norm: nobody waits for c", FORWARD, "p.cell.norm_step(&w, 0, n, j0, j1, rows)\n    wait(m.barrier, "
+     "m.slab.parts)", "p.cell.norm_step(&w, 0, n, j0, j1, rows)"),
+    ("norm: a table has the bias", RECURRENT, 'b = None if "norms" in w else w.get("b")', 'b = w.get("b")'),
+    ("norm: an int8 LSTM", RECURRENT, "if self.layer_norm and format not in", "if False and format not in"),
     # several processes
     ("processes: the last shard is left out", REDUCTION, "if last and add:            # a + b",
      "if False:            # a + b"),
