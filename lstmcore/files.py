@@ -293,6 +293,9 @@ def rebuild(said: Mapping[str, Any], arrays: Mapping[str, Any], **options: Any) 
             raise ValueError(f"the {kind} computes in bfloat16: dtype must be float32, got float64")
         del said["class"]
         found = description.from_torch_names("", description.group(arrays)[""])
+        if found[0].kind != kind:
+            raise ValueError(f"the file says that it holds a {kind}, and holds weights of a "
+                             f"{found[0].kind}")
         return assemble(found, dtype=dtype, **said)
     if unknown := options.keys() - ({"batch_first"} if kind == "Stack" else set()):
         raise ValueError(f"the file holds a {kind}, which says {sorted(unknown)} itself"
@@ -390,10 +393,16 @@ def _build(found, dtype, **options):
     module = getattr(layers, first.kind)(
         names["weight_ih"].shape[1], first.hidden_size, len(found), bias="bias" in names,
         bidirectional=len(first.directions) == 2, dtype=dtype, seed=0, **options)
-    module.load_state_dict({f"{weight}_l{n}{suffix}": a for n, layer in enumerate(found)
-                            for suffix, arrays in zip(("", "_reverse"), layer.directions)
-                            for weight, a in arrays.items()})
+    module.load_state_dict(_by_name([layer.directions for layer in found]))
+    if all(layer.int8 for layer in found) and dtype == np.float32 and not options.get("compute"):
+        module._fill(_by_name([layer.int8 for layer in found]))
     return module
+
+
+def _by_name(layers):
+    """{weight name of a layer and direction: value}"""
+    return {f"{weight}_l{n}{suffix}": a for n, directions in enumerate(layers)
+            for suffix, arrays in zip(("", "_reverse"), directions) for weight, a in arrays.items()}
 
 
 def _cast(state, dtype):

@@ -52,6 +52,7 @@ class Layer(NamedTuple):
     initial: "tuple | None" = None      # the initial state, where the file fixes one
     last_step: bool = False             # y is the last output only
     reset_after: "bool | None" = None   # of a GRU, where its biases do not say it
+    int8: "list | None" = None          # {weight: Quantized} of each direction, if it is in int8
 
     @property
     def hidden_size(self):
