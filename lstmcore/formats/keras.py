@@ -32,9 +32,15 @@ GRU_ORDER = [1, 0, 2]           # z, r, n as places in r, z, n, and back
 MODELS = "Sequential", "Functional", "Model"
 KERAS = "keras", "tf_keras", "tensorflow", "lstmcore"            # lstmcore.keras
 NODES = "layers", "_layer_checkpoint_dependencies"              # of Keras 3, and of TensorFlow 2.12
+NO_LAYERS = "vars", "seed_generator", "optimizer", "optimizer_weights", "_metadata"
 # What these do to a sequence, they do in training only.
 PASSING = ("InputLayer", "Dropout", "SpatialDropout1D", "GaussianNoise", "GaussianDropout",
            "ActivityRegularization")
+# What has a recurrent layer in it and is not read as one, and what to do then.
+WAYS_OUT = {"TimeDistributed": "applies a layer to each part of its input: save that layer in a model of "
+                               "its own",
+            "RNN": "has several cells, or one that is not Keras's: save a model with an LSTM, GRU or "
+                   "SimpleRNN for each"}
 WEIGHTS = ("kernel", "recurrent_kernel", "bias")
 OWN = "lstmcore.config"
 
@@ -57,6 +63,9 @@ def content(path):
     """The chains of recurrent layers in the file."""
     config, root = _open(path)
     options = {"batch_first": _is_batch_first(path, config)}
+    if isinstance(config, dict) and config.get("class_name") not in MODELS \
+            and isinstance(said := config.get("config"), dict) and "layers" not in said:
+        config = None                       # a class of its own, which says nothing of its layers
     layers = _layers(path, config) if config is not None else {}
     weights = _weights_by_layer(path, root, layers)
     if config is None:
@@ -81,11 +90,18 @@ def content(path):
             chains.append([entry])
     others = [f"{name} ({_what(layer)})" for name, layer in layers.items()
               if name not in recurrent and layer.kind not in PASSING]
-    like = [name for name in layers if name not in recurrent and _is_recurrent(
-        weights.get(name, [])) and _rows(weights[name]) in (1, 3, 4)]
-    hint = like and (f"{description.some(like)} has the weights of a recurrent layer, and a class "
-                     "that is not Keras's own: save them alone, model.save_weights('x.weights.h5')")
-    return Content({}, chains, others, options, hint=hint or "")
+    hint = _hint(layers, [name for name in weights if name not in recurrent
+                          and _is_recurrent(weights[name]) and _rows(weights[name]) in (1, 3, 4)])
+    return Content({}, chains, others, options, hint=hint)
+
+
+def _hint(layers, like):
+    """What to do of layers that are not read, of which those named in `like` have the weights of one."""
+    for name, layer in layers.items():
+        if layer.kind in WAYS_OUT and " of " in _what(layer):
+            return f"{name!r:.80} {WAYS_OUT[layer.kind]}"
+    return like and (f"{description.some(like)} has the weights of a recurrent layer, and a class "
+                     "that is not Keras's own: save them alone, model.save_weights('x.weights.h5')") or ""
 
 
 def write_module(path, module):
@@ -230,13 +246,10 @@ def _weights_by_layer(path, root, layers):
                 inner[name] = [arrays for place, arrays in found[outer].items()
                                if last in place.split("/")]
         return {**inner, **{name: list(places.values()) for name, places in found.items()}}
-    if not any(name in (root.members or {}) for name in NODES):
-        raise ValueError(f"{path} is HDF5, but neither Keras 3's layout nor the older one")
     found, waiting, unnamed = {}, [("", root)], _by_class(layers)
     while waiting:
         prefix, parent = waiting.pop()
-        nodes = next((parent.members[name] for name in NODES if name in parent.members), None)
-        for key, node in (nodes.members or {}).items() if nodes else ():
+        for key, node in _nodes(parent).items():
             if node.members is None:
                 continue
             variables = node.members.get("vars")
@@ -244,10 +257,22 @@ def _weights_by_layer(path, root, layers):
             name = variables.attributes.get("name", name) if variables else name
             halves = [_at(node, half) for half in ("forward_layer", "backward_layer")]
             cells = [_at(half, "cell", "vars") for half in (halves if all(halves) else [node])]
-            found[prefix + str(name)] = [[c.members[k].array for k in "012" if k in c.members]
-                                         for c in cells if c is not None and c.members is not None]
-            waiting.append((f"{prefix}{name}/", node))
+            cells = [[c.members[k].array for k in "012" if k in c.members]
+                     for c in cells if c is not None and c.members is not None]
+            found[prefix + str(name)] = cells
+            if not any(cells):
+                waiting.append((f"{prefix}{name}/", node))
+    if not any(name in (root.members or {}) for name in NODES) and not any(found.values()):
+        raise ValueError(f"{path} is HDF5, but neither Keras 3's layout nor the older one")
     return found
+
+
+def _nodes(parent):
+    """The layers in a model or layer: a list of them, and those that a class of the user's has as
+    attributes, by their names."""
+    listed = next((parent.members[name].members or {} for name in NODES if name in parent.members), {})
+    return {**{key: node for key, node in parent.members.items() if key not in (*NODES, *NO_LAYERS)},
+            **listed}
 
 
 def _by_class(layers):
@@ -345,7 +370,8 @@ def _collect(path, config, prefix, previous, found):
     sequential = config["class_name"] == "Sequential"
     for entry in entries if isinstance(entries, list) else entries["layers"]:
         kind, inner, wrapper = entry["class_name"], entry, None
-        name = prefix + entry["config"]["name"]
+        # A class of the user's may say no name.
+        name = prefix + entry["config"].get("name", f"{kind} {len(found)}")
         if name in found:
             raise ValueError(f"{path} has two layers {name!r:.100}")
         sources = previous if sequential else [
@@ -359,15 +385,21 @@ def _collect(path, config, prefix, previous, found):
         else:
             if kind == "Bidirectional":
                 wrapper, inner = entry["config"], entry["config"]["layer"]
-            if inner["class_name"] == "RNN" and isinstance(
-                    cell := inner["config"].get("cell"), dict) and cell["class_name"] in CELLS:
-                inner = {"class_name": CELLS[cell["class_name"]], "module": cell.get("module"),
-                         "config": {**cell["config"], **inner["config"]}}
+            inner = _of_cell(inner)
             found[name] = _Entry(kind, inner, wrapper, sources)
         if not isinstance(inner["config"], dict) or not isinstance(inner["class_name"], str):
             raise TypeError(f"the layer {name!r:.100}")
         previous = [name]
     return previous
+
+
+def _of_cell(entry):
+    """An RNN around one cell as the layer that it is; any other entry as it is."""
+    cell = entry["config"].get("cell") if entry["class_name"] == "RNN" else None
+    if not isinstance(cell, dict) or cell["class_name"] not in CELLS:
+        return entry
+    return {"class_name": CELLS[cell["class_name"]], "module": cell.get("module"),
+            "config": {**cell["config"], **entry["config"]}}
 
 
 def _sources(node):
@@ -413,9 +445,12 @@ def _from_config(path, name, layer, weights):
     if wrapper is not None:
         _expect(name, wrapper, {"merge_mode": ["concat"]})
         if (back := wrapper.get("backward_layer")) is not None:
+            back = _of_cell(back)
             if back["class_name"] != inner["class_name"]:
                 raise ValueError(f"{name} has a {back['class_name']!r:.40} as its backward_layer")
-            _expect(name, back["config"], {**wanted, "go_backwards": [True]})
+            alike = {key: [config.get(key)] for key in ("activation", "reset_after") if key in config}
+            _expect(name + "'s backward_layer", back["config"], {
+                **wanted, **alike, "go_backwards": [True]})
     if str(inner.get("module") or "keras").partition(".")[0] not in KERAS:
         raise ValueError(f"{name} is of a class of {inner['module']!r:.100}, not Keras's own")
     if name not in weights:
@@ -457,9 +492,8 @@ def _returns_sequences(layer):
 
 def _expect(name, config, wanted):
     for key, allowed in wanted.items():
-        value = config.get(key, allowed[0])
-        if isinstance(value, dict):                 # Keras's long form of a function's name
-            value = value.get("config")
+        value, *allowed = (a.get("config") if isinstance(a, dict) else a     # Keras's long form
+                           for a in (config.get(key, allowed[0]), *allowed))
         if not any(value is a or (isinstance(value, str) and value == a) for a in allowed):
             raise ValueError(f"{name} asks for {key}={value!r:.100}, lstmcore has {allowed}")
 
