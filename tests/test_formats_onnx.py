@@ -130,7 +130,7 @@ def test_relu_and_what_is_refused_by_name(tmp_path):
     np.testing.assert_allclose(Graph(path).run(feeds)["Y"], want, rtol=0, atol=1e-6)
     assert lstmcore.load(path).nonlinearity == "relu"
     for message, attributes in {
-            "clip=3.0": dict(clip=3.0), "input_forget=1": dict(input_forget=1),
+            "clip=3.0": dict(clip=3.0), "clip=0.0": dict(clip=0.0), "input_forget=1": dict(input_forget=1),
             "hardsigmoid": dict(activations=["HardSigmoid", "Tanh", "Tanh"]),
             "activation_alpha": dict(activation_alpha=[0.5])}.items():
         made, feeds = node_model("LSTM", "forward", **attributes)
@@ -526,6 +526,16 @@ def test_branches_that_are_chosen_and_functions(tmp_path):
     call = helper.make_node("Layer", ["x", "W", "R"], ["Y"], domain="local")
     m = shaped([call], {}, tmp_path=tmp_path, functions=[function])
     assert repr(m) == f"LSTM({I}, {H}, bias=False)"
+    # attributes that the call gives, under names of the function's own
+    inner, kinds = helper.make_node("LSTM", ["a", "w", "r"], ["b"]), onnx.AttributeProto
+    for name, said, kind in ("hidden_size", "size", kinds.INT), ("direction", "way", kinds.STRING):
+        inner.attribute.add(name=name, ref_attr_name=said, type=kind)
+    function = helper.make_function("local", "Layer", ["a", "w", "r"], ["b"], [inner],
+                                    [helper.make_opsetid("", 14)], attributes=["size", "way"])
+    call.attribute.extend([helper.make_attribute("size", H), helper.make_attribute("way", "reverse")])
+    assert shaped([call], {}, tmp_path=tmp_path, functions=[function]).reverse == [True]
+    del call.attribute[1]                           # one that is not given is not there
+    assert repr(shaped([call], {}, tmp_path=tmp_path, functions=[function])) == repr(m)
     floors = [helper.make_function("local", f"F{k}", ["a"], ["b"], [
         helper.make_node(f"F{k + 1}", ["a"], ["c"], domain="local"),
         helper.make_node(f"F{k + 1}", ["c"], ["b"], domain="local")],

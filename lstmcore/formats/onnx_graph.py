@@ -133,9 +133,9 @@ class _Flat:
                     names[name] = f"{name}/{n}"
                 outputs.append(names.get(name, name))
             key = _text(proto.domain), _text(proto.op_type)
-            attributes = [given.get(a.ref_attr_name) if a.ref_attr_name else a
-                          for a in proto.attribute]
-            attributes = {_text(a.name): a for a in attributes if a is not None}
+            attributes = {_text(a.name): given.get(a.ref_attr_name) if a.ref_attr_name else a
+                          for a in proto.attribute}
+            attributes = {name: a for name, a in attributes.items() if a is not None}
             if function := self.functions.get(key):
                 inner = dict(zip(map(_text, function.input), inputs))
                 inner.update(dict.fromkeys(map(_text, function.input[len(inputs):]), ""))
@@ -301,7 +301,8 @@ def _options(node):
         raise ValueError(f"{node.name} has direction={direction!r:.40}")
     D = 1 + (direction == "bidirectional")
     for name in ("clip", "activation_alpha", "activation_beta", "input_forget"):
-        if value := a.pop(name, None):
+        # An empty list and input_forget=0 ask for nothing; clip=0 asks for zeros.
+        if (value := a.pop(name, None)) or (name == "clip" and value is not None):
             raise ValueError(f"{node.name} asks for {name}={value}, which lstmcore does not have")
     wanted = a.pop("activations", [])
     if not isinstance(wanted, list):
