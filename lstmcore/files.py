@@ -35,12 +35,13 @@ def load(path: Path, name: str | None = None, *, into: Any = None, **options: An
     path : a file of any of these kinds, told by its content
         - safetensors: what `save` wrote (what was frozen in int8 is frozen in int8 again, without
           float32 matrices: `parameters()` computes q · scale of them, read-only, whenever it is
-          called, and `unfreeze()` makes them); or tensors under PyTorch's names. Of a model in several
-          files, the index (.safetensors.index.json)
-        - PyTorch's zip archives (.pt, .pth) of a state_dict, of dicts that hold one, of a whole
+          called, and `unfreeze()` makes them); or tensors under PyTorch's names
+        - PyTorch's zip archives (.pt, .pth, .bin) of a state_dict, of dicts that hold one, of a whole
           module, and of TorchScript
+        - the index (.index.json) of a model in several files of these two kinds
         - Keras 3 (.keras, .weights.h5) and older Keras (.h5), CuDNNLSTM included
-        - ONNX (.onnx): what `save` wrote; or LSTM, GRU and RNN nodes; needs onnx
+        - ONNX (.onnx): what `save` wrote; or LSTM, GRU and RNN nodes, and DynamicQuantizeLSTM, which
+          comes frozen in int8; needs onnx
     name : which recurrent layer, where a file holds several: the prefix of its tensors in a
         state_dict, the layer's name in Keras, the node's name in ONNX. A list of names is loaded as
         one stack, each fed by the one before it.
