@@ -35,12 +35,13 @@ def load(path: Path, name: str | None = None, *, into: Any = None, **options: An
     path : a file of any of these kinds, told by its content
         - safetensors: what `save` wrote (what was frozen in int8 is frozen in int8 again, without
           float32 matrices: `parameters()` computes q · scale of them, read-only, whenever it is
-          called, and `unfreeze()` makes them); or tensors under PyTorch's names. Of a model in several
-          files, the index (.safetensors.index.json)
-        - PyTorch's zip archives (.pt, .pth) of a state_dict, of dicts that hold one, of a whole
+          called, and `unfreeze()` makes them); or tensors under PyTorch's names
+        - PyTorch's zip archives (.pt, .pth, .bin) of a state_dict, of dicts that hold one, of a whole
           module, and of TorchScript
+        - the index (.index.json) of a model in several files of these two kinds
         - Keras 3 (.keras, .weights.h5) and older Keras (.h5), CuDNNLSTM included
-        - ONNX (.onnx): what `save` wrote; or LSTM, GRU and RNN nodes; needs onnx
+        - ONNX (.onnx): what `save` wrote; or LSTM, GRU and RNN nodes, and DynamicQuantizeLSTM, which
+          comes frozen in int8; needs onnx
     name : which recurrent layer, where a file holds several: the prefix of its tensors in a
         state_dict, the layer's name in Keras, the node's name in ONNX. A list of names is loaded as
         one stack, each fed by the one before it.
@@ -293,6 +294,9 @@ def rebuild(said: Mapping[str, Any], arrays: Mapping[str, Any], **options: Any) 
             raise ValueError(f"the {kind} computes in bfloat16: dtype must be float32, got float64")
         del said["class"]
         found = description.from_torch_names("", description.group(arrays)[""])
+        if found[0].kind != kind:
+            raise ValueError(f"the file says that it holds a {kind}, and holds weights of a "
+                             f"{found[0].kind}")
         return assemble(found, dtype=dtype, **said)
     if unknown := options.keys() - ({"batch_first"} if kind == "Stack" else set()):
         raise ValueError(f"the file holds a {kind}, which says {sorted(unknown)} itself"
@@ -396,10 +400,16 @@ def _build(found, dtype, **options):
     module = getattr(layers, first.kind)(
         names["weight_ih"].shape[1], first.hidden_size, len(found), bias="bias" in names,
         bidirectional=len(first.directions) == 2, dtype=dtype, seed=0, **options)
-    module.load_state_dict({f"{weight}_l{n}{suffix}": a for n, layer in enumerate(found)
-                            for suffix, arrays in zip(("", "_reverse"), layer.directions)
-                            for weight, a in arrays.items()})
+    module.load_state_dict(_by_name([layer.directions for layer in found]))
+    if all(layer.int8 for layer in found) and dtype == np.float32 and not options.get("compute"):
+        module._fill(_by_name([layer.int8 for layer in found]))
     return module
+
+
+def _by_name(layers):
+    """{weight name of a layer and direction: value}"""
+    return {f"{weight}_l{n}{suffix}": a for n, directions in enumerate(layers)
+            for suffix, arrays in zip(("", "_reverse"), directions) for weight, a in arrays.items()}
 
 
 def _cast(state, dtype):

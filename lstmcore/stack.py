@@ -21,7 +21,8 @@ class Stack(Module):
     reverse : list of bool: this layer reads each sequence from its own end to its start, and its
         y is in the order of x all the same; none by default
     batch_first : x and y are (B, T, ·); states never are
-    initial : one initial state per layer (None: zeros), used when a call gives no state
+    initial : one initial state per layer (None: zeros), used when a call gives no state; of one
+        sequence, (·, 1, ·), it is every sequence's
     last_step : y is not (T, B, W) but (B, W), the last output of each sequence; of a bidirectional
         layer the last output of each direction, which the second one gives at step 0
 
@@ -66,7 +67,7 @@ class Stack(Module):
             lengths = checks.lengths(lengths, *y.shape[:2])
         states = _one_each("state", state, None, self.layers)
         for layer, reverse, given, initial in zip(self.layers, self.reverse, states, self.initial):
-            given = initial if given is None else given
+            given = _for_each(initial, y) if given is None else given
             y, last = layer(_flip(y, lengths, reverse), given, lengths)
             y = _flip(y, lengths, reverse)
             final.append(last)
@@ -136,6 +137,15 @@ def _one_each(name, values, default, layers):
         raise ValueError(f"{name} must have one entry for each of {len(layers)} layers, "
                          f"got {len(values)}")
     return values
+
+
+def _for_each(state, x):
+    """A fixed state, that of one sequence for each of x (T, B, I)."""
+    if state is None or x.ndim != 3:
+        return state
+    parts = [np.repeat(part, x.shape[1], axis=1) if part.shape[1] == 1 else part
+             for part in (state if isinstance(state, tuple) else (state,))]
+    return tuple(parts) if isinstance(state, tuple) else parts[0]
 
 
 def _flip(a, lengths, wanted):

@@ -173,19 +173,21 @@ class Safetensors(Target):
 
 
 class Index(Target):
-    """The mutant is the index, beside two shards."""
+    """The mutant is the index, beside two shards of safetensors and two of PyTorch."""
 
     name = "mutant.safetensors.index.json"
 
     def seeds(self):
-        arrays = layer().state_dict()
+        arrays, found = layer().state_dict(), []
         names = sorted(arrays)
-        places = {name: f"part-{n % 2}.safetensors" for n, name in enumerate(names)}
-        for shard in set(places.values()):
-            lstmcore.formats.safetensors.write(self.path(shard), {
-                name: arrays[name] for name in names if places[name] == shard})
-        return [b'{"metadata": {"total_size": 1}, "weight_map": {'
-                + ", ".join(f'"{a}": "{b}"' for a, b in places.items()).encode() + b"}}"]
+        for ending, write in (("safetensors", lstmcore.formats.safetensors.write), ("bin", write_pt)):
+            places = {name: f"part-{n % 2}.{ending}" for n, name in enumerate(names)}
+            for shard in set(places.values()):
+                write(self.path(shard), {name: arrays[name] for name in names
+                                         if places[name] == shard})
+            found.append(b'{"metadata": {"total_size": 1}, "weight_map": {'
+                         + ", ".join(f'"{a}": "{b}"' for a, b in places.items()).encode() + b"}}")
+        return found
 
     def restructured(self, seed, others, rng):
         return mutate_structure.json_text(seed, rng)
@@ -303,7 +305,24 @@ class ONNX(Target):
 
     def seeds(self):
         both = lstmcore.formats.Stack([plain_layer(), lstmcore.LSTM(8, 3, proj_size=2, seed=1)])
-        return [self.saved("seed.onnx", layer()), self.saved("scan.onnx", both)]
+        return [self.saved("seed.onnx", layer()), self.saved("scan.onnx", both), self.quantized()]
+
+    def quantized(self):
+        """A node of onnxruntime's with weights of 8 bits, its state the same for each sequence."""
+        from onnx import TensorProto, helper, numpy_helper
+        arrays = {"W": np.ones((1, 3, 16), "i1"), "R": np.ones((1, 4, 16), "i1"),
+                  "s": np.ones(1, "f4"), "z": np.zeros(1, "i1"), "h": np.ones((1, 1, 4), "f4"),
+                  "one": np.ones(1, "i8")}
+        nodes = [helper.make_node("Shape", ["x"], ["b"], start=1, end=2),
+                 helper.make_node("Concat", ["one", "b", "one"], ["n"], axis=0),
+                 helper.make_node("Expand", ["h", "n"], ["h0"]),
+                 helper.make_node("DynamicQuantizeLSTM", [
+                     "x", "W", "R", "", "", "h0", "h0", "", "s", "z", "s", "z"], ["y"],
+                     domain="com.microsoft", hidden_size=4)]
+        return helper.make_model(helper.make_graph(
+            nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, None, 3])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+            [numpy_helper.from_array(a, name) for name, a in arrays.items()])).SerializeToString()
 
     def more_seeds(self):
         return self.made_by("torch", r"seed\d\.onnx")
@@ -352,6 +371,9 @@ torch.save(nn.Sequential(nn.Linear(2, 3), nn.LSTM(3, 4)), "seed1.pt")
 torch.jit.save(torch.jit.script(second), "seed2.pt")
 torch.save(nn.utils.parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0").state_dict(),
            "seed3.pt")
+torch.save(torch.compile(nn.LSTM(3, 4)), "seed4.pt")
+torch.save(nn.utils.parametrizations.spectral_norm(nn.LSTM(3, 4), "weight_hh_l0").state_dict(),
+           "seed5.pt")
 torch.export.save(torch.export.export(first, (x,)), "seed0.pt2")
 names = {0: "b", 1: "t"}
 for n, model in enumerate((first, second)):

@@ -145,6 +145,15 @@ def test_what_is_done_between_layers_is_not_exported(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_description_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "m.safetensors"
+    lstmcore.LSTM(3, 4, seed=0).save(path)
+    arrays, said = safetensors.read(path)
+    safetensors.write(path, arrays, {name: value.replace("LSTM", "GRU") for name, value in said.items()})
+    with pytest.raises(ValueError, match="says that it holds a GRU, and holds weights of a LSTM"):
+        lstmcore.load(path)
+
+
 def test_versions_and_descriptions_are_checked(tmp_path):
     path, layer = tmp_path / "m.safetensors", lstmcore.LSTM(3, 4, seed=0)
     arrays = description.torch_names(layer.parameters())
@@ -204,6 +213,51 @@ def test_shards_are_one_model_and_none_is_loaded_alone(tmp_path):
             lstmcore.load(index)
 
 
+def test_shards_that_torch_saved(tmp_path):
+    """Two layers, each in a shard: either alone would load as half of the model."""
+    layer = lstmcore.LSTM(3, 4, 2, seed=0)
+    arrays = lstmcore.formats.description.torch_names(layer.parameters())
+    index = tmp_path / "pytorch_model.bin.index.json"
+    shards = {f"pytorch_model-0000{n + 1}-of-00002.bin": {
+        name: a for name, a in arrays.items() if name.endswith(f"_l{n}")} for n in range(2)}
+    for file, part in shards.items():
+        write_pt(tmp_path / file, part)
+    index.write_text(json.dumps({"weight_map": {
+        name: file for file, part in shards.items() for name in part}}))
+    for name, p in lstmcore.load(index).parameters().items():
+        np.testing.assert_array_equal(p, layer.parameters()[name])
+    assert formats.read_arrays(index).keys() == arrays.keys()
+    for file in shards:
+        with pytest.raises(ValueError, match="one shard of several: load .*bin.index.json"):
+            lstmcore.load(tmp_path / file)
+    (tmp_path / file).unlink()
+    with pytest.raises(ValueError, match="which cannot be read: No such file"):
+        lstmcore.load(index)
+
+
+def test_tensors_that_save_model_left_out(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_model
+    model = torch.nn.ModuleDict({"a": torch.nn.LSTM(4, 4, 2), "head": torch.nn.Linear(4, 9)})
+    model["a"].weight_hh_l1 = model["a"].weight_hh_l0
+    model["embed"] = torch.nn.Embedding(9, 4)
+    model["embed"].weight = model["head"].weight
+    path = str(tmp_path / "m.safetensors")
+    save_model(model, path)
+    x = torch.randn(5, 2, 4)
+    np.testing.assert_allclose(lstmcore.load(path, "a")(x.numpy())[0],
+                               model["a"](x)[0].detach().numpy(), rtol=0, atol=1e-6)
+    assert formats.read_arrays(path).keys() == model.state_dict().keys()
+
+    class Net(lstmcore.Module):
+        def __init__(self):
+            self.a, self.head = lstmcore.LSTM(4, 4, 2), lstmcore.Linear(4, 9)
+            self.embed = lstmcore.Embedding(9, 4)
+    net = lstmcore.load(path, into=Net()).parameters()
+    np.testing.assert_array_equal(net["embed.weight"], net["head.weight"])
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm")
 def test_weights_in_parts_are_put_together(tmp_path):
     torch = pytest.importorskip("torch")
     prune = pytest.importorskip("torch.nn.utils.prune")
@@ -219,8 +273,13 @@ def test_weights_in_parts_are_put_together(tmp_path):
     def parametrized(rnn):
         for name in ("weight_hh_l0", "weight_ih_l0_reverse"):
             torch.nn.utils.parametrizations.weight_norm(rnn, name)
+    def spectral(rnn):
+        for name, dim in (("weight_hh_l0", 0), ("weight_ih_l0_reverse", 1)):
+            torch.nn.utils.parametrizations.spectral_norm(rnn, name, dim=dim)
+        rnn.eval()
     for change in (parametrized, lambda rnn: prune.l1_unstructured(rnn, "weight_hh_l0", 0.5),
-                   lambda rnn: old_weight_norm(torch, rnn)):
+                   lambda rnn: old_weight_norm(torch, rnn), spectral,
+                   lambda rnn: torch.nn.utils.spectral_norm(rnn, "weight_hh_l0").eval()):
         found, want = changed(change)
         torch.save(found, tmp_path / "m.pt")
         m = lstmcore.load(tmp_path / "m.pt")
@@ -251,9 +310,11 @@ def test_the_raw_weight_counts_and_not_its_dropped_copy(tmp_path, raw):
     kept = arrays["0.rnns.0.module.weight_hh_l0"]
     arrays[raw.format("0.rnns.0.")] = kept
     arrays["0.rnns.0.module.weight_hh_l0"] = np.where(kept > 0, 0, kept)
-    write_pt(tmp_path / "m.pt", arrays)
-    m = lstmcore.load(tmp_path / "m.pt")
-    np.testing.assert_array_equal(m.parameters()["weight_hh_l0"], kept)
+    for _ in range(2):                          # with the copy, and where it was no parameter
+        write_pt(tmp_path / "m.pt", arrays)
+        m = lstmcore.load(tmp_path / "m.pt")
+        np.testing.assert_array_equal(m.parameters()["weight_hh_l0"], kept)
+        arrays.pop("0.rnns.0.module.weight_hh_l0", None)
 
 
 def test_torch_modules_scripts_and_cells(tmp_path):
@@ -289,6 +350,34 @@ def test_torch_modules_scripts_and_cells(tmp_path):
     np.testing.assert_allclose(m(x.numpy())[0], gru(x)[0].detach().numpy(), rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="with reset_after=True, and reset_after=False is asked for"):
         lstmcore.load(tmp_path / "g.pt", reset_after=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_objects_of_a_training_are_passed_over(tmp_path):
+    """A module that torch.compile wrapped, and an optimizer, whose dict has tensors as keys."""
+    torch = pytest.importorskip("torch")
+    rnn, x = torch.nn.LSTM(4, 5), torch.randn(3, 6, 4)
+    optimizer = torch.optim.Adam(rnn.parameters())
+    rnn(x)[0].sum().backward()
+    optimizer.step()
+    torch.save({"model": torch.compile(rnn), "optimizer": optimizer}, tmp_path / "m.pt")
+    m = lstmcore.load(tmp_path / "m.pt", "model._orig_mod")
+    np.testing.assert_allclose(m(x.numpy())[0], rnn(x)[0].detach().numpy(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*left in the file")
+def test_a_cell_of_another_class_is_refused(tmp_path):
+    """Layer-normalized cells have the names of torch.nn.LSTMCell's weights."""
+    shapes = {"weight_ih": (20, 4), "weight_hh": (20, 5)}
+    for prefix in ("", "cell."):
+        plain = {prefix + name: np.ones(shape, "f4") for name, shape in shapes.items()}
+        for more in "norm.weight", "weight_ch":
+            write_pt(tmp_path / "m.pt", {**plain, prefix + more: np.ones(20, "f4")})
+            with pytest.raises(ValueError, match=f"weights of a cell, and '{prefix}{more}'"):
+                lstmcore.load(tmp_path / "m.pt")
+    write_pt(tmp_path / "m.pt", {**plain, "norm.weight": np.ones(20, "f4")})
+    with pytest.warns(UserWarning, match="left in the file: 'norm.weight'"):
+        lstmcore.load(tmp_path / "m.pt")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -181,7 +181,7 @@ OPEN = b"\x80\x02"
     ("no tensor|no storage|damaged", b"ctorch._utils\n_rebuild_tensor_v2\n)R."),
     ("no storage", b"ctorch._utils\n_rebuild_tensor_v2\n(}K\0))\x89)tR."),
     ("not to a storage", b"K\x01Q."),
-    ("strings or numbers as keys", b"}}}s."),
+    ("half a pair", b"}(K\1u."),
     ("nests", b"]q\0h\0a."),                                        # a list in itself
     ("nests", b")" + b"q\0h\0\x86" * 30 + b"."),                    # a pair of pairs of pairs ...
     ("no pairs|damaged", b"ccollections\nOrderedDict\n]K\1a\x85R.")])

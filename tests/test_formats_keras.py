@@ -132,6 +132,55 @@ def test_what_keras_asks_for_is_refused_by_name(tmp_path, keras):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_directions_that_differ_are_refused_and_cells_are_layers(tmp_path, keras):
+    L, x = keras.layers, np.random.default_rng(9).normal(size=(3, 7, 5)).astype("float32")
+    both, back = dict(return_sequences=True), dict(return_sequences=True, go_backwards=True)
+    for message, layers in {
+            "backward_layer asks for activation='relu'": (
+                L.SimpleRNN(3, **both), L.SimpleRNN(3, activation="relu", **back)),
+            "backward_layer asks for reset_after=False": (
+                L.GRU(3, use_bias=False, **both), L.GRU(3, use_bias=False, reset_after=False, **back)),
+            "backward_layer asks for .*recurrent_activation": (
+                L.LSTM(3, **both), L.LSTM(3, recurrent_activation="hard_sigmoid", **back))}.items():
+        build(keras, L.Bidirectional(layers[0], backward_layer=layers[1])).save(tmp_path / "m.keras")
+        with pytest.raises(ValueError, match=message):
+            lstmcore.load(tmp_path / "m.keras")
+    for layer in (L.Bidirectional(L.SimpleRNN(3, activation="relu", **both)),
+                  L.Bidirectional(L.RNN(L.GRUCell(3), **both))):
+        model = build(keras, layer)
+        for ending in "keras", "h5":
+            model.save(tmp_path / f"m.{ending}")
+            np.testing.assert_allclose(lstmcore.load(tmp_path / f"m.{ending}")(x)[0],
+                                       model.predict(x, verbose=0), rtol=0, atol=1e-6)
+    for message, layer in {"'wrapped' applies a layer": L.TimeDistributed(L.LSTM(3), name="wrapped"),
+                           "several cells": L.RNN([L.LSTMCell(3), L.LSTMCell(3)])}.items():
+        shape = (2, None, 5) if "wrapped" in message else (None, 5)
+        keras.Sequential([keras.Input(shape), layer]).save(tmp_path / "m.keras")
+        with pytest.raises(ValueError, match=message):
+            lstmcore.load(tmp_path / "m.keras")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_models_of_a_class_of_their_own_hold_weights_alone(tmp_path, keras):
+    class Own(keras.Model):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.first = keras.layers.LSTM(3, return_sequences=True)
+
+        def call(self, x):
+            return self.first(x)
+    model, x = Own(), np.random.default_rng(9).normal(size=(3, 7, 5)).astype("float32")
+    want = model.predict(x, verbose=0)
+    model.save(tmp_path / "m.keras")
+    with pytest.warns(UserWarning, match="holds weights alone"):
+        m = lstmcore.load(tmp_path / "m.keras")
+    np.testing.assert_allclose(m(x)[0], want, rtol=0, atol=1e-6)
+    build(keras, Own()).save(tmp_path / "m.keras")
+    with pytest.raises(ValueError, match="only 'Own 1 .Own.': 'own.*/lstm.*save_weights"):
+        lstmcore.load(tmp_path / "m.keras")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_other_layers_are_named_and_bfloat16_is_widened(tmp_path, keras):
     L = keras.layers
     model = build(keras, L.LSTM(3, dtype="bfloat16", recurrent_initializer="zeros"),

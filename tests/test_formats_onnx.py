@@ -1,6 +1,8 @@
 """ONNX nodes, graphs and exports against onnxruntime, with random weights."""
 
+import copy
 import itertools
+import math
 import time
 
 import numpy as np
@@ -128,7 +130,8 @@ def test_relu_and_what_is_refused_by_name(tmp_path):
     np.testing.assert_allclose(Graph(path).run(feeds)["Y"], want, rtol=0, atol=1e-6)
     assert lstmcore.load(path).nonlinearity == "relu"
     for message, attributes in {
-            "clip must be": dict(clip=-3.0), "input_forget=2": dict(input_forget=2),
+            "clip must be": dict(clip=-3.0), "clip must be above": dict(clip=0.0),
+            "input_forget=2": dict(input_forget=2),
             "softplus": dict(activations=["Sigmoid", "Softplus", "Tanh"]),
             "alpha and beta": dict(activations=["Sigmoid", "Affine", "Tanh"]),
             "a list of names|3 functions": dict(activations=["Sigmoid"]),
@@ -426,10 +429,48 @@ def test_states_of_zeros_are_zeros_whatever_their_shape(tmp_path, front):
             first[0].domain = "other"
         m = shaped([*first, *made, lstm("", "h0", "h0", x="a")], zeros, tmp_path=tmp_path)
         assert repr(m) == f"LSTM({I}, {H})"
-    zeros["z"] = np.ones((1, 1, H), "f4")
-    with pytest.raises(ValueError, match="initial state of .* comes from|state that is not zero"):
-        shaped([*first, shape, n("Expand", ["z", "hs"], ["h0"]), lstm("", "h0", "h0", x="a")],
-               zeros, tmp_path=tmp_path)
+    nodes = [*first, shape, n("Expand", ["z", "hs"], ["h0"]), lstm("", "h0", "h0", x="a")]
+    m = shaped(nodes, {**zeros, "z": np.ones((1, 1, H), "f4")}, tmp_path=tmp_path)
+    assert all((state == np.ones((1, 1, H))).all() for state in m.initial[0])
+    zeros["z"] = np.random.default_rng(0).normal(size=(1, 1, H)).astype("f4")
+    if front == "Unheard":
+        with pytest.raises(ValueError, match="initial state of .* comes from"):
+            shaped(nodes, zeros, tmp_path=tmp_path)
+        return
+    m, x = shaped(nodes, zeros, tmp_path=tmp_path), np.ones((T, B, I), "f4")
+    want = run(str(tmp_path / "m.onnx"), {"x": x})["Y"][:, 0]
+    fed = {"Mul": x / 2, "Softmax": x / I, "Erf": x * np.float32(math.erf(1))}[front]
+    np.testing.assert_allclose(m(fed)[0], want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*left in the file")
+def test_states_that_no_call_is_given_are_named(tmp_path):
+    n, node = helper.make_node, lstm("", "h0", "h0")
+    inputs = {"x": [None, None, I], "h": [None, H]}
+    given = n("Unsqueeze", ["h", "start"], ["h0"])
+    constants = {"start": np.array([0]), "k": np.ones(1, "f4")}
+    assert repr(shaped([given, node], constants, tmp_path=tmp_path, inputs=inputs)) == f"LSTM({I}, {H})"
+    computed = n("Mul", ["h", "k"], ["g"]), n("Unsqueeze", ["g", "start"], ["h0"])
+    with pytest.warns(UserWarning, match="starts in a state that the graph computes"):
+        shaped([*computed, node], constants, tmp_path=tmp_path, inputs=inputs)
+    # as PyTorch's dynamo exporter writes a layer with projections, whose c0 gives it away
+    constants = {"h0": np.zeros((1, 1, H), "f4"), "c0": np.zeros((1, 1, H + 2), "f4")}
+    with pytest.raises(ValueError, match=f"must be floats .* got float32 .1, 1, {H + 2}.: .*projections"):
+        shaped([lstm("", "h0", "c0")], constants, tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize("op, options", [
+    ("Slice", {}), ("Transpose", dict(perm=[1, 0, 2])), ("Transpose", dict(perm=[2, 0, 1]))])
+def test_an_x_in_another_order_is_named(tmp_path, op, options):
+    """Read from the end, or with other axes in front: what the layer reads is not what the graph does."""
+    n, ends = helper.make_node, {"a": np.array([-1]), "b": np.array([-9]), "c": np.array([0])}
+    made = n(op, ["x"] + ["a", "b", "c", "a"] * (op == "Slice"), ["v"], **options)
+    if options.get("perm") == [1, 0, 2]:
+        assert shaped([made, lstm(x="v")], ends, tmp_path=tmp_path).batch_first
+        return
+    with pytest.warns(UserWarning, match=f"left in the file: '{op}'"):
+        shaped([made, lstm(x="v")], ends, tmp_path=tmp_path, inputs={
+            "x": [I, None, None] if options else [None, None, I]})
 
 
 def test_sizes_that_are_computed_join_layers(tmp_path):
@@ -490,6 +531,16 @@ def test_branches_that_are_chosen_and_functions(tmp_path):
     call = helper.make_node("Layer", ["x", "W", "R"], ["Y"], domain="local")
     m = shaped([call], {}, tmp_path=tmp_path, functions=[function])
     assert repr(m) == f"LSTM({I}, {H}, bias=False)"
+    # attributes that the call gives, under names of the function's own
+    inner, kinds = helper.make_node("LSTM", ["a", "w", "r"], ["b"]), onnx.AttributeProto
+    for name, said, kind in ("hidden_size", "size", kinds.INT), ("direction", "way", kinds.STRING):
+        inner.attribute.add(name=name, ref_attr_name=said, type=kind)
+    function = helper.make_function("local", "Layer", ["a", "w", "r"], ["b"], [inner],
+                                    [helper.make_opsetid("", 14)], attributes=["size", "way"])
+    call.attribute.extend([helper.make_attribute("size", H), helper.make_attribute("way", "reverse")])
+    assert shaped([call], {}, tmp_path=tmp_path, functions=[function]).reverse == [True]
+    del call.attribute[1]                           # one that is not given is not there
+    assert repr(shaped([call], {}, tmp_path=tmp_path, functions=[function])) == repr(m)
     floors = [helper.make_function("local", f"F{k}", ["a"], ["b"], [
         helper.make_node(f"F{k + 1}", ["a"], ["c"], domain="local"),
         helper.make_node(f"F{k + 1}", ["c"], ["b"], domain="local")],
@@ -550,7 +601,7 @@ def quantized(a, per_channel, kind, offset):
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("kind, offset", [("i1", 0), ("u1", 128)])
 @pytest.mark.parametrize("direction", ["forward", "bidirectional"])
-def test_quantized_nodes_become_float32(tmp_path, per_channel, kind, offset, direction):
+def test_quantized_nodes_stay_in_int8(tmp_path, per_channel, kind, offset, direction):
     found = recurrent("LSTM", direction)
     (W, *w), found_W = quantized(found["W"], per_channel, kind, offset)
     (R, *r), found_R = quantized(found["R"], per_channel, kind, offset)
@@ -567,12 +618,27 @@ def test_quantized_nodes_become_float32(tmp_path, per_channel, kind, offset, dir
                              direction=direction)
     onnx.save(model([plain], {"x": [None, None, I]}, ["Y"],
                     {"W": found_W, "R": found_R, "B": found["B"]}), tmp_path / "m.onnx")
-    for name, p in lstmcore.load(tmp_path / "m.onnx").parameters().items():
+    plain = lstmcore.load(tmp_path / "m.onnx")
+    for name, p in plain.parameters().items():
         np.testing.assert_array_equal(m.parameters()[name], p)
     x = np.random.default_rng(0).normal(size=(T, B, I)).astype("f4")
+    m.save(tmp_path / "q.safetensors")
+    assert formats.read_arrays(tmp_path / "q.safetensors")["weight_ih_l0"].dtype == np.int8
+    np.testing.assert_array_equal(lstmcore.load(tmp_path / "q.safetensors")(x)[0], m(x)[0])
+    assert not (plain(x)[0] == m(x)[0]).all()
     got, want = m(x)[0], run(str(tmp_path / "q.onnx"), {"x": x})["Y"]
     # x and h of 8 bits: a step of 1/127 of the largest of each, over 7 steps
     np.testing.assert_allclose(got, want.transpose(0, 2, 1, 3).reshape(got.shape), atol=0.05)
+    # what our int8 cannot say
+    other = copy.deepcopy(made)
+    for tensor in other.graph.initializer:
+        if tensor.name == "wz":
+            tensor.CopyFrom(numpy_helper.from_array(w[1] + w[1].dtype.type(100), "wz"))
+    onnx.save(other, tmp_path / "o.onnx")
+    for name, options in ("q.onnx", dict(dtype="float64")), ("o.onnx", {}):
+        with pytest.warns(UserWarning, match="weights of 8 bits"):
+            lstmcore.load(tmp_path / name, **options).save(tmp_path / "o.safetensors")
+        assert formats.read_arrays(tmp_path / "o.safetensors")["weight_ih_l0"].dtype.kind == "f"
     with pytest.raises(ValueError, match="DynamicQuantizeLSTM, which rounds x"):
         Graph(tmp_path / "q.onnx").run({"x": x})
     del node.input[-1]

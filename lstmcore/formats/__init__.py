@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lstmcore.formats import disk, hdf5, safetensors, state_dict
+from lstmcore.formats import disk, hdf5, safetensors, shards, state_dict
 from lstmcore.formats.archive import Archive
 
 __all__ = ["read", "read_arrays", "state_dict", "writer"]
@@ -39,9 +39,10 @@ class Format(NamedTuple):
 
 
 FORMATS = (
+    Format("shards", "index of shards (.index.json)",
+           lambda path, head, members: path.endswith(shards.ENDING)),
     Format("safetensors", "safetensors",
-           lambda path, head, members: safetensors.looks_like(head) or path.endswith(".index.json"),
-           ".safetensors"),
+           lambda path, head, members: safetensors.looks_like(head), ".safetensors"),
     Format("onnx", "ONNX (named .onnx)",
            lambda path, head, members: path.endswith(".onnx") and not members
            and head[:8] != hdf5.SIGNATURE,
@@ -58,7 +59,9 @@ _MOVED = {"Stack": "stack", "load": "files", "save": "files", "convert": "files"
 def read(path):
     """What is in a file: a `description.Content`."""
     with naming(path):
-        return _reader(path).content(path)
+        reader = _reader(path)
+        shards.check_whole(path)
+        return reader.content(path)
 
 
 def read_arrays(path, dtype=None):

@@ -58,6 +58,7 @@ class Layer(NamedTuple):
     last_step: bool = False             # y is the last output only
     reset_after: "bool | None" = None   # of a GRU, where its biases do not say it
     variant: dict = {}                  # those of COMPUTED and DRAWN that are not the usual ones
+    int8: "list | None" = None          # {weight: Quantized} of each direction, if it is in int8
 
     @property
     def hidden_size(self):

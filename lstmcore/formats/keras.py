@@ -21,10 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lstmcore.formats import description, disk, hdf5
+from lstmcore.formats import description, disk, hdf5, keras_variants
 from lstmcore.formats.archive import Archive
 from lstmcore.formats.description import Content
-from lstmcore.variants import activation
 
 KINDS = {"LSTM": "LSTM", "CuDNNLSTM": "LSTM", "GRU": "GRU", "SimpleRNN": "RNN"}
 CELLS = {"LSTMCell": "LSTM", "GRUCell": "GRU", "SimpleRNNCell": "SimpleRNN"}    # of the layer class RNN
@@ -33,15 +32,16 @@ GRU_ORDER = [1, 0, 2]           # z, r, n as places in r, z, n, and back
 MODELS = "Sequential", "Functional", "Model"
 KERAS = "keras", "tf_keras", "tensorflow", "lstmcore"            # lstmcore.keras
 NODES = "layers", "_layer_checkpoint_dependencies"              # of Keras 3, and of TensorFlow 2.12
+NO_LAYERS = "vars", "seed_generator", "optimizer", "optimizer_weights", "_metadata"
 # What these do to a sequence, they do in training only.
 PASSING = ("InputLayer", "Dropout", "SpatialDropout1D", "GaussianNoise", "GaussianDropout",
            "ActivityRegularization")
+# What has a recurrent layer in it and is not read as one, and what to do then.
+WAYS_OUT = {"TimeDistributed": "applies a layer to each part of its input: save that layer in a model of "
+                               "its own",
+            "RNN": "has several cells, or one that is not Keras's: save a model with an LSTM, GRU or "
+                   "SimpleRNN for each"}
 WEIGHTS = ("kernel", "recurrent_kernel", "bias")
-USUAL = {"recurrent_activation": "sigmoid", "activation": "tanh"}
-ACTIVATIONS = {
-    **{name: name for name in ("sigmoid", "tanh", "linear", "relu", "softsign", "elu", "selu",
-                               "hard_sigmoid")},
-    "leaky_relu": ("leaky_relu", 0.2)}
 OWN = "lstmcore.config"
 
 
@@ -63,6 +63,9 @@ def content(path):
     """The chains of recurrent layers in the file."""
     config, root, version = _open(path)
     options = {"batch_first": _is_batch_first(path, config)}
+    if isinstance(config, dict) and config.get("class_name") not in MODELS \
+            and isinstance(said := config.get("config"), dict) and "layers" not in said:
+        config = None                       # a class of its own, which says nothing of its layers
     layers = _layers(path, config) if config is not None else {}
     weights = _weights_by_layer(path, root, layers)
     if config is None:
@@ -86,11 +89,18 @@ def content(path):
             chains.append([entry])
     others = [f"{name} ({_what(layer)})" for name, layer in layers.items()
               if name not in recurrent and layer.kind not in PASSING]
-    like = [name for name in layers if name not in recurrent and _is_recurrent(
-        weights.get(name, [])) and _rows(weights[name]) in (1, 3, 4)]
-    hint = like and (f"{description.some(like)} has the weights of a recurrent layer, and a class "
-                     "that is not Keras's own: save them alone, model.save_weights('x.weights.h5')")
-    return Content({}, chains, others, options, hint=hint or "")
+    hint = _hint(layers, [name for name in weights if name not in recurrent
+                          and _is_recurrent(weights[name]) and _rows(weights[name]) in (1, 3, 4)])
+    return Content({}, chains, others, options, hint=hint)
+
+
+def _hint(layers, like):
+    """What to do of layers that are not read, of which those named in `like` have the weights of one."""
+    for name, layer in layers.items():
+        if layer.kind in WAYS_OUT and " of " in _what(layer):
+            return f"{name!r:.80} {WAYS_OUT[layer.kind]}"
+    return like and (f"{description.some(like)} has the weights of a recurrent layer, and a class "
+                     "that is not Keras's own: save them alone, model.save_weights('x.weights.h5')") or ""
 
 
 def write_module(path, module):
@@ -151,7 +161,7 @@ def arrays(module):
             for cell in layer.directions:
                 if extra := cell.keys() & set(description.WEIGHTS[3:]):
                     raise ValueError(f"Keras has no layer with {' and '.join(sorted(extra))}")
-                _config(layer)
+                keras_variants.written(layer)
                 cell = _for_gru(cell) if layer.kind == "GRU" else cell
                 found[-1] += [cell[weight].T for weight in ("weight_ih", "weight_hh", "bias")
                               if weight in cell]
@@ -174,23 +184,9 @@ def _for_gru(cell):
     return found
 
 
-def _config(layer):
-    """What Keras's configuration says of a variant."""
-    found = {name: value for name, value in layer.variant.items() if name in ("recurrent_dropout", *USUAL)}
-    for key in found.keys() & USUAL:
-        names = [name for name, ours in ACTIVATIONS.items()
-                 if activation(key, ours) == activation(key, found[key])]
-        if not names:
-            raise ValueError(f"Keras has no layer with {key}={found[key]!r}")
-        found[key] = names[0]
-    if extra := layer.variant.keys() - found.keys() - {"locked_dropout", "weight_dropout"}:
-        raise ValueError(f"Keras has no layer with {' and '.join(sorted(extra))}")
-    return found
-
-
 def _entry(name, layer):
     """One layer of an LSTM, GRU or RNN in the configuration of a Sequential model."""
-    config = {"name": name, "return_sequences": True, **_config(layer)}
+    config = {"name": name, "return_sequences": True, **keras_variants.written(layer)}
     if layer.kind == "RNN":
         config["activation"] = layer.nonlinearity
     if layer.kind == "GRU":
@@ -257,13 +253,10 @@ def _weights_by_layer(path, root, layers):
                 inner[name] = [arrays for place, arrays in found[outer].items()
                                if last in place.split("/")]
         return {**inner, **{name: list(places.values()) for name, places in found.items()}}
-    if not any(name in (root.members or {}) for name in NODES):
-        raise ValueError(f"{path} is HDF5, but neither Keras 3's layout nor the older one")
     found, waiting, unnamed = {}, [("", root)], _by_class(layers)
     while waiting:
         prefix, parent = waiting.pop()
-        nodes = next((parent.members[name] for name in NODES if name in parent.members), None)
-        for key, node in (nodes.members or {}).items() if nodes else ():
+        for key, node in _nodes(parent).items():
             if node.members is None:
                 continue
             variables = node.members.get("vars")
@@ -271,10 +264,22 @@ def _weights_by_layer(path, root, layers):
             name = variables.attributes.get("name", name) if variables else name
             halves = [_at(node, half) for half in ("forward_layer", "backward_layer")]
             cells = [_at(half, "cell", "vars") for half in (halves if all(halves) else [node])]
-            found[prefix + str(name)] = [[c.members[k].array for k in "012" if k in c.members]
-                                         for c in cells if c is not None and c.members is not None]
-            waiting.append((f"{prefix}{name}/", node))
+            cells = [[c.members[k].array for k in "012" if k in c.members]
+                     for c in cells if c is not None and c.members is not None]
+            found[prefix + str(name)] = cells
+            if not any(cells):
+                waiting.append((f"{prefix}{name}/", node))
+    if not any(name in (root.members or {}) for name in NODES) and not any(found.values()):
+        raise ValueError(f"{path} is HDF5, but neither Keras 3's layout nor the older one")
     return found
+
+
+def _nodes(parent):
+    """The layers in a model or layer: a list of them, and those that a class of the user's has as
+    attributes, by their names."""
+    listed = next((parent.members[name].members or {} for name in NODES if name in parent.members), {})
+    return {**{key: node for key, node in parent.members.items() if key not in (*NODES, *NO_LAYERS)},
+            **listed}
 
 
 def _by_class(layers):
@@ -372,7 +377,8 @@ def _collect(path, config, prefix, previous, found):
     sequential = config["class_name"] == "Sequential"
     for entry in entries if isinstance(entries, list) else entries["layers"]:
         kind, inner, wrapper = entry["class_name"], entry, None
-        name = prefix + entry["config"]["name"]
+        # A class of the user's may say no name.
+        name = prefix + entry["config"].get("name", f"{kind} {len(found)}")
         if name in found:
             raise ValueError(f"{path} has two layers {name!r:.100}")
         sources = previous if sequential else [
@@ -386,15 +392,21 @@ def _collect(path, config, prefix, previous, found):
         else:
             if kind == "Bidirectional":
                 wrapper, inner = entry["config"], entry["config"]["layer"]
-            if inner["class_name"] == "RNN" and isinstance(
-                    cell := inner["config"].get("cell"), dict) and cell["class_name"] in CELLS:
-                inner = {"class_name": CELLS[cell["class_name"]], "module": cell.get("module"),
-                         "config": {**cell["config"], **inner["config"]}}
+            inner = _of_cell(inner)
             found[name] = _Entry(kind, inner, wrapper, sources)
         if not isinstance(inner["config"], dict) or not isinstance(inner["class_name"], str):
             raise TypeError(f"the layer {name!r:.100}")
         previous = [name]
     return previous
+
+
+def _of_cell(entry):
+    """An RNN around one cell as the layer that it is; any other entry as it is."""
+    cell = entry["config"].get("cell") if entry["class_name"] == "RNN" else None
+    if not isinstance(cell, dict) or cell["class_name"] not in CELLS:
+        return entry
+    return {"class_name": CELLS[cell["class_name"]], "module": cell.get("module"),
+            "config": {**cell["config"], **entry["config"]}}
 
 
 def _sources(node):
@@ -431,7 +443,7 @@ def _from_config(path, name, layer, weights, version):
     wanted = {"go_backwards": [False, True] if backwards else [False], "time_major": [False]}
     variant = {}
     if inner["class_name"] == "LSTM":
-        variant = _variant(path, name, config, version)
+        variant = keras_variants.read(path, name, config, version)
     elif inner["class_name"] == "GRU":
         wanted.update(activation=["tanh"], recurrent_activation=["sigmoid"])
     elif inner["class_name"] == "SimpleRNN":
@@ -443,11 +455,17 @@ def _from_config(path, name, layer, weights, version):
     if wrapper is not None:
         _expect(name, wrapper, {"merge_mode": ["concat"]})
         if (back := wrapper.get("backward_layer")) is not None:
+            back = _of_cell(back)
             if back["class_name"] != inner["class_name"]:
                 raise ValueError(f"{name} has a {back['class_name']!r:.40} as its backward_layer")
-            _expect(name, back["config"], {**wanted, "go_backwards": [True]})
-            if inner["class_name"] == "LSTM" and _variant(path, name, back["config"], version) != variant:
-                raise ValueError(f"{name} has other activations or another dropout in its backward_layer")
+            alike = {key: [config.get(key)] for key in ("activation", "reset_after") if key in config}
+            _expect(name + "'s backward_layer", back["config"], {
+                **wanted, **alike, "go_backwards": [True]})
+            if inner["class_name"] == "LSTM":
+                theirs = keras_variants.read(path, name, back["config"], version)
+                if theirs != variant:
+                    theirs, own = theirs or keras_variants.USUAL, variant or keras_variants.USUAL
+                    raise ValueError(f"{name}'s backward_layer asks for {theirs}, its layer for {own}")
     if str(inner.get("module") or "keras").partition(".")[0] not in KERAS:
         raise ValueError(f"{name} is of a class of {inner['module']!r:.100}, not Keras's own")
     if name not in weights:
@@ -459,30 +477,6 @@ def _from_config(path, name, layer, weights, version):
     return [made._replace(last_step=last_step, reverse=backwards, variant=variant)]
 
 
-def _variant(path, name, config, version=""):
-    """In what the configuration of a Keras LSTM differs from the usual one, as `lstmcore.LSTM` takes it."""
-    found = {}
-    for key in ("recurrent_activation", "activation"):
-        said = config.get(key, USUAL[key])
-        if isinstance(said, dict):                      # Keras's long form of a function's name
-            said = said.get("config", said.get("class_name"))
-        given = said if isinstance(said, tuple) else ACTIVATIONS.get("linear" if said is None else str(said))
-        if given is None:
-            raise ValueError(f"{name} asks for {key}={said!r:.100}, lstmcore has {list(ACTIVATIONS)}")
-        if given == "hard_sigmoid" and not version[:1].isdigit():
-            raise ValueError(f"{path} does not say which Keras wrote it: {name} has hard_sigmoid, which is "
-                             "0.2 x + 0.5 before Keras 3 and x / 6 + 0.5 since; of weights alone, give "
-                             "recurrent_activation=('hard_sigmoid', 0.2, 0.5), say")
-        if given == "hard_sigmoid" and int(re.match(r"\d+", version)[0]) < 3:
-            given = ("hard_sigmoid", 0.2, 0.5)
-        if given != USUAL[key]:
-            found[key] = given
-    dropped = config.get("recurrent_dropout", 0.0)
-    if not isinstance(dropped, (int, float)) or not 0 <= dropped < 1:
-        raise ValueError(f"{name} asks for recurrent_dropout={dropped!r:.100}")
-    return {**found, "recurrent_dropout": float(dropped)} if dropped else found
-
-
 def _unsaid(path, name, weights, version, activation=None, recurrent_activation=None):
     """The Layers of a file of weights alone, which does not say what they were made of."""
     (made,) = _layer(name, weights, None)
@@ -491,9 +485,9 @@ def _unsaid(path, name, weights, version, activation=None, recurrent_activation=
              if value is not None}
     variant = {}
     if made.kind == "LSTM":
-        variant = _variant(path, name, given, version)
-    elif made.kind == "GRU" and any(value != USUAL[key] for key, value in given.items()):
-        raise ValueError(f"{name}: {given} is asked for, a GRU of lstmcore has {USUAL}")
+        variant = keras_variants.read(path, name, given, version)
+    elif made.kind == "GRU" and any(value != keras_variants.USUAL[key] for key, value in given.items()):
+        raise ValueError(f"{name}: {given} is asked for, a GRU of lstmcore has {keras_variants.USUAL}")
     if made.kind != "RNN" and recurrent_activation is None:
         old = version and [int(n) for n in re.findall(r"\d+", version)[:2]] < [2, 3]
         if old:
@@ -519,9 +513,8 @@ def _returns_sequences(layer):
 
 def _expect(name, config, wanted):
     for key, allowed in wanted.items():
-        value = config.get(key, allowed[0])
-        if isinstance(value, dict):                 # Keras's long form of a function's name
-            value = value.get("config")
+        value, *allowed = (a.get("config") if isinstance(a, dict) else a     # Keras's long form
+                           for a in (config.get(key, allowed[0]), *allowed))
         if not any(value is a or (isinstance(value, str) and value == a) for a in allowed):
             raise ValueError(f"{name} asks for {key}={value!r:.100}, lstmcore has {allowed}")
 

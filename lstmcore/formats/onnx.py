@@ -17,8 +17,8 @@ import numpy as np
 from lstmcore.formats import description, onnx_export
 from lstmcore.formats.description import Content
 from lstmcore.formats.onnx_export import write_module           # noqa: F401
-from lstmcore.formats.onnx_graph import (GATES, Budget, Graph, chosen_nodes, dequantized, layer_of,
-                                         parsed)
+from lstmcore.formats.onnx_graph import (GATES, Budget, Graph, chosen_nodes, dequantized, in_int8,
+                                         int8_of, layer_of, parsed)
 from lstmcore.formats.onnx_operators import (ARITHMETIC, KEEPING_FILL, MOVING, SHAPES, plumb,
                                              reduced_shape)
 
@@ -48,7 +48,9 @@ def content(path):
             chains.append(chain)
         chain.append(entry)
         ends[node.name] = chain
-    others, hint = sorted(probe.unknown_ops), ""
+    others = sorted(probe.unknown_ops | {
+        op for chain in chains if (op := probe.reordered(chain[0][0]))})
+    hint = ""
     if "Scan" in probe.unknown_ops:
         hint = ("it computes a recurrence in a Scan, which is read only from a whole file as "
                 "lstmcore wrote it: without name=, and not changed since")
@@ -132,6 +134,8 @@ class _Probe:
                        if value.type.tensor_type.elem_type in INTEGERS
                        and len(value.type.tensor_type.shape.dim) == 1}
         self.moving = set(graph.inputs)     # what holds numbers that a call is given or computes
+        self.handed = {name: name for name in graph.inputs}     # which of the inputs it is, moved
+        self.makers, self.origins = {}, {}      # the operation that makes a value; a node's X
         for name, value in graph.inputs.items():
             self.values[name] = self.feeds[name] = self._feed(value)
         budget, names = Budget(graph.budget), set()
@@ -143,12 +147,15 @@ class _Probe:
                          if name else None for name in node.inputs]
             results = self._results(node, arguments, budget)
             self.values.update(zip(node.outputs, results))
+            self.makers.update(dict.fromkeys(node.outputs, node.op))
             if all(name in self.fixed for name in node.inputs if name):
                 self.fixed.update(node.outputs)
             if node.op in ("Identity", "Cast") and not self.counts.isdisjoint(node.inputs):
                 self.counts.update(node.outputs)
             if node.op not in ("Shape", "Size") and not self.moving.isdisjoint(node.inputs):
                 self.moving.update(node.outputs)
+                if node.op in MOVING and node.inputs[0] in self.handed:
+                    self.handed.update(dict.fromkeys(node.outputs, self.handed[node.inputs[0]]))
 
     def _decides(self, name):
         """The value of an If's condition, where it is known: not of what a call is given."""
@@ -168,13 +175,17 @@ class _Probe:
                                      "a graph that holds its weights can be loaded")
         if node.quantized:
             scales = [self._constant(source) for source in (*node.quantized, *[""] * 4)[:4]]
+            lowered = {}
             for name, pair in (("W", scales[:2]), ("R", scales[2:])):
                 if name in arrays:
-                    arrays[name] = dequantized(node, arrays[name], *pair)
-            warnings.warn(f"{node.name} has weights of 8 bits, by which onnxruntime multiplies x "
-                          "and h rounded to 8 bits: the layer made of it computes in float32",
-                          stacklevel=4)
+                    q, arrays[name] = arrays[name], dequantized(node, arrays[name], *pair)
+                    lowered[name] = in_int8(q, *pair)
         layer = layer_of(node, arrays.get("W"), arrays.get("R"), arrays.get("B"), arrays.get("P"))
+        if node.quantized:
+            layer = layer._replace(int8=int8_of(layer, lowered))
+            warnings.warn(f"{node.name} has weights of 8 bits, by which onnxruntime multiplies x and h "
+                          "rounded to 8 bits with one scale for all their rows: the results of the layer "
+                          "made of it differ by that rounding", stacklevel=4)
         if source := given.get("sequence_lens"):
             lengths, x = self.values.get(source), self.given[node.name]
             known = isinstance(lengths, np.ndarray) and lengths.dtype.kind in "iu"
@@ -183,14 +194,10 @@ class _Probe:
             if known and (x is None or not np.all(lengths == len(x))):
                 raise ValueError(f"sequence_lens of {node.name} is a constant or computed, and not "
                                  "the whole length of x: lstmcore gives lengths to a call")
-        states = [self._initial(node, given.get(name)) for name in ("initial_h", "initial_c")]
+        states = [self._initial(node, given.get(name), layer) for name in ("initial_h", "initial_c")]
         if any(state is not None for state in states):
-            shape = (len(layer.directions), next(s.shape[1] for s in states if s is not None),
-                     layer.hidden_size)
-            states = [np.zeros(shape, "f4") if s is None else s for s in states]
-            if any(state.shape != shape for state in states):
-                raise ValueError(f"the initial states of {node.name} must be {shape}, "
-                                 f"got {[state.shape for state in states]}")
+            shape = np.broadcast_shapes(*(s.shape for s in states if s is not None))
+            states = [np.broadcast_to(np.float32(0) if s is None else s, shape) for s in states]
             layer = layer._replace(initial=tuple(states) if node.op == "LSTM" else states[0])
         return [layer]
 
@@ -223,21 +230,47 @@ class _Probe:
                     return True
         return bool(node.attributes.get("layout", 0))
 
-    def _initial(self, node, source):
-        value = self.values.get(source) if source else None
-        if isinstance(value, _Unknown) and value.fill == 0:
+    def reordered(self, name):
+        """The operation that gives a node its X, where that is numbers of an input and not in its order,
+        nor with its first two axes swapped; None elsewhere."""
+        x, source = self.given[name], self.origins.get(name)
+        feed = self.feeds.get(self.handed.get(source))
+        if x is None or not isinstance(feed, np.ndarray):
             return None
-        if isinstance(value, _Unknown):
-            raise ValueError(f"an initial state of {node.name} comes from {value.why}")
-        if value is None or source in self.moving or not value.any():
-            return None                     # zeros, or an input: the state that a call is given
-        if source not in self.fixed:
-            raise ValueError(f"{node.name} starts in a state that is not zero and as large as the "
-                             "batch is: lstmcore keeps states of one size only")
-        if value.ndim != 3 or value.dtype.kind != "f":
-            raise ValueError(f"an initial state of {node.name} must be floats with 3 axes, got "
-                             f"{value.dtype} {value.shape}")
-        return value.swapaxes(0, 1) if node.attributes.get("layout", 0) else value
+        orders = [feed, feed.swapaxes(0, 1)] if feed.ndim > 1 else [feed]
+        if any(np.array_equal(x.ravel(), order.ravel()) for order in orders):
+            return None
+        return self.makers.get(source)
+
+    def _initial(self, node, source, layer):
+        """The state that the graph fixes, (D, B, H), or (D, 1, H) for each sequence; None for zeros,
+        or where a call gives it."""
+        if not source or source in self.moving:
+            if source and self.handed.get(source) in (None, self.handed.get(self.origins[node.name])):
+                warnings.warn(f"{node.name} starts in a state that the graph computes: give it to "
+                              "every call", stacklevel=5)
+            return None
+        value = self.values.get(source)
+        wanted = len(layer.directions), layer.hidden_size
+        if isinstance(value, _Unknown) and value.fill is not None:
+            return np.full((wanted[0], 1, wanted[1]), value.fill, "f4") if value.fill else None
+        if not isinstance(value, np.ndarray):
+            raise ValueError(f"an initial state of {node.name} comes from "
+                             f"{value.why if value else 'an input that is not there'}")
+        value = value.swapaxes(0, 1) if node.attributes.get("layout", 0) and value.ndim == 3 else value
+        if value.ndim != 3 or value.shape[::2] != wanted or value.dtype.kind != "f":
+            raise ValueError(f"an initial state of {node.name} must be floats (D, B, H) with D, H = "
+                             f"{wanted}, got {value.dtype} {value.shape}" + (
+                                 ": exporters that do not know projections write so"
+                                 if value.ndim == 3 else ""))
+        if not value.any():
+            return None
+        if source in self.fixed:
+            return value
+        if (value != value[:, :1]).any():
+            raise ValueError(f"{node.name} starts in a state that is as large as the batch is, and not "
+                             "the same for each sequence: lstmcore keeps states of one size only")
+        return value[:, :1]
 
     def _feed(self, value):
         tensor = value.type.tensor_type
@@ -311,6 +344,7 @@ class _Probe:
     def _recurrent(self, node, arguments, budget):
         """Numbered Y, Y_h and Y_c; T and B are those of X."""
         self.recurrent.append(node)
+        self.origins[node.name] = node.inputs[0] if node.inputs else ""
         x, W, R = (arguments + [None] * 3)[:3]
         D = 1 + (node.attributes.get("direction") == b"bidirectional")
         layout = node.attributes.get("layout", 0)

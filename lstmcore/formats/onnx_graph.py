@@ -16,6 +16,7 @@ import numpy as np
 
 from lstmcore.formats import description, disk
 from lstmcore.formats.safetensors import widened
+from lstmcore.precision import Quantized
 
 try:
     import onnx
@@ -139,9 +140,9 @@ class _Flat:
                     names[name] = f"{name}/{n}"
                 outputs.append(names.get(name, name))
             key = _text(proto.domain), _text(proto.op_type)
-            attributes = [given.get(a.ref_attr_name) if a.ref_attr_name else a
-                          for a in proto.attribute]
-            attributes = {_text(a.name): a for a in attributes if a is not None}
+            attributes = {_text(a.name): given.get(a.ref_attr_name) if a.ref_attr_name else a
+                          for a in proto.attribute}
+            attributes = {name: a for name, a in attributes.items() if a is not None}
             if function := self.functions.get(key):
                 inner = dict(zip(map(_text, function.input), inputs))
                 inner.update(dict.fromkeys(map(_text, function.input[len(inputs):]), ""))
@@ -309,7 +310,8 @@ def _options(node):
     D = 1 + (direction == "bidirectional")
     variant = _variant(node, a, D) if node.op == "LSTM" else {}
     for name in ("clip", "activation_alpha", "activation_beta", "input_forget"):
-        if value := a.pop(name, None):
+        # An empty list and input_forget=0 ask for nothing; clip=0 asks for zeros.
+        if (value := a.pop(name, None)) or (name == "clip" and value is not None):
             raise ValueError(f"{node.name} asks for {name}={value}, which lstmcore's {node.op} does not have")
     wanted = a.pop("activations", [])
     if not isinstance(wanted, list):
@@ -409,6 +411,31 @@ def dequantized(node, q, scale, zero):
                          "and zero points (D,) or (D, 4H)")
     scale, zero = (a.reshape(len(q), -1, 1) for a in (scale, zero))
     return (q.transpose(0, 2, 1).astype("f4") - zero.astype("f4")) * scale.astype("f4")
+
+
+def in_int8(q, scale, zero):
+    """As `dequantized`, as integers within -127..127 and a scale for each row, both (D, 4H, ·); None
+    for what is not that."""
+    zero = zero.reshape(len(q), -1, 1)
+    q = q.transpose(0, 2, 1).astype("i4") - zero.astype("i4")
+    scale = np.broadcast_to(scale.astype("f4").reshape(len(q), -1, 1), (*q.shape[:2], 1))
+    fit = np.abs(q).max(initial=0) <= 127 and (scale >= 0).all() and (scale < np.inf).all()
+    return (q.astype("i1"), scale) if fit else None
+
+
+def int8_of(layer, lowered):
+    """{weight: Quantized} of each direction of a layer, from W and R as `in_int8` gives them."""
+    if len(lowered) < 2 or None in lowered.values():
+        return None
+    order, found = GATES["LSTM"], []
+    for d in range(len(layer.directions)):
+        cell = {}
+        for weight, (q, scale) in zip(("weight_ih", "weight_hh"), lowered.values()):
+            q, scale = (a[d].reshape(4, layer.hidden_size, -1)[order].reshape(a[d].shape)
+                        for a in (q, scale))
+            cell[weight] = Quantized(np.ascontiguousarray(q), np.ascontiguousarray(scale[:, 0]))
+        found.append(cell)
+    return found
 
 
 def _run_recurrent(node, budget, X=None, W=None, R=None, B=None, sequence_lens=None,

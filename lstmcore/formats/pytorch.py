@@ -50,12 +50,22 @@ def read_arrays(path):
     does {"model": module}. Tensors of a kind that is not read (sparse, quantized, ...) are named in
     a warning.
     """
-    found, objects, *_ = _read(path)
+    found, objects = tensors(path)
+    warn_of(path, objects)
+    return found
+
+
+def tensors(path):
+    """The tensors of a .pt archive by name, and the names of the objects beside them, as `Opaque`."""
+    return _read(path)[:2]
+
+
+def warn_of(path, objects):
+    """Say which of the objects are tensors."""
     if left := [name for name, kind in objects.items() if kind.startswith("torch._")]:
         said = ", ".join(f"{name!r:.80} ({objects[name]})" for name in left[:8])
         more = f" and {len(left) - 8} more" * (len(left) > 8)
-        warnings.warn(f"{path}: tensors that are not read: {said}{more}", stacklevel=4)
-    return found
+        warnings.warn(f"{path}: tensors that are not read: {said}{more}", stacklevel=5)
 
 
 def _read(path):
@@ -83,8 +93,9 @@ def _read(path):
         raise ValueError(f"{path} holds no tensors but in objects, which are not built here: "
                          f"{', '.join(kinds)}; save a state_dict instead: "
                          "torch.save(model.state_dict(), path)")
-    return (arrays, objects, list(result) if isinstance(result, dict) else [type(result).__name__],
-            said, kind)
+    keys = list(result) if isinstance(result, dict) else [
+        str(result) if isinstance(result, Opaque) else type(result).__name__]
+    return arrays, objects, keys, said, kind
 
 
 def _root(archive):
@@ -186,7 +197,8 @@ class _Machine:
              "collections.defaultdict": "_default_dict",
              "torch._utils._rebuild_tensor_v2": "_rebuild_tensor",
              "torch._utils._rebuild_parameter": "_rebuild_parameter",
-             "torch._utils._rebuild_parameter_with_state": "_rebuild_parameter"}
+             "torch._utils._rebuild_parameter_with_state": "_rebuild_parameter",
+             "torch._dynamo.eval_frame.OptimizedModule": "_compiled"}
     VALUES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
     LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE",
                 "SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8",
@@ -197,7 +209,7 @@ class _Machine:
     def __init__(self, archive, root, order):
         self.archive, self.root, self.order = archive, root, order
         self.budget = 0                     # how many items functions may still be given
-        self.stack, self.memo, self.storages = [], {}, {}
+        self.stack, self.memo, self.storages, self.odd_keys = [], {}, {}, 0
 
     def run(self, program):
         """The object that the program builds."""
@@ -314,11 +326,16 @@ class _Machine:
 
     def _pairs(self, items):
         keys, values = items[::2], items[1::2]
-        known = str, int, float, type(None)
-        if len(keys) != len(values) or not all(isinstance(key, known) for key in keys):
-            raise ValueError("the dicts of a .pt file must have strings or numbers as keys")
+        if len(keys) != len(values):
+            raise ValueError("the pickle in the .pt file is damaged: a dict with half a pair")
+        return dict(zip(map(self._key, keys), values))
+
+    def _key(self, key):
         # As numbers, keys could be chosen that all fall on one place of the table.
-        return dict(zip(map(str, keys), values))
+        if isinstance(key, (str, int, float, type(None))):
+            return str(key)
+        self.odd_keys += 1                  # an optimizer has tensors as keys
+        return f"(key {self.odd_keys})"
 
     def _default_dict(self, factory=None, pairs=()):
         return self._ordered_dict(pairs)
@@ -330,6 +347,10 @@ class _Machine:
         if any(len(pair) != 2 for pair in pairs):
             raise ValueError("the .pt file makes an OrderedDict of something that is no pairs")
         return self._pairs([value for pair in pairs for value in pair])
+
+    def _compiled(self, module, *context):
+        """What torch.compile made, as its state_dict names it."""
+        return {"_orig_mod": module}
 
     def _rebuild_parameter(self, tensor, requires_grad=True, hooks=None, state=None):
         if not isinstance(tensor, (np.ndarray, Opaque)):

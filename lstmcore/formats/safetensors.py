@@ -5,14 +5,12 @@
     the rest        the arrays, C order, little-endian, end to end, offsets counted from here
 
 `read` trusts nothing: everything the header claims is compared with the size of the file before a
-byte of it is used, and the arrays must fill the file without gap or overlap. A model may be spread
-over several such files, shards, which an index beside them, JSON, tells by the names of the arrays.
+byte of it is used, and the arrays must fill the file without gap or overlap.
 """
 
 import json
 import math
 import os
-import re
 import struct
 
 import numpy as np
@@ -23,25 +21,30 @@ from lstmcore.precision import Quantized
 MAX_HEADER = 1 << 24        # a header is JSON: parsed, it takes some twenty times its size
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2",
           "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?"}
-INDEX = ".safetensors.index.json"
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 
 
 def content(path):
     """The recurrent layers in a file under PyTorch's names, or what lstmcore wrote."""
-    found, metadata = _all(path)
-    if not os.fsdecode(path).endswith(INDEX) and (index := _index_of(path)):
-        raise ValueError(f"{os.fsdecode(path)} is one shard of several: load {index}, which names "
-                         "them all" if os.path.exists(index) else
-                         f"{os.fsdecode(path)} is one shard of several, whose index "
-                         f"{os.path.basename(index)} is not beside it")
-    return state_dict.content(found, own={key: value for key, value in metadata.items()
-                                          if key.startswith("lstmcore.")})
+    found, metadata = read(path)
+    return state_dict.content(tied(found, metadata), own=own(metadata))
 
 
 def read_arrays(path):
-    """Every array of the file, or of the shards of an index."""
-    return _all(path)[0]
+    """Every array of the file."""
+    return tied(*read(path))
+
+
+def own(metadata):
+    """What lstmcore wrote into the metadata."""
+    return {key: value for key, value in metadata.items() if key.startswith("lstmcore.")}
+
+
+def tied(arrays, metadata):
+    """The arrays, and those that the package safetensors left out, as it tells in the metadata: of
+    tensors that share their numbers `save_model` writes one, and the name of this one for the others."""
+    return {**arrays, **{name: arrays[kept] for name, kept in metadata.items()
+                         if name not in arrays and kept in arrays}}
 
 
 def write_module(path, module):
@@ -59,58 +62,6 @@ def stored(module):
         else:
             arrays[name] = a
     return arrays
-
-
-def _all(path):
-    """The arrays and the metadata of a file, or of all shards of an index."""
-    name = os.fsdecode(path)
-    if not name.endswith(INDEX):
-        return read(path)
-    try:
-        places = json.loads(disk.read(path).decode("utf-8"))["weight_map"]
-        shards = dict.fromkeys(places.values())         # in order, each once
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, TypeError,
-            AttributeError) as error:
-        raise ValueError(f"{name} is no index of safetensors files: {error!r:.100}") from None
-    found, metadata = {}, {}
-    for shard in shards:
-        if not isinstance(shard, str) or os.path.basename(shard) != shard or "\\" in shard \
-                or not shard.endswith(".safetensors"):
-            raise ValueError(f"{name} names the shard {shard!r:.100}: only a .safetensors file in "
-                             "its own folder is opened")
-        try:
-            there, said = read(os.path.join(os.path.dirname(name), shard))
-        except OSError as error:
-            raise ValueError(f"{name} names the shard {shard!r:.100}, which cannot be read: "
-                             f"{error.strerror}") from None
-        except ValueError as error:
-            raise ValueError(f"{name}: the shard {shard!r:.100}: {error}") from None
-        if repeated := there.keys() & found.keys():
-            raise ValueError(f"{name}: {description.some(sorted(repeated))} of {shard} stands in "
-                             "another shard too")
-        found.update(there)
-        metadata.update(said)
-    if odd := [array for array, shard in places.items() if array not in found] or \
-            sorted(found.keys() - places.keys()):
-        raise ValueError(f"{name} and its shards disagree on {description.some(odd)}")
-    return found, metadata
-
-
-def _index_of(path):
-    """The index that a file is a shard of, by its name or by an index beside it, or None."""
-    folder, name = os.path.split(os.fsdecode(path))
-    if match := re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.safetensors", name):
-        if int(match[3]) > 1:
-            return os.path.join(folder, match[1] + INDEX)
-    for index in sorted(entry.path for entry in os.scandir(folder or ".")
-                        if entry.name.endswith(INDEX)):
-        try:
-            shards = set(json.loads(disk.read(index))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue                                    # what is beside a file is not its fault
-        if name in shards and len(shards) > 1:
-            return index
-    return None
 
 
 def read(path):

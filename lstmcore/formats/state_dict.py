@@ -1,8 +1,9 @@
 """Named tensors as PyTorch's modules have them -> recurrent layers, whatever file they were in.
 
 A weight that PyTorch keeps in parts is put together: weight_norm's length g and direction v, in the
-old form (`_g`, `_v`) and as parametrizations; pruning's `_orig` and `_mask`; and the `_raw` weight
-of DropConnect (Merity et al. 2017), beside which a copy stands that lacks what was dropped last.
+old form (`_g`, `_v`) and as parametrizations; spectral_norm's weight and the vectors u and v that
+tell its norm; pruning's `_orig` and `_mask`; and the `_raw` weight of DropConnect (Merity et al. 2017),
+beside which a copy stands that lacks what was dropped last.
 """
 
 import functools
@@ -27,10 +28,11 @@ def content(arrays, objects=(), said=None, own=None, hint=""):
     objects, said = dict(objects), said or {}
     whole, parts = folded(arrays)
     groups = description.group({**whole, **objects})
-    chains = [[(prefix, functools.partial(_layers, prefix, cells, said.get(prefix, {})))]
-              for prefix, cells in groups.items()]
     used = {id(a) for cells in groups.values() for cell in cells.values() for a in cell.values()}
     others = [name for name, a in arrays.items() if id(a) not in used and name not in parts]
+    odd = _odd_cells(whole, others)
+    chains = [[(prefix, functools.partial(_layers, prefix, cells, said.get(prefix, {}),
+                                          odd.get(prefix)))] for prefix, cells in groups.items()]
     options = {}
     for name in ("batch_first", "dropout"):
         values = {said[prefix][name] for prefix in groups if name in said.get(prefix, {})}
@@ -54,7 +56,9 @@ def folded(arrays):
         if names.keys() <= {"_v", "_u", "_mask"}:       # parts of nothing
             continue
         place = prefix + weight
-        if "_raw" in names and f"{prefix}module.{weight}" in arrays:
+        tail = weight[len("weight_hh"):]
+        if "_raw" in names and any(f"{prefix}module.{beside}{tail}" in arrays for beside in (
+                "weight_ih", "weight_hh", "bias_ih")):
             place = f"{prefix}module.{weight}"
         whole[place] = _whole(weight, {part: arrays[name] for part, name in names.items()})
         used.update(names.values(), [place])
@@ -70,6 +74,16 @@ def _whole(weight, parts):
         a, mask = parts["_orig"], parts["_mask"]
         if a.shape == mask.shape and a.dtype.kind == "f" and mask.dtype.kind in "fb":
             return (a * mask).astype(a.dtype)
+    for orig, u, v in (("_orig", "_u", "_v"), (".original", ".0._u", ".0._v")):
+        if kinds == {orig, u, v}:
+            W, u, v = (parts[part] for part in (orig, u, v))
+            if all(a.dtype.kind == "f" for a in (W, u, v)) and W.ndim == 2 \
+                    and (u.shape, v.shape) in ((W.shape[:1], W.shape[1:]),
+                                               (W.shape[1:], W.shape[:1])):
+                # w = W / s, s = u W v as it was last estimated; with dim=1 of the transpose
+                u, v = (u, v) if u.shape == W.shape[:1] else (v, u)
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    return (W / (u.astype("f8") @ W @ v)).astype(np.promote_types(W.dtype, "f4"))
     for g, v in (("_g", "_v"), (".original0", ".original1")):
         if kinds == {g, v}:
             g, v = parts[g], parts[v]
@@ -87,6 +101,21 @@ def _whole(weight, parts):
             "undoes them, put it together")
 
 
-def _layers(prefix, cells, said):
+def _odd_cells(arrays, others):
+    """{prefix: the names of what stands in a cell of its names beside the weights of torch's cells}"""
+    found = {}
+    for name in others:
+        parts = name.rsplit(".", 2)                     # (cell.)norm.weight, or (cell.)weight
+        for prefix in {".".join(parts[:-n]) for n in (1, 2)}:
+            if f"{prefix}.weight_hh".lstrip(".") in arrays:
+                found.setdefault(prefix, []).append(name)
+    return found
+
+
+def _layers(prefix, cells, said, odd):
+    if odd:
+        raise ValueError(f"{prefix or 'the cell'} has the weights of a cell, and {description.some(odd)}, "
+                         "which no cell of torch.nn has: what its class makes of them, the file does "
+                         "not say (lstmcore.formats.read_arrays returns them)")
     return [layer._replace(nonlinearity=said.get("nonlinearity"))
             for layer in description.from_torch_names(prefix, cells)]

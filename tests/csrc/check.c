@@ -213,7 +213,9 @@ static void check_table(const char *isa, const char *format) {
                "a table has what its format needs");
     check_true(k->VL >= 1 && k->MR >= 1, "vectors and tiles have a size");
     for (const lstm_cell *cell = k->cells; cell->name; cell++)
-        check_true(lstm_cell_of(k, cell->name) == cell && cell->step && (cell->back_step != NULL) == trains &&
+        check_true(lstm_cell_of(k, cell->name) == cell && !cell->step == !!cell->norm_step &&
+                   (cell->norm_step ? cell->norm_back_step && !below
+                                    : (cell->back_step != NULL) == trains) &&
                    cell->gates >= 1 && cell->gates <= 4, "a cell is found by its name");
     check_true(!lstm_cell_of(k, "none"), "no cell has another name");
     check_true(!lstm_kernels_for("none", format) && !lstm_kernels_for(isa, "none"),

@@ -215,7 +215,7 @@ static void step(const forward_problem *f, int how, ptrdiff_t r0, ptrdiff_t r1, 
     packed hh = pack(heard(cell), f->K, f->H, j0, j1, &f->W_hh, 1, f->K);
     lstm_weights w = {how & FUSED ? f->I : 0, f->K, f->H, ih.panels, hh.panels,
                       f->with_bias ? f->bias.row[0] : NULL,
-                      f->with_peepholes ? f->peepholes.row[0] : NULL, !!(how & NO_TAPE), variant};
+                      f->with_peepholes ? f->peepholes.row[0] : NULL, !!(how & NO_TAPE), variant, NULL};
     lstm_row *rows = calloc((size_t)(r1 - r0 + 1), sizeof *rows);
     const void **x = lowered(&f->x, f->I), **h = lowered(&f->h_prev, f->K);
     for (ptrdiff_t r = r0; r < r1; r++)
@@ -366,7 +366,7 @@ static void back_step(const backward_problem *b, int how, ptrdiff_t r0, ptrdiff_
     const lstm_cell *cell = b->cell;
     packed hh = pack(1, b->K, b->H, j0, j1, &b->W_hh, b->H, 1);
     lstm_weights w = {0, b->K, b->H, NULL, hh.panels, NULL,
-                      b->with_peepholes ? b->peepholes.row[0] : NULL, 0, variant};
+                      b->with_peepholes ? b->peepholes.row[0] : NULL, 0, variant, NULL};
     lstm_back_row *rows = calloc((size_t)(r1 - r0 + 1), sizeof *rows);
     const void **da = lowered(&b->da_next, b->K);
     for (ptrdiff_t r = r0; r < r1; r++)

@@ -19,9 +19,10 @@ KERNELS_PXD, MEMORY_PXD, PRODUCTS_PXD, RECURRENCE_PXD = (
 REF, CALLS, ARGUMENTS, TAPES, DENSE_PY, CHECKS, MODULE, LAYERS, LOSSES_PY, THREADS = (
     f"lstmcore/{name}.py" for name in ("reference", "functional", "arguments", "tapes", "dense",
                                        "checks", "module", "layers", "losses", "threads"))
-FILES, PRECISION, RECURRENT, RENAMES, DISTRIBUTED, REDUCTION, OPTIM, VARIANTS, STREAMS = (
+FILES, PRECISION, RECURRENT, RENAMES, DISTRIBUTED, REDUCTION, OPTIM, VARIANTS, STREAMS, KERAS_VARIANTS = (
     f"lstmcore/{name}.py" for name in ("files", "precision", "recurrent", "renames", "distributed",
-                                       "reduction", "optim", "variants", "streams"))
+                                       "reduction", "optim", "variants", "streams",
+                                       "formats/keras_variants"))
 NETWORK, SOURCES, TRAINING, TEXT, ESTIMATORS = (
     f"lstmcore/models/{name}.py" for name in ("network", "sources", "training", "text", "estimators"))
 DISK, STATE_DICT, SAFETENSORS, ONNX, GRAPH, OPERATORS, KERAS, DESCRIPTION = (
@@ -889,8 +890,9 @@ MUTANTS = [
      "(prefix + key)"),
     ("weight_norm along the wrong axis", STATE_DICT, "g.shape[k] == 1)", "g.shape[k] != 1)"),
     ("pruning forgets its mask", STATE_DICT, "return (a * mask).astype(a.dtype)", "return a"),
-    ("a shard is a model", SAFETENSORS, "if int(match[3]) > 1:", "if 0:"),
-    ("a state that is not zero is dropped", ONNX, "if isinstance(value, _Unknown) and value.fill == 0:",
+    ("a shard is a model", "lstmcore/formats/shards.py", "    if index is None:\n        return", "    return"),
+    ("a state that is not zero is dropped", ONNX,
+     "if isinstance(value, _Unknown) and value.fill is not None:",
      "if isinstance(value, _Unknown):"),
     ("any constant lengths will do", ONNX, "not np.all(lengths == len(x))", "0"),
     ("a storage may serve any number of layers", FILES, "if room < 0:", "if 0:"),
@@ -1005,7 +1007,7 @@ MUTANTS = [
      "self.rng.random((T, B, 2, 1), np.float32).repeat(H, 3)"),
     ("locked dropout is drawn for every step", RECURRENT,
      "(1, *x.shape[1:]) if self.locked_dropout else x.shape", "x.shape"),
-    ("Keras 2's hard sigmoid", KERAS, 'given = ("hard_sigmoid", 0.2, 0.5)', "pass"),
+    ("Keras 2's hard sigmoid", KERAS_VARIANTS, 'given = ("hard_sigmoid", 0.2, 0.5)', "pass"),
     ("ONNX's alphas in another order", GRAPH, "given = [kept.pop(0) if kept", "given = [kept.pop() if kept"),
     ("input_forget is forgotten", GRAPH, '        variant["coupled"] = True\n', "        pass\n"),
     # layer normalization
@@ -1016,10 +1018,11 @@ MUTANTS = [
     ("norm: gamma of x for h", NORM,
      "v_fma(F(v_load_n)(norms + 4 * H + at, l), F(v_normed)(ah",
      "v_fma(F(v_load_n)(norms + at, l), F(v_normed)(ah"),
-    ("norm: c is not normalized", NORM, "F(v_normed)(c + j, of_c, l),\n                                F(v_load_n)"
-     "(norms + 9 * H + j, l));\n                F(v_store_n)((R *)row->h",
-     "F(v_load_n)(c + j, l),\n                                F(v_load_n)"
-     "(norms + 9 * H + j, l));\n                F(v_store_n)((R *)row->h"),
+    ("norm: c is not normalized", NORM,
+     "F(v_normed)(c + j, of_c, l),\n                                F(v_load_n)(norms + 9 * H + j, l));\n"
+     "                F(v_store_n)((R *)row->h",
+     "F(v_load_n)(c + j, l),\n                                F(v_load_n)(norms + 9 * H + j, l));\n"
+     "                F(v_store_n)((R *)row->h"),
     ("norm: the first mean is dropped", NORM, "(product - r.first -", "(product -"),
     ("norm: the second mean is dropped", NORM, "second = v_fma(product,",
      "second = v_fma(F(v_set1)(0),"),
@@ -1027,8 +1030,8 @@ MUTANTS = [
      "F(v_returned)(dn + j, norms + 8 * H + j, c + j, of_c, back, l);", "F(v_set1)(0);"),
     ("norm: the gradient of norms begins anew", NORM,
      "sums[q] = F(v_load_n)((const R *)dnorms + q * H + j, l);", "sums[q] = F(v_set1)(0);"),
-    ("norm: the bias is normalized", FORWARD, "START_BIAS if f.b != NULL and p.norms == NULL else", "START_BIAS "
-     "if f.b != NULL else"),
+    ("norm: the bias is normalized", FORWARD, "START_BIAS if f.b != NULL and p.norms == NULL else",
+     "START_BIAS if f.b != NULL else"),
     ("norm: dW_hh of da", BACKWARD, "sums.da, sums.n_products, sums.db = f.da_of_h, 1, NULL",
      "sums.n_products, sums.db = 1, NULL"),
     ("norm: dx of da", BACKWARD, "f.da_of_h + k0 if p.norms == NULL else f.dax + k0", "f.da_of_h + k0"),
