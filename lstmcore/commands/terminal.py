@@ -1,0 +1,63 @@
+"""What the commands share: lines on standard error, options and files that several of them take."""
+
+import os
+import sys
+
+
+def say(line):
+    """A line on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def add_encoding(parser):
+    """Add --encoding."""
+    parser.add_argument("--encoding", help="of FILE (default: found out)")
+
+
+def add_precision(p):
+    """Add --precision."""
+    p.add_argument("--precision", choices=("float32", "bfloat16", "int8"),
+                   help="format of the operands of products (default: as M was trained or saved)")
+
+
+def model_to_use(args):
+    """The model in args.model, in the precision asked for."""
+    from lstmcore import LanguageModel
+
+    model = LanguageModel.load(args.model)
+    return model.freeze(args.precision) if args.precision else model
+
+
+def existing(files):
+    """The paths, each found to be there, or "-": here a name is never a text."""
+    import stat
+    from pathlib import Path
+
+    for name in files:
+        if name != "-":
+            found = os.stat(name)       # an OSError if it is not there
+            if stat.S_ISDIR(found.st_mode):
+                raise IsADirectoryError(21, "Is a directory", name)
+            if stat.S_ISREG(found.st_mode) and found.st_size == 0:
+                raise ValueError(f"{name} is empty")
+    return [name if name == "-" else Path(name) for name in files]
+
+
+def check_picture(path):
+    """Says before the work, not after it, that a picture cannot be drawn or written."""
+    from lstmcore.formats.disk import check_writable
+
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"drawing {path} needs matplotlib: pip install 'lstmcore[plot]'") \
+            from error
+    kinds = Figure().canvas.get_supported_filetypes()
+    if os.path.splitext(path)[1][1:].lower() not in kinds:
+        raise ValueError(f"{path} must end in one of ." + ", .".join(sorted(kinds)))
+    check_writable(path)
+
+
+def token(model):
+    """What a token of a model is called."""
+    return {"char": "character"}.get(model.level, model.level)
