@@ -8,6 +8,7 @@ import argparse
 import os
 import re
 import sys
+import warnings
 
 from lstmcore import __version__
 from lstmcore.commands import convert, evaluate, gradflow, info, look_inside, sample, train
@@ -34,7 +35,10 @@ def main(argv=None):
         if args.threads is not None:
             from lstmcore import checks, set_num_threads
             set_num_threads(checks.size("threads", args.threads))
-        code = args.run(args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = lambda message, *rest, **more: say(f"warning: {message}")
+            code = args.run(args)
         sys.stdout.flush()
         return code or 0
     except BrokenPipeError:             # the reader has seen enough

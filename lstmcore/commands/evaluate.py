@@ -19,12 +19,17 @@ def options(p):
 
 def run(args):
     """Print nats, bits per character and perplexity."""
+    from lstmcore.models.corpus import Corpus
+
     model = terminal.model_to_use(args)
-    found = model.evaluate(terminal.existing(args.files), encoding=args.encoding)
+    corpus = Corpus(terminal.existing(args.files), model.level, args.encoding)
+    found = model.evaluate(corpus)
+    terminal.say_guesses(corpus.parts)
     if args.json:
         print(json.dumps(found._asdict()))
         return
     print(f"{found.nats:.4f} nats per {terminal.token(model)}\n{found.bits_per_char:.4f} bits per "
           f"character\n{found.perplexity:.4f} perplexity\n{found.tokens} tokens")
     if found.unknown:
-        terminal.say(f"{found.unknown} of them are not in the model's vocabulary")
+        whose = " but <unk>" if model.level in ("word", "whitespace") else ""
+        terminal.say(f"{found.unknown} of them are not in the model's vocabulary{whose}")

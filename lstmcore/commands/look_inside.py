@@ -20,14 +20,12 @@ def options(p):
 def run(args):
     """Write the HTML page of `lstmcore.inspect`."""
     from lstmcore import LanguageModel, checks, inspect
-    from lstmcore.models import text
     from lstmcore.formats.disk import check_writable
 
     check_writable(args.out)
     checks.size("limit", args.limit)
     model = LanguageModel.load(args.model).unfreeze()       # of int8: only floats keep gates
-    path, = terminal.existing([args.file])
-    shown = text.decode(text.read_bytes(path), args.encoding, args.file)
+    shown = terminal.read_text(args.file, args.encoding)
     name = "standard input" if args.file == "-" else os.path.basename(args.file)
     inspect.page(model, shown[:32 * args.limit], args.out, limit=args.limit,
                  title=f"{os.path.basename(args.model)} reads {name}")

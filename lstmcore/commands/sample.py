@@ -1,7 +1,6 @@
 """lstmcore sample: write text."""
 
 import json
-import sys
 
 from lstmcore.commands import terminal
 
@@ -30,9 +29,7 @@ def options(p):
 def run(args):
     """Write text as it is drawn."""
     model = terminal.model_to_use(args)
-    if args.prime == "-" and sys.stdin is None:
-        raise ValueError("standard input is closed")
-    prime = sys.stdin.read() if args.prime == "-" else args.prime
+    prime = terminal.read_text("-") if args.prime == "-" else terminal.argument(args.prime)
     if args.width is not None:
         pieces = [model.beam_search(prime, args.length, width=args.width, stop=args.stop)]
     else:

@@ -40,7 +40,32 @@ def existing(files):
                 raise IsADirectoryError(21, "Is a directory", name)
             if stat.S_ISREG(found.st_mode) and found.st_size == 0:
                 raise ValueError(f"{name} is empty")
-    return [name if name == "-" else Path(name) for name in files]
+    return [Path(name) for name in files]
+
+
+def read_text(path, encoding=None, level="char"):
+    """The text of a file, or of standard input for "-"; a guess of its encoding is said."""
+    from lstmcore.models.corpus import Corpus
+
+    corpus = Corpus(existing([path])[0], level, encoding)
+    found = corpus.read()
+    say_guesses(corpus.parts)
+    return found
+
+
+def argument(text):
+    """What was typed, where the locale says less of its encoding than its bytes do."""
+    from lstmcore.models.corpus import decode
+
+    return text if not any("\udc80" <= c <= "\udcff" for c in text) \
+        else decode(os.fsencode(text))
+
+
+def say_guesses(parts):
+    """Say which encodings of the texts that were read are but likely."""
+    for part in parts:
+        if part.guessed:
+            say(f"{part.name}: encoding {part.encoding} is a guess; --encoding names another")
 
 
 def check_picture(path):
@@ -60,4 +85,4 @@ def check_picture(path):
 
 def token(model):
     """What a token of a model is called."""
-    return {"char": "character"}.get(model.level, model.level)
+    return {"char": "character", "whitespace": "token"}.get(model.level, model.level)

@@ -2,9 +2,10 @@
 
 import contextlib
 import json
+import math
 import os
+import pathlib
 import sys
-import warnings
 
 from lstmcore.commands import terminal
 
@@ -36,7 +37,8 @@ def options(p):
     p.add_argument("--no-sample", action="store_true", help="do not write 400 tokens at the end")
 
     g = p.add_argument_group("model (that of M if resumed)")
-    g.add_argument("--level", choices=("char", "byte", "word"), help="(default: char)")
+    g.add_argument("--level", "--tokens", choices=("char", "byte", "word", "whitespace"),
+                   help="(default: char); whitespace: FILE is cut into tokens, a line end is <eos>")
     g.add_argument("--cell", choices=("lstm", "gru", "rnn"), help="(default: lstm)")
     g.add_argument("--hidden-size", "--hidden", type=int, metavar="N", help=f"(default: {DEFAULT_HIDDEN})")
     g.add_argument("--num-layers", "--layers", type=int, metavar="N", help="(default: 2)")
@@ -69,8 +71,9 @@ def options(p):
     g.add_argument("--warmup", type=int, metavar="N", help="steps (default: 0)")
     g.add_argument("--clip", type=float, help="norm of the gradients (default: 5; 0: none)")
     g.add_argument("--weight-decay", type=float, metavar="X", help="(default: 0)")
-    g.add_argument("--validation", "--val", type=float, metavar="P",
-                   help="share kept for validation (default: 0.05)")
+    g.add_argument("--validation", "--val", type=_share_or_file, metavar="P|FILE",
+                   help="share of each FILE, at its end, kept for validation, or a file of its own "
+                        "(default: 0.05)")
     g.add_argument("--evaluate-every", type=int, metavar="N", help="steps (default: an epoch)")
     g.add_argument("--patience", type=int, metavar="N",
                    help="end after N evaluations without a better one")
@@ -82,6 +85,13 @@ def options(p):
     g.add_argument("--reduction", choices=("tree", "allreduce"),
                    help="allreduce: one shard for each process, summed by MPI, other bits (default: tree)")
     g.add_argument("--wire", choices=("bfloat16",), help="send gradients in half the bytes, rounded")
+
+
+def _share_or_file(given):
+    try:
+        return float(given)
+    except ValueError:
+        return pathlib.Path(given)
 
 
 def run(args):
@@ -121,6 +131,8 @@ def _train(args, processes):
             check_writable(path)
         if args.plot:
             terminal.check_picture(args.plot)
+        if isinstance(args.validation, os.PathLike):
+            terminal.existing([os.fspath(args.validation)])
         return terminal.existing(args.files)
     files = processes.at_root(check_places)
     settings, budget = asked(Settings.__dataclass_fields__), asked(Budget.__dataclass_fields__)
@@ -135,7 +147,7 @@ def _train(args, processes):
     callbacks = [] if bar is True else [_print_json if args.json else _print_record]
     if args.sample_every is not None:
         callbacks.append(_Samples(checks.size("sample_every", args.sample_every), args))
-    Settings(**settings)
+    Settings(**{name: value for name, value in settings.items() if not isinstance(value, os.PathLike)})
     Budget(**budget)
     if not args.json:
         replaced = f"; {out} will be replaced" if os.path.exists(out) and not args.resume else ""
@@ -143,9 +155,6 @@ def _train(args, processes):
              + (", ".join(args.files) or "Python's documentation of its own language") + replaced)
     done = model.history[-1]["step"] if model.history else None
     with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *rest, **more: terminal.say(f"warning: {message}")
         if args.log:
             callbacks.append(_table(stack.enter_context(open(args.log, "a" if args.resume else "w"))))
         model.fit(files or None, checkpoint=out, resume=args.resume, callbacks=callbacks, progress=bar,
@@ -199,9 +208,9 @@ def _conclude(model, out, args):
                           "bits_per_char": _bits(model, record), "sample": sample}))
         return
     if record and record["validation"] is not None:
-        bits = _bits(model, record)
+        bits, perplexity = _bits(model, record), math.exp(min(record["validation"], 700))
         terminal.say(f"best validation loss: {record['validation']:.4f} nats per {terminal.token(model)}"
-             + (f" = {bits:.3f} bits per character" if bits else "")
+             + (f" = {bits:.3f} bits per character" if bits else f" = perplexity {perplexity:.2f}")
              + f" (epoch {record['epoch']:.4g}, step {record['step']})")
     if finished:
         terminal.say(f"saved {out}; write more: lstmcore sample {out}")
@@ -215,7 +224,7 @@ def _conclude(model, out, args):
 def _bits(model, record):
     if model.level != "char" or not record or record["validation"] is None:
         return None
-    return record["validation"] / 0.6931471805599453
+    return record["validation"] / math.log(2)
 
 
 def _print_record(model, record):

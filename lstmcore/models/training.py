@@ -45,7 +45,7 @@ class Settings:
     weight_decay : as the optimizer has it
     evaluate_every : steps from one evaluation to the next; by default one epoch
     patience : stop after so many evaluations in a row without a better one; None for never
-    validation : the share of the text, at its end, that is kept for validation
+    validation : the share of the text, at its end, that is kept for validation; None: as the model has it
     shards : parts of the batch whose gradients are summed in a fixed order, for bits that do not
         depend on the number of processes; with a comm 8 by default, else none
     reduction : "tree", or "allreduce": MPI's own sum of a shard for each process
@@ -66,7 +66,7 @@ class Settings:
     weight_decay: float = 0.0
     evaluate_every: int = None
     patience: int = None
-    validation: float = 0.05
+    validation: float = None
     shards: int = None
     reduction: str = "tree"
     wire: str = None
