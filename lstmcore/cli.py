@@ -1,4 +1,4 @@
-"""The command `lstmcore`: train, sample, eval, inspect, gradflow, convert, info.
+"""The command `lstmcore`: a row of COMMANDS for each of its commands.
 
 Results go to standard output, everything else to standard error. A mistake is one line there and
 exit code 2; an interrupted training is saved and ends with 130 (Ctrl-C) or 143 (SIGTERM).
@@ -11,11 +11,12 @@ import sys
 import warnings
 
 from lstmcore import __version__
-from lstmcore.commands import convert, evaluate, gradflow, info, look_inside, sample, train
+from lstmcore.commands import (chat, compare, convert, evaluate, gradflow, info, look_inside, sample,
+                               train)
 from lstmcore.commands.terminal import say
 
-COMMANDS = {"train": train, "sample": sample, "eval": evaluate, "inspect": look_inside,
-            "gradflow": gradflow, "convert": convert, "info": info}
+COMMANDS = {"train": train, "sample": sample, "chat": chat, "eval": evaluate, "compare": compare,
+            "info": info, "inspect": look_inside, "gradflow": gradflow, "convert": convert}
 
 EXAMPLES = """examples:
   lstmcore train                                 a minute on Python's own documentation

@@ -1,6 +1,7 @@
 """What the commands share: lines on standard error, options and files that several of them take."""
 
 import os
+import re
 import sys
 
 
@@ -18,6 +19,25 @@ def add_precision(p):
     """Add --precision."""
     p.add_argument("--precision", choices=("float32", "bfloat16", "int8"),
                    help="format of the operands of products (default: as M was trained or saved)")
+
+
+def add_drawing(p, temperature):
+    """Add what decides how tokens are drawn, and where a text ends."""
+    p.add_argument("--temperature", type=float, default=temperature, metavar="X",
+                   help=f"below 1 plays safe, above 1 dares (default: {temperature:g})")
+    p.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    p.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens with "
+                   "probability P in all")
+    p.add_argument("--stop", action="append", metavar="TEXT",
+                   help=r"end after TEXT, in which \n is a line end; may be given several times")
+    p.add_argument("--seed", type=int, metavar="S", help="for the same text again")
+
+
+def stops(args):
+    """The texts of --stop, or None."""
+    escapes = {r"\n": "\n", r"\t": "\t", r"\f": "\f", "\\\\": "\\"}
+    return args.stop and [re.sub(r"\\[ntf\\]", lambda found: escapes[found[0]], argument(text))
+                          for text in args.stop]
 
 
 def model_to_use(args):

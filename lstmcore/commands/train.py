@@ -24,14 +24,19 @@ def options(p):
     p.add_argument("files", nargs="*", metavar="FILE",
                    help="text in any encoding, also .gz; - for standard input; without FILE: "
                         "Python's documentation of its own language")
-    p.add_argument("--out", metavar="M", help=f"the model (default: the resumed one, or "
-                                              f"{DEFAULT_OUT})")
-    p.add_argument("--resume", metavar="M", help="continue the run that wrote M, on the same text")
+    p.add_argument("--out", metavar="M", help=f"the model (default: the resumed one, or {DEFAULT_OUT}); "
+                   "without the run, once that is finished")
+    p.add_argument("--checkpoint", metavar="R",
+                   help="keep the model with what --resume needs, three times its size, in R")
+    p.add_argument("--resume", metavar="R",
+                   help="continue the run in R, an interrupted M or a --checkpoint, on the same text")
     terminal.add_encoding(p)
     p.add_argument("--seed", type=int, help="of weights, dropout and sample (default: 0)")
     p.add_argument("--json", action="store_true", help="one JSON object per line instead of text")
     p.add_argument("--plot", metavar="PNG", help="draw the losses (needs matplotlib)")
     p.add_argument("--log", metavar="CSV", help="write the losses as a table, a line per evaluation")
+    p.add_argument("--tensorboard", metavar="DIR",
+                   help="write the losses for TensorBoard (needs tensorboard)")
     p.add_argument("--sample-every", type=int, metavar="N",
                    help="write 200 tokens after every N steps, at the next evaluation")
     p.add_argument("--no-sample", action="store_true", help="do not write 400 tokens at the end")
@@ -102,7 +107,8 @@ def run(args):
         return _train(args, distributed.ALONE)
     processes = distributed.Processes(comm, own=True)
     if processes.rank:                  # rank 0 alone speaks
-        args.json, args.log, args.plot, args.sample_every = False, None, None, None
+        args.json = False
+        args.log = args.tensorboard = args.plot = args.sample_every = None
         sys.stdin = None
     try:
         with processes.ending_together(), open(os.devnull, "w") as silence, contextlib.ExitStack() as stack:
@@ -119,18 +125,24 @@ def run(args):
 def _train(args, processes):
     from lstmcore import LanguageModel, checks
     from lstmcore.formats.disk import check_writable
+    from lstmcore.models import curves
     from lstmcore.models.training import Budget, Settings
 
     def asked(names):
         return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
-    out = args.out or args.resume or DEFAULT_OUT
+    kept = args.checkpoint or args.resume
+    out = args.out or (kept if args.resume else DEFAULT_OUT)
+    run = kept or out               # the file that has the run meanwhile
 
     def check_places():
-        for path in filter(None, (out, args.log)):
+        for path in filter(None, (out, run, args.log)):
             check_writable(path)
         if args.plot:
             terminal.check_picture(args.plot)
+        if args.tensorboard:
+            curves.TensorBoard.writer()
+            os.makedirs(args.tensorboard, exist_ok=True)
         if isinstance(args.validation, os.PathLike):
             terminal.existing([os.fspath(args.validation)])
         return terminal.existing(args.files)
@@ -155,18 +167,22 @@ def _train(args, processes):
              + (", ".join(args.files) or "Python's documentation of its own language") + replaced)
     done = model.history[-1]["step"] if model.history else None
     with contextlib.ExitStack() as stack:
+        if args.tensorboard:
+            callbacks.append(curves.TensorBoard(args.tensorboard))
+            stack.callback(callbacks[-1].close)
         if args.log:
-            callbacks.append(_table(stack.enter_context(open(args.log, "a" if args.resume else "w"))))
-        model.fit(files or None, checkpoint=out, resume=args.resume, callbacks=callbacks, progress=bar,
+            callbacks.append(curves.table(stack.enter_context(open(args.log, "a" if args.resume else "w"))))
+        model.fit(files or None, checkpoint=run, resume=args.resume, callbacks=callbacks, progress=bar,
                   encoding=args.encoding, comm=processes, **budget, **settings)
     if args.resume and model.history and model.history[-1]["step"] == done:
         terminal.say(f"nothing to do: the run was at its end, after {done} steps; more --epochs, --minutes "
              "or --steps continue it")
     if args.plot:
-        from lstmcore.models.curves import plot_history
-        plot_history(model.history, args.plot)
+        curves.plot_history(model, args.plot)
     if processes.rank == 0:
-        _conclude(model, out, args)
+        if run != out or kept is None and model.outcome not in EXIT_OF:
+            model.save(out)
+        _conclude(model, out, run, args)
     return EXIT_OF.get(model.outcome, 0)
 
 
@@ -186,17 +202,7 @@ class _Samples:
             terminal.say(f"step {record['step']} writes:\n{text}\n")
 
 
-def _table(file):
-    """A callback that writes each record as a line of comma-separated values."""
-    def note(model, record):
-        if not file.tell():
-            print(*record, sep=",", file=file)
-        print(*("" if value is None else value for value in record.values()), sep=",", file=file,
-              flush=True)
-    return note
-
-
-def _conclude(model, out, args):
+def _conclude(model, out, run, args):
     """Say how the training ended, and show what the model writes."""
     record = min((r for r in model.history if r["best"]), default=None,
                  key=lambda r: (r["validation"] is None, r["validation"] or -r["step"]))
@@ -215,8 +221,8 @@ def _conclude(model, out, args):
     if finished:
         terminal.say(f"saved {out}; write more: lstmcore sample {out}")
     else:
-        terminal.say(f"{model.outcome}: saved {out}; continue: lstmcore train "
-             + " ".join([*args.files, "--resume", out]))
+        terminal.say(f"{model.outcome}: saved {run}; continue: lstmcore train "
+                     + " ".join([*args.files, "--resume", run]))
     if sample is not None:
         print(sample)
 

@@ -265,6 +265,13 @@ class Corpus:
                           if isinstance(item, TEXTS) else _part(item, level, common)
                           for item in source]
 
+    @classmethod
+    def of_text(cls, text: str, level: str) -> Corpus:
+        """A text that is no path, whatever it says."""
+        made = cls("", level)
+        made.parts = [Part(level, data=text)]
+        return made
+
     def pieces(self) -> Iterator[Any]:
         """All texts in pieces, one after the other; none cuts a token."""
         for part in self.parts:

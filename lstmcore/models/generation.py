@@ -3,6 +3,8 @@
 Knows a network that maps tokens (T, B) and a state to logits and a state, and a vocabulary.
 """
 
+import warnings
+
 import numpy as np
 
 from lstmcore import checks
@@ -37,6 +39,19 @@ def drawing(temperature=1.0, top_k=None, top_p=None, seed=None):
         at = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
         return int(order[min(at, len(order) - 1)])
     return draw
+
+
+def ids_of(vocabulary, prime):
+    """The ids of a text to go on from; what the model has never seen is read as another, and named."""
+    if not isinstance(prime, str):
+        raise TypeError(f"prime must be a str, got {type(prime).__name__}")
+    ids, replaced = vocabulary.read(prime)
+    if replaced:
+        few = ", ".join(f"{token!r} read as {'unknown' if other is None else repr(other)}"
+                        for token, other in list(replaced.items())[:8])
+        warnings.warn("the text to go on from has what the training text did not have: "
+                      f"{few}{', ...' if len(replaced) > 8 else ''}", stacklevel=3)
+    return ids
 
 
 class Writer:

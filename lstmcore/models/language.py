@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -205,7 +204,7 @@ class LanguageModel(Model):
                 raise _damaged_run(resume, error) from None
         self.history = list(trainer.history)
         if bar:
-            bar.begin(trainer, opening(**facts, unit=self.level, model=self._sizes()))
+            bar.begin(trainer, opening(**facts, unit=self.level, model=self.sizes()))
         try:
             trainer.run()
         except FloatingPointError as error:
@@ -252,7 +251,7 @@ class LanguageModel(Model):
                  stop: str | Iterable[str] | None = None) -> Iterator[str]:
         """An iterator over the pieces of a text that goes on from `prime`: see `sample`."""
         self._trained()
-        prime = self._read_prime(prime)
+        prime = generation.ids_of(self.vocabulary, prime)
         draw = generation.drawing(temperature, top_k, top_p, seed)
         writer = generation.Writer(self.network.eval(), self.vocabulary)
         writer.read(prime)
@@ -283,7 +282,7 @@ class LanguageModel(Model):
         With `stop`, texts that end with it compete by their mean log-probability per token.
         """
         self._trained()
-        prime = self._read_prime(prime)
+        prime = generation.ids_of(self.vocabulary, prime)
         return generation.beam_search(self.network.eval(), self.vocabulary, prime,
                                       checks.size("length", length, 0), checks.size("width", width),
                                       generation.check_stop(stop))
@@ -414,7 +413,8 @@ class LanguageModel(Model):
         """(weights, arrays, meta) of the run in a checkpoint, whose vocabulary is taken over."""
         arrays, metadata = _read(path)
         if RUN not in metadata:
-            raise ValueError(f"{os.fsdecode(path)} holds a model but no training run to resume")
+            raise ValueError(f"{os.fsdecode(path)} holds a model but no training run to resume: "
+                             "a finished one is kept by fit(checkpoint=...), or train --checkpoint")
         saved = LanguageModel._of(path, arrays, metadata)
         if self.network is None:
             self.vocabulary = saved.vocabulary
@@ -460,22 +460,10 @@ class LanguageModel(Model):
             raise ValueError("this LanguageModel has no weights yet: call fit first, or load one")
         return self.network
 
-    def _read_prime(self, prime):
-        """The ids of a beginning; what the model has never seen is read as something else, and named."""
-        if not isinstance(prime, str):
-            raise TypeError(f"prime must be a str, got {type(prime).__name__}")
-        ids, replaced = self.vocabulary.read(prime)
-        if replaced:
-            few = ", ".join(f"{token!r} read as {'unknown' if other is None else repr(other)}"
-                            for token, other in list(replaced.items())[:8])
-            warnings.warn("the text to go on from has what the training text did not have: "
-                          f"{few}{', ...' if len(replaced) > 8 else ''}", stacklevel=3)
-        return ids
-
-    def _sizes(self):
-        """The sizes of the model, in words."""
+    def sizes(self) -> str:
+        """The sizes of the trained model, in words."""
         one = {"char": "characters", "byte": "bytes", "word": "words", "whitespace": "tokens"}[self.level]
-        count = sum(p.size for p in self.network.parameters().values())
+        count = sum(p.size for p in self._trained().parameters().values())
         return (f"{self.cell}, {self.num_layers} x {self.hidden_size}, {count:,} parameters, a vocabulary of "
                 f"{len(self.vocabulary):,} {one}")
 

@@ -167,6 +167,7 @@ class Trainer:
         self.chosen, self.chosen_loss = None, math.inf  # the same with the run's last evaluation
         self.last = None                                # the weights when the run has ended
         self.history, self.outcome, self._warned = [], None, False
+        self._mark, self._means = (0.0, 0.0, 0), []     # share, loss_sum and _tokens, when it was watched
 
     @property
     def seen(self) -> int:
@@ -191,11 +192,14 @@ class Trainer:
         """
         self.network.train()
         self._clock = time.perf_counter() - self.seconds
+        self._mark = self.share, self.loss_sum, self.loss_tokens
         # What overflows is found by _check_finite.
         with np.errstate(all="ignore"), _interrupts() as self._interrupted:
             while self.outcome is None and self.share < 1:
                 if self._advance():
                     self._evaluate(scheduled=True)
+                elif self.share >= self._mark[0] + 0.05:
+                    self._watch()
                 self.tick(self)
                 # Of several processes all end after the same step, of which `_signal` is known to all.
                 if number := self._signal if self.shards else self._received():
@@ -341,6 +345,7 @@ class Trainer:
             self._warn_if_it_runs_away(train)
             self.best, self.best_loss = self.chosen, self.chosen_loss
             self.loss_sum, self.loss_tokens = 0.0, 0
+            self._mark = self.share, 0.0, 0
             self.waited = 0 if better else self.waited + 1
             if self.schedule == "plateau" and not better:
                 self.scale *= 0.5
@@ -357,9 +362,18 @@ class Trainer:
         if self.shards:
             self.seconds = self.shards.processes.bcast(self.seconds)
 
+    def _watch(self):
+        """Between evaluations that are far apart: whether the loss of late runs away."""
+        _, total, count = self._mark
+        self._mark = self.share, self.loss_sum, self.loss_tokens
+        if self.loss_tokens > count:
+            late = (self.loss_sum - total) / (self.loss_tokens - count)
+            self._warn_if_it_runs_away(late)
+            self._means.append(late)
+
     def _warn_if_it_runs_away(self, loss):
         """Once, where the loss is above the run's first and half as much again as its least."""
-        losses = [record["loss"] for record in self.history if record["loss"] is not None]
+        losses = self._means + [record["loss"] for record in self.history if record["loss"] is not None]
         if self.shards and not self.shards.is_root:
             return
         if losses and loss is not None and not self._warned and loss > max(losses[0], 1.5 * min(losses)):
