@@ -174,9 +174,9 @@ def test_a_finished_model_is_slim_and_an_interrupted_one_keeps_its_run(run, trai
     # a run of its own beside the model; resumed, it goes on there
     assert run("train", "story.txt", "--out", "a", "--checkpoint", "r", "--steps", 20, *SMALL)[0] == 0
     assert safetensors.read("a")[0].keys() == arrays.keys()
-    before = open("a", "rb").read()
+    before = (trained / "a").read_bytes()
     assert run("train", "story.txt", "--resume", "r", "--steps", 45, "--no-sample")[0] == 0
-    assert open("a", "rb").read() == before and LanguageModel.load("r").history[-1]["step"] == 45
+    assert (trained / "a").read_bytes() == before and LanguageModel.load("r").history[-1]["step"] == 45
     asked = ("--resume", "r", "--checkpoint", "s", "--out", "b", "--steps", 50)
     assert run("train", "story.txt", *asked)[0] == 0
     steps = {name: LanguageModel.load(name).training["budget"]["steps"] for name in "arsb"}
