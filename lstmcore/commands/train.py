@@ -55,6 +55,8 @@ def options(p):
                    help="keep the N most frequent tokens")
     g.add_argument("--min-count", type=int, metavar="N",
                    help="keep tokens seen so often (default: 1; words: 2)")
+    g.add_argument("--init-uniform", type=float, metavar="X",
+                   help="all parameters from -X to X at the start (default: each layer's own way)")
     g.add_argument("--compute", choices=("float32", "bfloat16"),
                    help="format of the operands of products (default: float32)")
 
@@ -68,6 +70,7 @@ def options(p):
     g.add_argument("--batch-size", type=int, metavar="B", help=f"(default: {DEFAULT_BATCH})")
     g.add_argument("--optimizer", choices=("adam", "adamw", "rmsprop", "adagrad", "sgd"),
                    help="(default: adam)")
+    g.add_argument("--momentum", type=float, metavar="X", help="of sgd (default: 0.9)")
     g.add_argument("--lr", type=float, help=f"learning rate (default: {DEFAULT_LR:g})")
     g.add_argument("--schedule", choices=("step", "cosine", "plateau", "constant"),
                    help="of the learning rate (default: cosine over --minutes, else step)")

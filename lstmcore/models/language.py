@@ -61,6 +61,8 @@ class LanguageModel(Model):
     peepholes : as in `lstmcore.LSTM`
     vocab_size : keep at most so many tokens, the most frequent; None for all
     min_count : keep tokens that the text has so often; by default 2 for words and 1 for characters
+    init_uniform : all parameters, biases too, are drawn from -init_uniform to init_uniform; by default
+        each layer has its own way, and the LSTM a forget bias of 1
     dtype : "float32" or "float64"
     compute : "bfloat16" for products on operands rounded to it, in training too: see `lstmcore.LSTM`
     seed : int, of the weights and of dropout
@@ -92,8 +94,9 @@ class LanguageModel(Model):
     def __init__(self, level: Literal["char", "byte", "word", "whitespace"] = "char", *, cell: Cell = "lstm",
                  hidden_size: int = 256, num_layers: int = 2, embed_size: int | None = None,
                  dropout: float = 0.0, peepholes: bool = False, vocab_size: int | None = None,
-                 min_count: int | None = None, dtype: Dtype = "float32",
-                 compute: Compute | None = None, seed: int | None = 0) -> None:
+                 min_count: int | None = None, init_uniform: float | None = None,
+                 dtype: Dtype = "float32", compute: Compute | None = None,
+                 seed: int | None = 0) -> None:
         self.level = checks.choice("level", level, text.LEVELS)
         if embed_size is None:
             embed_size = 128 if level in ("word", "whitespace") else 64
@@ -104,6 +107,7 @@ class LanguageModel(Model):
             dropout=dropout, peepholes=peepholes, dtype=dtype, compute=compute))
         self.vocab_size = None if vocab_size is None else checks.size("vocab_size", vocab_size, 2)
         self.min_count = checks.size("min_count", min_count)
+        self.init_uniform = None if init_uniform is None else checks.number("init_uniform", init_uniform)
         self.seed = None if seed is None else checks.size("seed", seed, at_least=0)
         self.network: Any = None
         self.vocabulary: Any = None
@@ -323,7 +327,7 @@ class LanguageModel(Model):
     def config(self) -> dict[str, Any]:
         """The arguments of the constructor, as they act."""
         names = ("level cell hidden_size num_layers embed_size dropout peepholes vocab_size "
-                 "min_count dtype compute seed").split()
+                 "min_count init_uniform dtype compute seed").split()
         return {**{name: getattr(self, name) for name in names}, "compute": self.compute or self.dtype}
 
     def __repr__(self) -> str:
@@ -349,6 +353,10 @@ class LanguageModel(Model):
     def _build(self):
         names = "cell hidden_size num_layers embed_size dropout peepholes dtype compute seed".split()
         self.network = Network(len(self.vocabulary), **{n: getattr(self, n) for n in names})
+        if self.init_uniform is not None:
+            rng = np.random.default_rng(self.seed)
+            for p in self.network.parameters().values():
+                p[...] = rng.uniform(-self.init_uniform, self.init_uniform, p.shape)
 
     def _check_sizes(self, weights):
         """The sizes that a file claims are those of its weights, before they take memory."""
@@ -443,7 +451,8 @@ class LanguageModel(Model):
     def _write(self, path, arrays, metadata):
         tokens = self.vocabulary.tokens[1:] if self.level != "byte" else []
         config = {name: value for name, value in self.config.items()
-                  if (name, value) != ("compute", self.dtype)}     # so that an older lstmcore reads it
+                  if (name, value) not in (("compute", self.dtype), ("init_uniform", None))}
+        # without these an older lstmcore reads it
         saved = {"version": description.VERSION, "config": config, "level": self.level,
                  "tokens": tokens,
                  "history": self.history, "outcome": self.outcome, "training": self.training}
