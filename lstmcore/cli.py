@@ -12,11 +12,11 @@ import warnings
 
 from lstmcore import __version__
 from lstmcore.commands import (chat, compare, convert, evaluate, gradflow, info, look_inside, sample,
-                               train)
+                               search, train)
 from lstmcore.commands.terminal import say
 
 COMMANDS = {"train": train, "sample": sample, "chat": chat, "eval": evaluate, "compare": compare,
-            "info": info, "inspect": look_inside, "gradflow": gradflow, "convert": convert}
+            "search": search, "info": info, "inspect": look_inside, "gradflow": gradflow, "convert": convert}
 
 EXAMPLES = """examples:
   lstmcore train                                 a minute on Python's own documentation

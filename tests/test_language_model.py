@@ -268,6 +268,52 @@ def test_resume_refuses_another_text_model_or_setting(tmp_path):
         small().fit(data, resume=path, progress=False)
 
 
+def test_all_parameters_may_be_drawn_uniformly(tmp_path):
+    model = fit(small(init_uniform=0.05, peepholes=True), story(50), steps=0, optimizer="sgd")
+    for name, p in model.network.parameters().items():
+        assert 0.02 < abs(p).max() <= 0.05, name
+    # deviations are 0.05/√3; so many numbers are within a tenth of that
+    everything = np.concatenate([p.ravel() for p in model.network.parameters().values()])
+    assert abs(everything.std() - 0.05 / 3**0.5) < 0.003
+    model.save(tmp_path / "m")
+    assert LanguageModel.load(tmp_path / "m").init_uniform == 0.05 and "init_uniform=0.05" in repr(model)
+    saved = json.loads(safetensors.read(tmp_path / "m")[1]["lstmcore.language_model"])["config"]
+    assert saved["init_uniform"] == 0.05
+    fit(small(), story(50), steps=1).save(tmp_path / "m")
+    saved = json.loads(safetensors.read(tmp_path / "m")[1]["lstmcore.language_model"])["config"]
+    assert "init_uniform" not in saved                  # an older lstmcore reads the file
+    with pytest.raises(ValueError, match="init_uniform must be at least 0"):
+        small(init_uniform=-1)
+
+
+def test_the_published_recipe_is_that_of_sums_over_steps():
+    """lr 1 and clip 5 on a loss summed over the steps of a window, as lr · T and clip / T on its mean."""
+    T, data = 10, story(101)
+    options = dict(epochs=2, seq_length=T, batch_size=5, validation=0, optimizer="sgd", momentum=0.0,
+                   schedule="step", decay=0.5, decay_after=1)
+    model = LanguageModel("whitespace", hidden_size=6, dtype="float64", init_uniform=0.5, seed=3)
+    fit(model, data, **options, lr=0.5 * T, clip=0.2 / T)
+    other = LanguageModel("whitespace", hidden_size=6, dtype="float64", init_uniform=0.5, seed=3)
+    fit(other, data, steps=0, seq_length=T, batch_size=5)
+    network = other.network.train()
+    x, targets = streams(other.vocabulary.encode(data), 5, T)
+    parameters, gradients = network.parameters(), network.gradients()
+    assert len(x) % T == 0
+    for lr in 0.5, 0.25:
+        state = None
+        for start in range(0, len(x), T):
+            network.zero_grad()
+            window = slice(start, start + T)
+            _, dy, state = network.loss(x[window], targets[window], state, reduction="sum",
+                                        mask=np.full((T, 5), 1 / 5))
+            network.backward_below(dy)
+            norm = math.sqrt(sum((g ** 2).sum() for g in gradients.values()))
+            for name, p in parameters.items():
+                p -= lr * min(1, 0.2 / norm) * gradients[name]
+    for name, p in model.network.parameters().items():
+        np.testing.assert_allclose(p, parameters[name], rtol=1e-9, atol=1e-12)   # float64, other roundings
+
+
 def test_the_best_weights_win_and_patience_ends():
     data = "ab" * 400
     model = fit(small(), data, validation="ba" + "bbaa" * 20, epochs=60, lr=0.05, patience=2)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lstmcore import checks, distributed, optim
+from lstmcore import checks, distributed, optim, renames
 from lstmcore._types import Array, Floats
 
 SCHEDULES = ("step", "cosine", "plateau", "constant")
@@ -105,6 +105,7 @@ class Settings:
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Settings:
         """These settings; TypeError for what is none."""
+        renames.check_settings(given)
         known = list(cls.__dataclass_fields__)
         if unknown := sorted(given.keys() - set(known)):
             raise TypeError(f"fit has no setting {', '.join(unknown)}; it has {', '.join(known)}")
