@@ -22,9 +22,12 @@ EXAMPLES = """examples:
   lstmcore train                                 a minute on Python's own documentation
   lstmcore train book.txt --hidden 256 --epochs 20 --dropout 0.3 --out book.safetensors
   zcat *.gz | lstmcore train - --level byte --minutes 10
-  lstmcore train book.txt --resume book.safetensors --epochs 40
+  lstmcore train book.txt --out book.safetensors --checkpoint book.run
+  lstmcore train book.txt --resume book.run --epochs 40
   lstmcore sample book.safetensors --prime "It was" --length 500 --temperature 0.7
+  lstmcore chat book.safetensors
   lstmcore eval book.safetensors other.txt
+  lstmcore search book.txt --hidden 64,128,256 --layers 1,2,3 --minutes 10
 """
 
 

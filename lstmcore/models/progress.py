@@ -23,8 +23,9 @@ def opening(texts: list[dict[str, Any]], characters: int, tokens: int, held_out:
     size = f"{characters:,} characters" + (f", {told}" if told else "") if unit != "byte" \
         else f"{tokens + (held_out or 0):,} bytes"
     lines = [f"text: {size}; {tokens:,} tokens to train on, {held_out or 0:,} held out", f"model: {model}"]
-    return [f"{part['name']}: encoding {part['encoding']} is a guess" for part in texts
-            if part["guessed"]][:5] + lines
+    guesses = dict.fromkeys(f"{part['name']}: encoding {part['encoding']} is a guess" for part in texts
+                            if part["guessed"])
+    return [*guesses][:5] + lines
 
 
 def expectation(trainer: Trainer, since: tuple[float, float]) -> str:
