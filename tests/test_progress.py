@@ -135,4 +135,9 @@ def test_what_was_trained_stays_with_the_model(tmp_path):
     model.save(tmp_path / "m")
     found = LanguageModel.load(tmp_path / "m").training
     assert found == json.loads(json.dumps(model.training))
+    (tmp_path / "secret.txt").write_bytes((STORY + "é").encode("cp1252"))
+    LanguageModel(hidden_size=3).fit(tmp_path / "secret.txt", **SMALL, steps=1, progress=False,
+                                     validation=tmp_path / "secret.txt").save(tmp_path / "n")
+    assert b"secret" not in (tmp_path / "n").read_bytes()           # files are shared
+    assert LanguageModel.load(tmp_path / "n").training["encodings"] == ["cp1252"]
     assert found["characters"] == 2160 and found["settings"]["lr"] == 0.02 and found["budget"]["steps"] == 20

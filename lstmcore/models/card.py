@@ -47,8 +47,8 @@ def _training(model, unit):
     said, history = model.training, model.history
     rows = []
     if said:
-        encodings = sorted({part["encoding"] for part in said["texts"] if part["encoding"]})
-        text = f"{said['characters']:,} characters" + (f" ({', '.join(encodings)})" if encodings else "")
+        encodings = f" ({', '.join(said['encodings'])})" if said["encodings"] else ""
+        text = f"{said['characters']:,} characters{encodings}"
         rows += [("Text", text), ("Trained on", f"{said['tokens']:,} {unit}"),
                  ("Held out", f"{said['held_out'] or 0:,} {unit}")]
     if history:

@@ -68,8 +68,8 @@ class LanguageModel(Model):
     seed : int, of the weights and of dropout
 
     Attributes, after `fit`: `network`, `vocabulary`, `history` (a dict per evaluation), `outcome`
-    ("finished", "no progress", "SIGINT", ...), `training` (a dict: the texts, sizes and settings of the
-    last training).
+    ("finished", "no progress", "SIGINT", ...), `training` (a dict: how long the text of the last
+    training was, its settings and budget).
 
     >>> from lstmcore import LanguageModel
     >>> model = LanguageModel(hidden_size=32, num_layers=1, seed=0)
@@ -139,8 +139,8 @@ class LanguageModel(Model):
         callbacks : a function, or several, of the model and a dict: step, epoch, loss, validation,
             lr, seconds, tokens_per_second, best. Called after every evaluation; it may sample,
             evaluate and generate, which changes no bit of the run; a true result ends the training
-        progress : show a bar on standard error; "lines": a line there for each tenth of the budget
-            without an evaluation
+        progress : say on standard error what is trained on what, and show a bar; "lines": a line
+            there for each tenth of the budget without an evaluation
         encoding : of files; found out by default
         comm : a communicator of mpi4py, whose processes all make this call: each computes its share
             of every batch. Rank 0 reads the text, prints, calls `callbacks` and writes; all end with
@@ -185,7 +185,10 @@ class LanguageModel(Model):
             budget = run[2]["budget"]
         budget = Budget(**budget)
         train, held_out, facts = self._shared_tokens(processes, source, validation, settings, encoding)
-        self.training = {**facts, "settings": dataclasses.asdict(settings),
+        # Nothing of this names a file: models are shared.
+        encodings = {part["encoding"] for part in facts["texts"]} - {None}
+        self.training = {**{name: value for name, value in facts.items() if name != "texts"},
+                         "encodings": sorted(encodings), "settings": dataclasses.asdict(settings),
                          "budget": dataclasses.asdict(budget)}
 
         bar = (Lines() if progress == "lines" else Bar()) if progress and root else None
