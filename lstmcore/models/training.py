@@ -24,6 +24,7 @@ from lstmcore._types import Array, Floats
 
 SCHEDULES = ("step", "cosine", "plateau", "constant")
 FIXED = ("batch_size", "seq_length", "optimizer", "validation")     # not to be changed by resuming
+WATCHED = 10            # steps, at least, whose mean loss says that it runs away: single ones vary
 SHARDING = {"shards": None, "reduction": "tree", "wire": None}      # settings that older files lack
 # What a run counts, by which it goes on.
 OWN = ("epoch", "position", "step", "seconds", "loss_sum", "loss_tokens", "scale", "waited", "history")
@@ -168,7 +169,7 @@ class Trainer:
         self.chosen, self.chosen_loss = None, math.inf  # the same with the run's last evaluation
         self.last = None                                # the weights when the run has ended
         self.history, self.outcome, self._warned = [], None, False
-        self._mark, self._means = (0.0, 0.0, 0), []     # share, loss_sum and _tokens, when it was watched
+        self._mark, self._means = (0.0, 0.0, 0, 0), []  # share, loss_sum, _tokens, step when it was watched
 
     @property
     def seen(self) -> int:
@@ -193,13 +194,13 @@ class Trainer:
         """
         self.network.train()
         self._clock = time.perf_counter() - self.seconds
-        self._mark = self.share, self.loss_sum, self.loss_tokens
+        self._mark = self.share, self.loss_sum, self.loss_tokens, self.step
         # What overflows is found by _check_finite.
         with np.errstate(all="ignore"), _interrupts() as self._interrupted:
             while self.outcome is None and self.share < 1:
                 if self._advance():
                     self._evaluate(scheduled=True)
-                elif self.share >= self._mark[0] + 0.05:
+                elif self.share >= self._mark[0] + 0.05 and self.step >= self._mark[3] + WATCHED:
                     self._watch()
                 self.tick(self)
                 # Of several processes all end after the same step, of which `_signal` is known to all.
@@ -346,7 +347,7 @@ class Trainer:
             self._warn_if_it_runs_away(train)
             self.best, self.best_loss = self.chosen, self.chosen_loss
             self.loss_sum, self.loss_tokens = 0.0, 0
-            self._mark = self.share, 0.0, 0
+            self._mark = self.share, 0.0, 0, self.step
             self.waited = 0 if better else self.waited + 1
             if self.schedule == "plateau" and not better:
                 self.scale *= 0.5
@@ -365,8 +366,8 @@ class Trainer:
 
     def _watch(self):
         """Between evaluations that are far apart: whether the loss of late runs away."""
-        _, total, count = self._mark
-        self._mark = self.share, self.loss_sum, self.loss_tokens
+        _, total, count, _ = self._mark
+        self._mark = self.share, self.loss_sum, self.loss_tokens, self.step
         if self.loss_tokens > count:
             late = (self.loss_sum - total) / (self.loss_tokens - count)
             self._warn_if_it_runs_away(late)
