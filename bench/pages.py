@@ -12,7 +12,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from bench import distributed, record, report, serving, torch_dropin, variants
+from bench import distributed, record, report, search, serving, torch_dropin, variants
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -20,6 +20,7 @@ BLOCK = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLES = {  # name in a page -> the text
     "compare": lambda: report.markdown(record.read(RESULTS / "compare.json")),
     "serving": lambda: serving.table(json.loads((RESULTS / "serving.json").read_text())),
+    "search": lambda: search.table(json.loads((RESULTS / "search.json").read_text())),
     "torch": lambda: torch_dropin.table(record.read(RESULTS / "torch_dropin.json")),
     **{f"distributed-{name}": partial(distributed.table, name)
        for name in ("runs", "trace", "links", "check", "scale", "losses")},

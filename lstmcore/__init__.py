@@ -65,7 +65,7 @@ def _for_freezers():
     from lstmcore import (_blas, _grid, distributed, files, functional, gradflow, inspect, layers,
                           losses, optim, reference)
     from lstmcore.formats import keras, onnx, onnx_export, pytorch
-    from lstmcore.models import curves, language    # the others want scikit-learn
+    from lstmcore.models import card, curves, language    # the others want scikit-learn
 
 
 def _hook_dirs():

@@ -22,8 +22,6 @@ from lstmcore._types import ArrayLike, Floats, Init, Path
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SMALLEST = 1e-30  # what is smaller is drawn here: a logarithmic axis has no zero
-
 
 def gradient_flow(layer: layers.LSTM | layers.GRU | layers.RNN, x: ArrayLike, *,
                   seed: int = 0) -> Floats:
@@ -104,15 +102,24 @@ def compare(hidden_size: int = 64, steps: int = 100, *, forget_biases: Iterable[
     return {name: gradient_flow(layer, x, seed=seed)[:, 0] for name, layer in cases.items()}
 
 
-def plot(flows: Mapping[str, ArrayLike], path: Path | None = None, *,
+def plot(flows: Mapping[str, ArrayLike] | ArrayLike, path: Path | None = None, *,
          title: str = "How far back the gradient reaches") -> Figure:
     """Draw norms against k, one line per name; written to `path` if given (PNG, SVG, PDF).
 
-    `flows` is what `compare` returned, or any dict of name -> (T+1,) norms. Returns the matplotlib
-    figure.
+    `flows` is what `compare` or `gradient_flow` returned: any dict of name -> (T+1,) norms, or norms
+    (T+1,) or (T+1, L), a line for each layer. Zeros, of which a logarithmic axis has none, end a line.
+    Returns the matplotlib figure.
     """
+    if not isinstance(flows, Mapping):
+        norms = np.asarray(checks.unmasked("flows", flows))
+        if norms.ndim not in (1, 2):
+            raise ValueError("flows must be a dict of norms, or norms (T+1,) or (T+1, L), got the shape "
+                             f"{norms.shape}")
+        flows = {"norm": norms} if norms.ndim == 1 else {f"l{n}": norms[:, n] for n in range(norms.shape[1])}
     for name, norms in flows.items():
-        checks.unmasked(f"flows[{name!r}]", norms)
+        norms = np.asarray(checks.unmasked(f"flows[{name!r}]", norms))
+        if norms.ndim != 1:
+            raise ValueError(f"flows[{name!r}] must be norms (T+1,), got the shape {norms.shape}")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -121,7 +128,8 @@ def plot(flows: Mapping[str, ArrayLike], path: Path | None = None, *,
     axes = figure.subplots()
     for name, norms in flows.items():
         style = dict(color="black", linestyle="--") if name == "RNN" else {}
-        axes.semilogy(np.maximum(norms, SMALLEST), label=name, linewidth=2, **style)
+        norms = np.asarray(norms, np.float64)
+        axes.semilogy(np.where(norms > 0, norms, np.nan), label=name, linewidth=2, **style)
     axes.set(xlabel="k, steps back from the loss", ylabel="norm of ∂L/∂h(t-k)", title=title)
     axes.margins(x=0)
     axes.grid(alpha=0.3)

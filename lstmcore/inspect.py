@@ -1,8 +1,9 @@
 """Look inside a trained model: color a text by any neuron's h, c or gate, and rank the neurons.
 
 `activations` reads a text with a model, `rank` finds the neurons that follow something visible in
-the text (Karpathy, Johnson and Li 2015 found cells for quotes, brackets and line length), `page`
-writes an HTML file with a chooser for all of them, `picture` a PNG of one.
+the text (Karpathy, Johnson and Li 2015 found cells for quotes, brackets and line length), `saturation`
+tells how often each gate is open or shut (of the same paper), `page` writes an HTML file with all of
+that and with what the model expects next, `picture` a PNG of one neuron.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import html
 import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from lstmcore import checks
 from lstmcore._types import Floats, Path
+from lstmcore.inspect_page import PAGE
+from lstmcore.models.text import EOS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,19 +32,27 @@ if TYPE_CHECKING:
 
 
 class Activations(NamedTuple):
-    """What every neuron does, token by token: signals holds a dict per place of (T, H) arrays."""
+    """What every neuron does, token by token: signals holds a dict per place of (T, H) arrays.
+
+    guesses : of a language model, for each token the likeliest next ones, (token, probability)
+    """
 
     tokens: list[str]
     places: list[str]
     signals: list[dict[str, Floats]]
+    guesses: list[list[tuple[str, float]]] | None = None
 
 
 class Selective(NamedTuple):
-    """A neuron, the feature that it follows best, and the correlation r."""
+    """A neuron, the feature that it follows best, the correlation r, and what of r is beyond the token.
+
+    beyond : r without what the token that was just read tells by itself, of both
+    """
 
     neuron: int
     feature: str
     r: float
+    beyond: float = 0.0
 
 
 MEANINGS = {"h": "hidden state h", "c": "cell state c (its tanh)", "i": "input gate i",
@@ -49,6 +60,8 @@ MEANINGS = {"h": "hidden state h", "c": "cell state c (its tanh)", "i": "input g
             "r": "reset gate r", "z": "update gate z", "n": "candidate n"}
 GATES = "iforz"           # in 0..1; the other signals are shown in -1..1
 DARK = 0.62             # above this the color is so dark that letters are white
+SHUT, OPEN = 0.1, 0.9   # a gate below, above (Karpathy et al. 2015)
+GUESSES = 5             # next tokens that are kept
 RARE = 5                # a feature seen (or missing) less often than this explains nothing
 OPENING, CLOSING = "([{<", ")]}>"
 
@@ -63,23 +76,44 @@ def activations(model: Model, text: str) -> Activations:
 
     Returns
     -------
-    Activations: tokens, a list of T strs; places, a name per layer and direction; signals, per
-    place a dict of "h", "c", "i", "f", "o", "g" -> (T, H) arrays; of a GRU "h", "r", "z",
-    "n", of a vanilla RNN "h" alone
+    Activations: tokens, a list of T strs; places, a name per layer and direction, as its parameters
+    have it ("l0", "l0_reverse"); signals, per place a dict of "h", "c", "i", "f", "o", "g" ->
+    (T, H) arrays; of a GRU "h", "r", "z", "n", of a vanilla RNN "h" alone; guesses, of a
+    LanguageModel
     """
     if not isinstance(text, str) or not text:
         raise ValueError("text must be a str that is not empty")
     tokens, x, recurrent = _read(model, text)
     if not tokens:
         raise ValueError("text holds no token that the model could read")
-    places = [f"layer {n + 1}{direction}" for n in range(recurrent.num_layers)
-              for direction in (("", ", backward") if recurrent.bidirectional else ("",))]
-    signals = []
-    for trace in recurrent.trace(x):
+    places = [f"l{n}{direction}" for n in range(recurrent.num_layers)
+              for direction in (("", "_reverse") if recurrent.bidirectional else ("",))]
+    signals, traces = [], recurrent.trace(x)
+    for trace in traces:
         found = {name: values[:, 0] for name, values in trace._asdict().items()}
         signals.append({name: np.tanh(found[name]) if name == "c" else found[name]
                         for name in MEANINGS if name in found})
-    return Activations(tokens, places, signals)
+    expects = hasattr(model, "vocabulary")
+    return Activations(tokens, places, signals, _guesses(model, traces[-1].h[:, 0]) if expects else None)
+
+
+def _guesses(model, h):
+    """What a language model expects after each state h (T, H) of its last layer."""
+    shown, found = _shown(model.vocabulary), []
+    for at in range(0, len(h), 256):
+        logits = model.network.head(np.ascontiguousarray(h[at:at + 256])).astype(np.float64)
+        p = np.exp(logits - logits.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        best = np.argsort(-p, axis=1, kind="stable")[:, :GUESSES]
+        found += [[(shown(k), float(row[k])) for k in some] for row, some in zip(p, best.tolist())]
+    return found
+
+
+def _shown(vocabulary):
+    """A function from an id to what it is shown as."""
+    if vocabulary.level == "byte":
+        return lambda k: chr(k) if k < 0x80 else f"\\x{k:02x}"
+    return lambda k: vocabulary.tokens[k]
 
 
 def _read(model, text):
@@ -92,6 +126,8 @@ def _read(model, text):
     tokens = vocabulary.split(text)
     if callable(vocabulary.level):
         tokens = [f"{token} " for token in tokens]
+    elif vocabulary.level == "whitespace":
+        tokens = ["\n" if token == EOS else f"{token} " for token in tokens]
     return tokens, network.inputs(x), network.recurrent
 
 
@@ -138,41 +174,105 @@ def _by_character(text):
     return found
 
 
-def rank(found: Activations, place: int = 0, signal: str = "h",
+def rank(found: Activations, place: int | str = 0, signal: str = "h",
          count: int = 20) -> list[Selective]:
     """The most selective neurons: those that follow one feature of the text most closely.
 
     Parameters
     ----------
     found : Activations
-    place : which layer and direction, an index into found.places
+    place : which layer and direction, a name of found.places or its index
     signal : "h", "c", "i", "f", "o" or "g"; of a GRU "h", "r", "z" or "n"
 
     Returns
     -------
-    list of Selective(neuron, feature, r), by falling size of r, the correlation of the neuron's
-    signal with the feature that it follows best. It is what stands in this one text, not a proof.
+    list of Selective(neuron, feature, r, beyond): the feature is the one that the neuron's signal
+    follows best in the first half of the text, r their correlation in the second half, so that what
+    was but chance does not come back. The closest first; one whose r changes its sign is last.
     """
-    values = _signal(found, place, signal).astype(np.float64)
-    seen = features(found.tokens)
+    values, seen = _signal(found, place, signal).astype(np.float64), features(found.tokens)
     if not seen:
         return []
-    r = _standard(values).T @ _standard(np.stack(list(seen.values()), axis=1)) / len(values)
+    columns, names = np.stack(list(seen.values()), axis=1), list(seen)
+    best, first, r = _halves(values, columns)
+    tokens = _numbers(found.tokens)
+    half = len(values) // 2
+    left = _correlation(_beyond(values[half:], tokens[half:]),
+                        _beyond(columns[half:], tokens[half:], columns[half:].std(axis=0)))
+    ranked = [Selective(n, names[at], float(r[n]), float(left[n, at])) for n, at in enumerate(best)]
+    return sorted(ranked, key=lambda entry: -entry.r * np.sign(first[entry.neuron]))[:count]
+
+
+def _halves(values, columns):
+    """Per neuron: the feature chosen in the first half, its correlation there and in the second half."""
+    half, every = len(values) // 2, np.arange(values.shape[1])
+    r = _correlation(_standard(values[:half]), _standard(columns[:half]))
     best = np.abs(r).argmax(axis=1)
-    names = list(seen)
-    ranked = [Selective(n, names[at], float(r[n, at])) for n, at in enumerate(best)]
-    return sorted(ranked, key=lambda entry: -abs(entry.r))[:count]
+    again = _correlation(_standard(values[half:]), _standard(columns[half:]))
+    return best, r[every, best], again[every, best]
 
 
-def _standard(columns):
-    centered = columns - columns.mean(axis=0)
-    deviation = centered.std(axis=0)
-    return centered / np.where(deviation > 1e-9, deviation, np.inf)
+def chance(found: Activations, place: int | str = 0, signal: str = "h") -> float:
+    """The size of r that one neuron in twenty reaches by chance: in `rank` of a text moved by a quarter."""
+    values, seen = _signal(found, place, signal).astype(np.float64), features(found.tokens)
+    if not seen:
+        return 0.0
+    moved = np.roll(np.stack(list(seen.values()), axis=1), len(values) // 4, axis=0)
+    return float(np.quantile(np.abs(_halves(values, moved)[2]), 0.95))
+
+
+def saturation(found: Activations, place: int | str = 0) -> dict[str, Floats]:
+    """The share of time that each gate of each unit is shut (below 0.1), and open (above 0.9).
+
+    Returns
+    -------
+    dict: "i", "f", "o" ("r", "z" of a GRU) -> (H, 2) float64, shut and open. A forget gate that is
+    always open never forgets; an unit whose gates are always half open has learnt little about
+    when (Karpathy, Johnson and Li 2015, figure 3).
+    """
+    signals = found.signals[_place(found, place)]
+    return {name: np.stack([(signals[name] < SHUT).mean(axis=0), (signals[name] > OPEN).mean(axis=0)], axis=1)
+            for name in GATES if name in signals}
+
+
+def _standard(columns, deviation=None):
+    """Columns (T, n) of mean 0, and of deviation 1 or divided by another; those that are constant: 0."""
+    centered = columns - columns.mean(axis=0) if len(columns) else columns
+    own = centered.std(axis=0) if len(columns) else np.zeros(columns.shape[1])
+    by = own if deviation is None else deviation
+    return centered / np.where((own > 1e-9) & (by > 1e-9), by, np.inf)
+
+
+def _correlation(a, b):
+    return a.T @ b / max(1, len(a))
+
+
+def _numbers(tokens):
+    return np.unique(np.array(tokens, dtype=object).astype(str), return_inverse=True)[1].ravel()
+
+
+def _beyond(columns, numbers, deviation=None):
+    """Columns without the mean that they have at each token; features in units of their own deviation."""
+    counts = np.bincount(numbers)[:, None]
+    sums = np.zeros((len(counts), columns.shape[1]))
+    np.add.at(sums, numbers, columns)
+    left = columns - (sums / np.maximum(counts, 1))[numbers]
+    return _standard(left, deviation)
+
+
+def _place(found, place):
+    """The index of a layer and direction, given that or its name."""
+    if isinstance(place, str):
+        if place not in found.places:
+            raise ValueError(f"place must be one of {', '.join(found.places)}, got {place!r}")
+        return found.places.index(place)
+    if not 0 <= place < len(found.places):
+        raise ValueError(f"place must be in 0..{len(found.places) - 1}, got {place}")
+    return place
 
 
 def _signal(found, place, signal):
-    if not 0 <= place < len(found.places):
-        raise ValueError(f"place must be in 0..{len(found.places) - 1}, got {place}")
+    place = _place(found, place)
     if signal not in found.signals[place]:
         raise ValueError(f"signal must be one of {', '.join(found.signals[place])}, "
                          f"got {signal!r}")
@@ -192,12 +292,24 @@ def page(model: Model | Activations, text: str | None, path: Path, *, limit: int
     """
     found = _cut(model if isinstance(model, Activations) else activations(model, text), limit)
     title = title or "What the neurons see"
-    data = {"tokens": found.tokens, "meanings": MEANINGS, "gates": GATES, "places": []}
+    data = {"tokens": found.tokens, "meanings": MEANINGS, "gates": GATES, "places": [],
+            "guesses": found.guesses and [[(token, round(p, 3)) for token, p in some]
+                                          for some in found.guesses]}
+    opening, most = (0, next(iter(found.signals[0])), 0), -1.0
     for n, (name, signals) in enumerate(zip(found.places, found.signals)):
-        data["places"].append({"name": name, "signals": {
-            signal: {"width": values.shape[1], "ranked": rank(found, n, signal, 40),
-                     "bytes": base64.b64encode(_bytes(values, signal)).decode()}
-            for signal, values in signals.items()}})
+        place: dict[str, Any] = {"name": name, "signals": {}, "saturation": {
+            gate: np.round(shares, 3).tolist() for gate, shares in saturation(found, n).items()}}
+        for signal, values in signals.items():
+            ranked = rank(found, n, signal, 40)
+            place["signals"][signal] = {
+                "width": values.shape[1], "ranked": ranked, "chance": round(chance(found, n, signal), 3),
+                "bytes": base64.b64encode(_bytes(values, signal)).decode()}
+            # Most worth a look: what it has in mind is not what the last token says anyway.
+            for entry in ranked if signal in "hc" else ():
+                if abs(entry.beyond) > most:
+                    opening, most = (n, signal, entry.neuron), abs(entry.beyond)
+        data["places"].append(place)
+    data["opening"] = opening
     # In a script element only "</" could end the data too early.
     fields = {"@TITLE@": html.escape(title), "@DARK@": str(DARK),
               "@DATA@": json.dumps(data).replace("</", "<\\/")}
@@ -208,7 +320,7 @@ def page(model: Model | Activations, text: str | None, path: Path, *, limit: int
 def _cut(found, limit):
     return Activations(found.tokens[:limit], found.places,
                        [{name: values[:limit] for name, values in signals.items()}
-                        for signals in found.signals])
+                        for signals in found.signals], found.guesses and found.guesses[:limit])
 
 
 def _bytes(values, signal):
@@ -218,14 +330,14 @@ def _bytes(values, signal):
 
 
 def picture(model: Model | Activations, text: str | None, path: Path | None = None, *, neuron: int,
-            place: int = 0, signal: str = "h", limit: int = 1200, width: int = 80) -> Figure:
+            place: int | str = 0, signal: str = "h", limit: int = 1200, width: int = 80) -> Figure:
     """Draw a text colored by one neuron, as PNG, SVG or PDF; returns the matplotlib figure.
 
     Parameters
     ----------
     model, text, limit : as for `page`
     path : the file to write, or None
-    neuron, place, signal : which neuron of which layer and direction, and what of it
+    neuron, place, signal : which neuron of which layer and direction (see `rank`), and what of it
     width : characters per line
     """
     try:
@@ -250,7 +362,7 @@ def picture(model: Model | Activations, text: str | None, path: Path | None = No
                       color="white" if abs(value) > DARK else "#222")
     axes.set(xlim=(0, width), ylim=(lines, 0))
     scale = "white 0, green 1" if signal in GATES else "blue −1, white 0, red 1"
-    axes.set_title(f"{found.places[place]}, neuron {neuron}, {MEANINGS[signal]}: {scale}",
+    axes.set_title(f"{found.places[_place(found, place)]}, neuron {neuron}, {MEANINGS[signal]}: {scale}",
                    fontsize=10)
     axes.axis("off")
     if path is not None:
@@ -277,185 +389,3 @@ def _color(value, signal):
     r, g, b = (33, 102, 172) if value < 0 else (0, 128, 96) if signal in GATES else (202, 0, 32)
     share = min(abs(value), 1.0)
     return tuple((255 + (part - 255) * share) / 255 for part in (r, g, b))
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>@TITLE@</title>
-<style>
-  * { box-sizing: border-box }
-  body { margin: 0; font: 16px/1.4 system-ui, sans-serif; color: #222; background: #fff }
-  header { position: sticky; top: 0; background: #fff; border-bottom: 1px solid #ddd;
-           padding: .5rem .8rem; z-index: 1 }
-  h1 { font-size: 1.05rem; margin: 0 0 .4rem }
-  .row { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center }
-  select, button, input { font: inherit; padding: .3rem .5rem; min-height: 2.4rem;
-           border: 1px solid #bbb; border-radius: .4rem; background: #fff; color: inherit }
-  input { width: 5em }
-  .group { display: inline-flex; gap: .3rem; align-items: center }
-  #status { font-size: .9rem; color: #555; min-height: 1.4em; margin-top: .3rem }
-  main { display: grid; grid-template-columns: minmax(0, 1fr) 19rem; gap: 1rem; padding: .8rem }
-  #text { font: 15px/1.65 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap;
-           overflow-wrap: anywhere; margin: 0 }
-  #text span { border-radius: 2px; padding: .12em 0 }
-  #text i { font-style: normal; opacity: .35 }
-  h2 { font-size: .95rem; margin: .2rem 0 }
-  aside p { font-size: .85rem; color: #666; margin: .2rem 0 .5rem }
-  ol { list-style: none; margin: 0; padding: 0 }
-  ol button { width: 100%; text-align: left; margin-bottom: .25rem; font-size: .9rem;
-           display: flex; gap: .5rem; align-items: center }
-  ol button b { min-width: 2.6em } ol button span { flex: 1; overflow-wrap: anywhere }
-  ol button.on { border-color: #222; background: #f2f2f2 }
-  aside { position: sticky; top: 7.5rem; align-self: start; max-height: calc(100vh - 8rem);
-           overflow-y: auto; padding: 0 .2rem }
-  #scale { display: inline-block; width: 8rem; height: .8rem; border: 1px solid #ccc }
-  @media (max-width: 900px) {
-    main { grid-template-columns: minmax(0, 1fr) }
-    ol { display: flex; overflow-x: auto; gap: .4rem } ol li { flex: 0 0 12rem }
-    aside { order: -1; min-width: 0; position: static; overflow: visible }
-    #text { font-size: 14px }
-  }
-</style>
-<header>
-  <h1>@TITLE@</h1>
-  <div class="row">
-    <select id="place" aria-label="layer"></select>
-    <select id="signal" aria-label="signal"></select>
-    <span class="group">
-      <button id="back" aria-label="previous neuron">&#9664;</button>
-      <input id="neuron" type="number" min="0" aria-label="neuron">
-      <button id="next" aria-label="next neuron">&#9654;</button>
-    </span>
-    <span class="group"><span id="low"></span><span id="scale"></span>1</span>
-  </div>
-  <div id="status"></div>
-</header>
-<main>
-  <pre id="text"></pre>
-  <aside>
-    <h2>Most selective neurons</h2>
-    <p id="told"></p>
-    <ol id="ranked"></ol>
-  </aside>
-</main>
-<script id="data" type="application/json">@DATA@</script>
-<script>
-  const data = JSON.parse(document.getElementById("data").textContent);
-  const find = id => document.getElementById(id);
-  const RED = [202, 0, 32], BLUE = [33, 102, 172], GREEN = [0, 128, 96];
-  const decoded = new Map();
-  let place = 0, signal = "h", neuron = 0, strongest = -1;
-  data.places.forEach((p, n) => Object.entries(p.signals).forEach(([name, s]) => {
-    const r = s.ranked.length ? Math.abs(s.ranked[0][2]) : 0;
-    if ("hc".includes(name) && r > strongest) [place, signal, strongest] = [n, name, r];
-  }));
-
-  const spans = data.tokens.map((token, t) => {
-    const span = document.createElement("span");
-    for (const part of token.split(/(\\n)/)) {
-      if (part !== "\\n") { span.append(part); continue; }
-      const mark = document.createElement("i");
-      mark.textContent = "\\u21b5";
-      span.append(mark, "\\n");
-    }
-    const tell = () => {
-      find("status").textContent = `${JSON.stringify(token)}: ${value(t).toFixed(2)}`;
-    };
-    span.onmouseenter = span.onclick = tell;
-    find("text").append(span);
-    return span;
-  });
-
-  const current = () => data.places[place].signals[signal];
-  const gate = () => data.gates.includes(signal);
-
-  function bytes() {
-    const key = place + signal;
-    if (!decoded.has(key))
-      decoded.set(key, Uint8Array.from(atob(current().bytes), c => c.charCodeAt(0)));
-    return decoded.get(key);
-  }
-
-  function value(t) {
-    const share = bytes()[t * current().width + neuron] / 254;
-    return gate() ? share : 2 * share - 1;
-  }
-
-  function color(v) {
-    const end = v < 0 ? BLUE : gate() ? GREEN : RED, share = Math.min(Math.abs(v), 1);
-    return `rgb(${end.map(p => Math.round(255 + (p - 255) * share)).join()})`;
-  }
-
-  function show() {
-    const entry = current(), known = entry.ranked.find(r => r[0] === neuron);
-    find("neuron").value = neuron;
-    find("neuron").max = entry.width - 1;
-    find("low").textContent = gate() ? "0" : "\\u22121";
-    find("scale").style.background = "linear-gradient(to right," +
-      [gate() ? 0 : -1, gate() ? .5 : 0, 1].map(color).join() + ")";
-    spans.forEach((span, t) => {
-      const v = value(t);
-      span.style.background = color(v);
-      span.style.color = Math.abs(v) > @DARK@ ? "#fff" : "#222";
-    });
-    find("status").textContent = known
-      ? `neuron ${neuron} follows: ${known[1]} (r = ${known[2].toFixed(2)})`
-      : `neuron ${neuron} of 0 to ${entry.width - 1}`;
-    for (const button of find("ranked").querySelectorAll("button"))
-      button.classList.toggle("on", +button.dataset.neuron === neuron);
-  }
-
-  function step(by) {
-    neuron = (neuron + by + current().width) % current().width;
-    show();
-  }
-
-  function list() {
-    find("told").textContent = current().ranked.length
-      ? "What each follows best in this text, and the correlation."
-      : "None yet: in a text this short nothing is seen often enough.";
-    find("ranked").replaceChildren(...current().ranked.map(([n, feature, r]) => {
-      const item = document.createElement("li"), button = document.createElement("button");
-      const parts = [["b", n], ["span", feature], ["em", r.toFixed(2)]].map(([tag, text]) => {
-        const part = document.createElement(tag);
-        part.textContent = text;
-        return part;
-      });
-      button.dataset.neuron = n;
-      button.append(...parts);
-      button.onclick = () => { neuron = n; show(); };
-      item.append(button);
-      return item;
-    }));
-  }
-
-  function signals() {
-    const names = Object.keys(data.places[place].signals);
-    find("signal").replaceChildren(...names.map(s => new Option(data.meanings[s], s)));
-    find("signal").value = signal;
-  }
-
-  function best() {
-    list();
-    neuron = current().ranked.length ? current().ranked[0][0] : 0;
-    show();
-  }
-
-  data.places.forEach((p, n) => find("place").append(new Option(p.name, n)));
-  find("place").value = place;
-  find("place").onchange = event => { place = +event.target.value; signals(); best(); };
-  find("signal").onchange = event => { signal = event.target.value; best(); };
-  find("neuron").onchange = event => {
-    const asked = Math.trunc(+event.target.value) || 0;
-    neuron = Math.max(0, Math.min(asked, current().width - 1));
-    show();
-  };
-  find("back").onclick = () => step(-1);
-  find("next").onclick = () => step(1);
-  signals();
-  best();
-</script>
-</html>
-"""

@@ -28,6 +28,13 @@ def check(kind: type, names: Iterable[str]) -> None:
             raise TypeError(f"{kind.__name__} takes {new[name]}, which was called {name}")
 
 
+def check_settings(names: Iterable[str]) -> None:
+    """TypeError for a setting of `fit` that is called otherwise, as estimators once had it."""
+    for name in names:
+        if name in _ESTIMATOR:
+            raise TypeError(f"fit takes {_ESTIMATOR[name]}, not {name}")
+
+
 def current(kind: type, state: Mapping[str, Any]) -> dict[str, Any]:
     """The state of an object, pickled under whichever names, under those of now."""
     new = _of(kind)

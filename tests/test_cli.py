@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from lstmcore import LanguageModel, cli
+from lstmcore.formats import safetensors
 
 STORY = "one two three four.\nfive six seven.\n" * 60
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
@@ -38,7 +39,7 @@ def run(capsys, monkeypatch, tmp_path):
 def trained(run, tmp_path):
     """A directory with `story.txt` and a model `m` of it."""
     (tmp_path / "story.txt").write_text(STORY)
-    code, _, err = run("train", "story.txt", "--out", "m", "--steps", 20, *SMALL)
+    code, _, err = run("train", "story.txt", "--out", "m", "--checkpoint", "m", "--steps", 20, *SMALL)
     assert code == 0, err
     return tmp_path
 
@@ -77,8 +78,8 @@ def test_train_json_is_one_object_per_line(run):
 
 def test_train_writes_a_log_and_samples_on_the_way(run, tmp_path):
     (tmp_path / "a.txt").write_text(STORY)
-    asked = ("train", "a.txt", "--evaluate-every", 5, "--sample-every", 10, "--log", "run.csv", "--out", "m",
-             *SMALL)
+    asked = ("train", "a.txt", "--evaluate-every", 5, "--sample-every", 10, "--log", "run.csv",
+             "--checkpoint", "m", *SMALL)
     code, out, err = run(*asked, "--steps", 20)
     assert code == 0 and err.count("step 10 writes:") == err.count("step 20 writes:") == 1
     assert run(*asked, "--resume", "m", "--steps", 30, "--json")[0] == 0
@@ -87,6 +88,40 @@ def test_train_writes_a_log_and_samples_on_the_way(run, tmp_path):
     history = LanguageModel.load("m").history
     assert [int(row["step"]) for row in rows] == [5, 10, 15, 20, 25, 30]
     assert [float(row["validation"]) for row in rows] == [record["validation"] for record in history]
+
+
+def test_train_logs_for_tensorboard(run, trained, monkeypatch):
+    asked = ("train", "story.txt", "--out", "n", "--steps", 2, "--no-sample", "--tensorboard", "run", *SMALL)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "tensorboard.summary", None)
+        code, _, err = run(*asked)
+        assert code == 2 and "pip install 'lstmcore[tensorboard]'" in err
+    assert run(*asked[:-len(SMALL) - 1], "story.txt", *SMALL)[0] == 2        # a file is there
+    pytest.importorskip("tensorboard")
+    assert run(*asked)[0] == 0 and [name[:19] for name in os.listdir("run")] == ["events.out.tfevents"]
+
+
+def test_validation_may_be_a_file_and_tokens_those_of_the_text(run, trained):
+    (trained / "valid.txt").write_text("two three <unk>\nsix one\n" * 9)
+    code, _, err = run("train", "story.txt", "--val", "valid.txt", "--tokens", "whitespace", "--out", "n",
+                       "--steps", 3, "--no-sample", *SMALL)
+    assert code == 0 and "63 held out" in err, err
+    assert "= perplexity " in err.splitlines()[-2] and "per token" in err.splitlines()[-2]
+    model = LanguageModel.load("n")
+    assert model.vocabulary.tokens[:2] == ["<unk>", "<eos>"] and model.min_count == 1
+    out, err = run("eval", "n", "valid.txt")[1:]
+    assert "nats per token" in out and "9 of them are not in the model's vocabulary but <unk>" in err
+
+
+def test_guesses_and_what_is_new_are_said_in_a_line(run, trained):
+    (trained / "odd.txt").write_bytes((STORY + "naïve").encode("cp1252"))
+    for args in ("eval", "m", "odd.txt"), ("inspect", "m", "odd.txt"):
+        assert "odd.txt: encoding cp1252 is a guess; --encoding names another" in run(*args)[2]
+    code, out, err = run("sample", "m", "--prime", "oné Ω", "--length", 5)
+    assert code == 0 and out.startswith("oné Ω") and err.startswith("warning: ") and err.count("\n") == 1
+    assert "'é' read as 'e', 'Ω' read as unknown" in err
+    code, out, err = run("sample", "m", "--prime", "-", "--length", 5, stdin="oné".encode("cp1252"))
+    assert code == 0 and out.startswith("oné") and "standard input: encoding cp1252 is a guess" in err
 
 
 def test_an_epoch_longer_than_the_budget_tells_of_itself(run, tmp_path):
@@ -128,6 +163,27 @@ def test_train_resumes_to_the_same_model(run, trained):
     assert code == 2 and "cannot change --hidden-size from 11 to 12" in err
 
 
+def test_a_finished_model_is_slim_and_an_interrupted_one_keeps_its_run(run, trained):
+    assert run("train", "story.txt", "--out", "n", "--steps", 20, "--no-sample", *SMALL)[0] == 0
+    arrays, metadata = safetensors.read("n")
+    assert arrays.keys() == LanguageModel.load("n").network.parameters().keys()
+    assert "lstmcore.training" not in metadata and os.path.getsize("n") < os.path.getsize("m") / 2
+    assert run("sample", "n", "--seed", 1) == run("sample", "m", "--seed", 1)
+    code, _, err = run("train", "story.txt", "--resume", "n", "--steps", 40)
+    assert code == 2 and "no training run to resume: a finished one is kept by" in err
+    # a run of its own beside the model; resumed, it goes on there
+    assert run("train", "story.txt", "--out", "a", "--checkpoint", "r", "--steps", 20, *SMALL)[0] == 0
+    assert safetensors.read("a")[0].keys() == arrays.keys()
+    before = (trained / "a").read_bytes()
+    assert run("train", "story.txt", "--resume", "r", "--steps", 45, "--no-sample")[0] == 0
+    assert (trained / "a").read_bytes() == before and LanguageModel.load("r").history[-1]["step"] == 45
+    asked = ("--resume", "r", "--checkpoint", "s", "--out", "b", "--steps", 50)
+    assert run("train", "story.txt", *asked)[0] == 0
+    steps = {name: LanguageModel.load(name).training["budget"]["steps"] for name in "arsb"}
+    assert steps == {"a": 20, "r": 45, "s": 50, "b": 50}
+    assert ["lstmcore.training" in safetensors.read(name)[1] for name in "arsb"] == [False, True, True, False]
+
+
 def test_train_plots(run, trained):
     pytest.importorskip("matplotlib")
     assert run("train", "story.txt", "--out", "n", "--steps", 20, "--plot", "curve.png",
@@ -146,6 +202,7 @@ def test_interrupted_training_is_saved_and_exits_130(trained):
     assert process.returncode == 130 and err == ""
     assert json.loads(out.splitlines()[-1])["outcome"] == "SIGINT"
     assert LanguageModel.load(trained / "k").outcome == "SIGINT"
+    assert "lstmcore.training" in safetensors.read(trained / "k")[1]
 
 
 def test_sample_writes_prime_and_text(run, trained):
@@ -247,7 +304,7 @@ def test_a_picture_without_matplotlib_says_what_to_install(run, trained, args, m
     ("train story.txt --resume m --steps 30 --batch-size 6", "cannot change --batch-size from 5"),
     ("sample none", "none: No such file or directory"),
     ("sample story.txt", "story.txt is no model that can be read"),
-    ("sample m --prime Ω", "'Ω'"), ("sample m --temperature -1", "--temperature must be"),
+    ("sample m --temperature -1", "--temperature must be"),
     ("sample m --top-p 2", "--top-p must be"), ("sample m --length -4", "--length must be"),
     ("sample m --seed -1", "--seed must be at least 0"), ("sample m --beam 0", "--beam must be"),
     ("train story.txt --plot x.xyz", "x.xyz must end in one of"),
@@ -291,7 +348,7 @@ def test_resuming_a_run_at_its_end_says_so(run, trained):
 
 def test_diverging_training_is_a_mistake_that_names_the_step(run, trained):
     code, out, err = run("train", "story.txt", "--out", "d", "--steps", 99, *SMALL, "--lr", 1e300)
-    assert code == 2 and out == "" and len(err.splitlines()) == 2 and err.startswith("training")
+    assert code == 2 and out == "" and len(err.splitlines()) == 4 and err.startswith("training")
     assert "lstmcore: the loss is nan at step 2 (epoch 1, learning rate 1e+300)" in err
     assert err.endswith("nothing was saved yet\n") and not (trained / "d").exists()
 

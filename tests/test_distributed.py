@@ -362,10 +362,12 @@ TRAIN = ("-m", "lstmcore", "train", "story.txt", "--hidden", 11, "--seq-length",
 @needs_mpi
 def test_the_command_under_mpiexec(tmp_path):
     (tmp_path / "story.txt").write_text(ranks.story())
-    code, out, err = mpiexec(2, sys.executable, *TRAIN, "--out", "two", "--log", "log.csv", cwd=tmp_path)
+    code, out, err = mpiexec(2, sys.executable, *TRAIN, "--checkpoint", "two", "--out", "two", "--log",
+                             "log.csv", cwd=tmp_path)
     assert code == 0 and not out, err
     assert err.count("saved two; write more") == 1 and (tmp_path / "log.csv").read_text().count("\n") == 2
-    done = subprocess.run([sys.executable, *map(str, TRAIN), "--out", "one", "--shards", "8"], cwd=tmp_path,
+    done = subprocess.run([sys.executable, *map(str, TRAIN), "--checkpoint", "one", "--out", "one",
+                           "--shards", "8"], cwd=tmp_path,
                           env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     one, two = (safetensors.read(tmp_path / name)[0] for name in ("one", "two"))

@@ -91,6 +91,21 @@ def test_flow_refuses_what_has_no_last_step(layer, error, words):
         gradflow.gradient_flow(layer, np.zeros((4, 1, 2), "float32"))
 
 
+def test_plot_takes_arrays_and_is_not_stretched_by_zeros():
+    pytest.importorskip("matplotlib")
+    flow = gradflow.gradient_flow(LSTM(3, 4, num_layers=2, dtype="float64", seed=0), noise(9, 2, 3))
+    axes = gradflow.plot(flow).axes[0]
+    assert [line.get_label() for line in axes.lines] == ["l0", "l1"]
+    assert axes.get_ylim()[0] > flow[flow > 0].min() / 10        # flow[0, 0] is 0
+    np.testing.assert_array_equal(axes.lines[1].get_ydata(), flow[:, 1])
+    assert np.isnan(axes.lines[0].get_ydata()[0])
+    axes = gradflow.plot([1.0, 0.5, 0.0]).axes[0]
+    assert len(axes.lines) == 1 and axes.get_ylim()[0] > 0.1
+    for wrong in (np.zeros((2, 2, 2)), {"a": np.zeros((3, 2))}, 3.0):
+        with pytest.raises(ValueError, match="got the shape"):
+            gradflow.plot(wrong)
+
+
 def test_plot_draws_every_line_and_writes_png(tmp_path):
     pytest.importorskip("matplotlib")
     flows = gradflow.compare(hidden_size=4, steps=12, forget_biases=(1,))

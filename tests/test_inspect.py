@@ -24,12 +24,12 @@ def planted(values, signal="h", neuron=2, H=5):
     """Noise, and one neuron that does what `values` say."""
     noise = 0.3 * np.random.default_rng(0).uniform(-1, 1, (len(values), H))
     noise[:, neuron] = values
-    return Activations(list(TEXT), ["layer 1"], [{signal: noise}])
+    return Activations(list(TEXT), ["l0"], [{signal: noise}])
 
 
 def test_activations_are_those_of_the_network(model):
     found = inspect.activations(model, TEXT)
-    assert "".join(found.tokens) == TEXT and found.places == ["layer 1", "layer 2"]
+    assert "".join(found.tokens) == TEXT and found.places == ["l0", "l1"]
     ids = model.vocabulary.encode(TEXT)[:, None]
     trace = model.network.recurrent.trace(model.network.inputs(ids))
     for signals, want in zip(found.signals, trace):
@@ -69,7 +69,8 @@ def test_activations_of_a_classifier_of_words():
     made.fit(["a good film", "a bad film"], ["pos", "neg"])
     found = inspect.activations(made, "A good bad film")
     assert found.tokens == ["a ", "good ", "bad ", "film "]
-    assert found.places == ["layer 1", "layer 1, backward"]
+    assert found.places == ["l0", "l0_reverse"]
+    assert found.guesses is None
     assert found.signals[1]["f"].shape == (4, 4)
 
 
@@ -88,10 +89,63 @@ def test_rank_finds_and_names_a_planted_neuron(feature, values):
     assert len(inspect.rank(planted(values), count=3)) == 3
 
 
+def test_rank_is_measured_in_the_half_that_it_was_not_chosen_in():
+    rng = np.random.default_rng(1)
+    noise = Activations(list(TEXT), ["l0"], [{"h": rng.standard_normal((len(TEXT), 200))}])
+    ranked = inspect.rank(noise, count=200)
+    again = [abs(entry.r) for entry in ranked]
+    half = Activations(noise.tokens[:len(TEXT) // 2], ["l0"], [{"h": noise.signals[0]["h"][:len(TEXT) // 2]}])
+    values, seen = half.signals[0]["h"], list(inspect.features(half.tokens).values())
+    best = [max(abs(np.corrcoef(values[:, n], f)[0, 1]) for f in seen) for n in range(200)]
+    assert np.mean(again) < 0.5 * np.mean(best)              # which was but the best of many
+    level = inspect.chance(noise)
+    assert 0.5 * level < np.quantile(again, 0.95) < 2 * level
+    # in the second half the other way round: last
+    sign = np.where(np.arange(len(TEXT)) < len(TEXT) // 2, 1, -1)
+    flips = planted(sign * np.array([c.isdigit() for c in TEXT]), neuron=2)
+    assert inspect.rank(flips)[-1].neuron == 2
+
+
+def test_rank_tells_what_is_beyond_the_token():
+    inside = np.cumsum([c == '"' for c in TEXT]) % 2
+    for values, low, high in (([c == "o" for c in TEXT], 0, 1e-6), (inside, 0.5, 1.0)):
+        best = inspect.rank(planted(np.asarray(values, float)))[0]
+        assert best.neuron == 2 and low <= best.beyond <= high + 1e-9
+    assert inspect.rank(planted(-inside.astype(float)))[0].beyond < -0.5
+
+
+def test_saturation_is_the_share_of_time_a_gate_is_shut_and_open(model):
+    gate = np.array([[0.05, 0.5], [0.95, 0.05], [0.99, 0.5], [0.5, 0.5]])
+    found = Activations(list("abcd"), ["l0"], [{"h": gate, "f": gate}])
+    shares, = inspect.saturation(found).items()
+    assert shares[0] == "f" and shares[1].tolist() == [[0.25, 0.5], [0.25, 0.0]]
+    assert list(inspect.saturation(inspect.activations(model, TEXT), "l1")) == list("ifo")
+
+
+def test_guesses_are_the_model_s_predictions(model):
+    found = inspect.activations(model, TEXT)
+    logits, _ = model.network(model.vocabulary.encode(TEXT)[:, None])
+    for t in 0, 57, len(TEXT) - 1:
+        p = np.exp(logits[t, 0].astype(float))
+        p /= p.sum()
+        best = np.argsort(-p, kind="stable")[:5]
+        assert [token for token, _ in found.guesses[t]] == [model.vocabulary.tokens[k] for k in best]
+        np.testing.assert_allclose([share for _, share in found.guesses[t]], p[best], rtol=1e-5)
+    made = LanguageModel("byte", hidden_size=4, num_layers=1, seed=1)
+    made.fit(TEXT * 4, steps=1, progress=False, batch_size=2, seq_length=16)
+    assert all(len(token) in (1, 4) for some in inspect.activations(made, "hé").guesses for token, _ in some)
+
+
+def test_whitespace_tokens_are_shown_with_their_lines():
+    made = LanguageModel("whitespace", hidden_size=4, num_layers=1, seed=1)
+    made.fit("a b\nc d\n" * 40, steps=1, progress=False, batch_size=2, seq_length=16)
+    assert inspect.activations(made, "a  c\nx").tokens == ["a ", "c ", "\n", "x "]
+
+
 def test_rank_is_quiet_about_neurons_that_never_change_and_tiny_texts():
     assert all(entry.r == 0 for entry in inspect.rank(planted(np.ones(len(TEXT)), H=5))
                if entry.neuron == 2)
-    tiny = Activations(["a", "b"], ["layer 1"], [{"h": np.eye(2)}])
+    tiny = Activations(["a", "b"], ["l0"], [{"h": np.eye(2)}])
     assert inspect.rank(tiny) == []
 
 
@@ -113,6 +167,13 @@ def test_page_holds_the_signals_and_needs_no_network(model, tmp_path):
             np.testing.assert_allclose(got, values, atol=1 / 254 + 1e-6)    # a byte each
     best = inspect.rank(found)[0]
     assert data["places"][0]["signals"]["h"]["ranked"][0][:2] == [best.neuron, best.feature]
+    assert [len(some) for some in data["guesses"]] == [5] * len(found.tokens)
+    assert {gate: len(shares) for gate, shares in data["places"][1]["saturation"].items()} \
+        == dict.fromkeys("ifo", 6)
+    place, signal, neuron = data["opening"]
+    worth = {(n, name, entry.neuron): abs(entry.beyond) for n in (0, 1) for name in "hc"
+             for entry in inspect.rank(found, n, name, 40)}
+    assert signal in "hc" and worth[place, signal, neuron] == max(worth.values())
 
 
 def test_page_shows_as_much_as_the_limit_says(model, tmp_path):
@@ -131,7 +192,7 @@ def test_picture_colors_every_token(model, tmp_path):
     value = float(found.signals[1]["c"][5, 3])
     red, _, blue = axes.patches[5].get_facecolor()[:3]
     assert (red > blue) == (value > 0)
-    assert "layer 2, neuron 3" in axes.get_title()
+    assert "l1, neuron 3" in axes.get_title()
     assert (tmp_path / "neuron.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -145,6 +206,9 @@ def test_mistakes_are_named(model):
         inspect.rank(found, 0, "x")
     with pytest.raises(ValueError, match=r"place must be in 0\.\.1"):
         inspect.rank(found, 2)
+    with pytest.raises(ValueError, match="place must be one of l0, l1, got 'layer 1'"):
+        inspect.rank(found, "layer 1")
+    assert inspect.rank(found, "l1") == inspect.rank(found, 1)
     pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match=r"neuron must be in 0\.\.5"):
         inspect.picture(found, None, neuron=6)

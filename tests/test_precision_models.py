@@ -327,7 +327,8 @@ class TestEstimators:
 
 def test_the_command_trains_and_reads_in_every_precision(run, tmp_path):        # noqa: F811
     (tmp_path / "a.txt").write_text(STORY)
-    code, _, err = run("train", "a.txt", "--out", "m", "--steps", 30, "--compute", "bfloat16", *SMALL)
+    code, _, err = run("train", "a.txt", "--checkpoint", "m", "--out", "m", "--steps", 30, "--compute",
+                       "bfloat16", *SMALL)
     assert code == 0 and "compute='bfloat16'" in err
     code, _, err = run("train", "a.txt", "--resume", "m", "--steps", 31, "--compute", "float32")
     assert code == 2 and err == ("lstmcore: a resumed run cannot change --compute from bfloat16 to "

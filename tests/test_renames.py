@@ -25,6 +25,12 @@ def test_an_old_name_is_answered_with_the_new_one(kind, old, new):
         assert make().set_params(**{new: 3}).get_params()[new] == 3
 
 
+def test_a_language_model_s_fit_says_what_settings_are_called():
+    for old, new in renames._ESTIMATOR.items():
+        with pytest.raises(TypeError, match=f"^fit takes {new}, not {old}$"):
+            lstmcore.LanguageModel().fit("one two " * 50, **{old: 0.1}, progress=False)
+
+
 def test_new_names_and_strangers_are_python_s():
     assert lstmcore.Embedding(vocab_size=3, embed_size=2).embed_size == 2
     with pytest.raises(TypeError, match="unexpected keyword argument 'width'"):

@@ -3,6 +3,8 @@
 Knows a network that maps tokens (T, B) and a state to logits and a state, and a vocabulary.
 """
 
+import warnings
+
 import numpy as np
 
 from lstmcore import checks
@@ -39,29 +41,70 @@ def drawing(temperature=1.0, top_k=None, top_p=None, seed=None):
     return draw
 
 
-def generate(network, vocabulary, prime, length, draw, stop):
-    """The text of `length` drawn tokens after `prime` (N,) ids, in pieces as they come."""
-    decode, tail = vocabulary.decoder(), ""
-    longest = max(map(len, stop), default=0)
-    logits, state = _read(network, vocabulary, prime)
-    read = network.reader(state)
-    for n in range(length):
-        token = draw(logits)
-        if piece := decode(token):
-            cut = _stopped(tail, piece, stop)
-            yield piece[:cut]
-            if cut is not None:
-                return
-            tail = (tail + piece)[-longest:] if longest else ""
-        if n + 1 < length:
-            logits = _without_unknown(read(token), vocabulary)
-    if piece := decode(None):
-        yield piece
+def ids_of(vocabulary, prime):
+    """The ids of a text to go on from; what the model has never seen is read as another, and named."""
+    if not isinstance(prime, str):
+        raise TypeError(f"prime must be a str, got {type(prime).__name__}")
+    ids, replaced = vocabulary.read(prime)
+    if replaced:
+        few = ", ".join(f"{token!r} read as {'unknown' if other is None else repr(other)}"
+                        for token, other in list(replaced.items())[:8])
+        warnings.warn("the text to go on from has what the training text did not have: "
+                      f"{few}{', ...' if len(replaced) > 8 else ''}", stacklevel=3)
+    return ids
+
+
+class Writer:
+    """A network that has read a text, and goes on writing it."""
+
+    def __init__(self, network, vocabulary):
+        self.network, self.vocabulary = network, vocabulary
+        self._step = self._logits = self._unread = None
+        self._after = False             # whether the line that it is in has begun
+
+    def read(self, ids):
+        """Read ids (N,), after what it has read and written so far; at first none is a line end."""
+        if len(ids):
+            self._after = self.vocabulary.decode(ids[-1:]) != "\n"
+        if self._step is None:
+            self._logits, state = _read(self.network, self.vocabulary, ids)
+            self._step = self.network.reader(state)
+            return
+        for token in ids:
+            self._take(token)
+
+    def write(self, length, draw, stop):
+        """The text of `length` drawn tokens, in pieces as they come."""
+        decode, tail = self.vocabulary.decoder(self._after), ""
+        longest = max(map(len, stop), default=0)
+        for _ in range(length):
+            self._catch_up()
+            token = self._unread = draw(self._logits)
+            if piece := decode(token):
+                cut = _stopped(tail, piece, stop)
+                self._after = not piece.endswith("\n")
+                yield piece[:cut]
+                if cut is not None:
+                    return
+                tail = (tail + piece)[-longest:] if longest else ""
+        if piece := decode(None):
+            yield piece
+
+    def _take(self, token):
+        self._catch_up()
+        self._logits = _without_unknown(self._step(int(token)), self.vocabulary)
+
+    def _catch_up(self):
+        """Read the token that was written last, which needs no reading if nothing follows."""
+        if self._unread is not None:
+            token, self._unread = self._unread, None
+            self._take(token)
 
 
 def beam_search(network, vocabulary, prime, length, width, stop):
     """The best text found when only the `width` likeliest beginnings are followed."""
     logits, state = _read(network, vocabulary, prime)
+    after = len(prime) > 0 and vocabulary.decode(prime[-1:]) != "\n"
     scores, beams, ended = np.zeros(1), np.zeros((1, 0), np.int64), []
     for n in range(length):
         if n:
@@ -73,7 +116,7 @@ def beam_search(network, vocabulary, prime, length, width, stop):
         rows, tokens = np.unravel_index(best, total.shape)
         scores, beams = total.flat[best], np.column_stack([beams[rows], tokens])
         if stop:
-            texts = [vocabulary.decode(beam) for beam in beams]
+            texts = [vocabulary.decode(beam, after) for beam in beams]
             over = np.array([any(s in t for s in stop) for t in texts])
             ended += [(score / (n + 1), t) for score, t, o in zip(scores, texts, over) if o]
             scores, beams, rows = scores[~over], beams[~over], rows[~over]
@@ -81,7 +124,7 @@ def beam_search(network, vocabulary, prime, length, width, stop):
                 break
         state = tuple(part[:, rows] for part in state) if isinstance(state, tuple) \
             else state[:, rows]
-    ended += [(score / max(1, length), vocabulary.decode(beam))
+    ended += [(score / max(1, length), vocabulary.decode(beam, after))
               for score, beam in zip(scores, beams)]
     return max(ended, key=lambda pair: pair[0])[1]
 

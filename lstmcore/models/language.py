@@ -7,11 +7,11 @@ safetensors file that holds weights, configuration, vocabulary and, if wanted, t
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -20,8 +20,10 @@ import numpy as np
 from lstmcore import checks, distributed, formats
 from lstmcore._types import Cell, Compute, Dtype, Path
 from lstmcore.formats import description, disk, safetensors
-from lstmcore.models import generation, text
+from lstmcore.models import corpus, generation, text
+from lstmcore.models.corpus import Corpus
 from lstmcore.models.network import Model, Network, checked
+from lstmcore.models.progress import Bar, Lines, opening
 from lstmcore.models.sources import Streams, total_nats
 from lstmcore.models.training import Budget, Settings, Trainer, check_run, checked_history
 from lstmcore.module import blank
@@ -49,21 +51,25 @@ class LanguageModel(Model):
 
     Parameters
     ----------
-    level : "char", "byte", or "word" for languages that put spaces between words
+    level : "char", "byte", "word" for languages that put spaces between words, or "whitespace" for
+        texts that are cut into tokens: what stands between white space, and "<eos>" for a line end
     cell : "lstm", "gru" or "rnn"
     hidden_size, num_layers : of the recurrent layers
-    embed_size : width of the table of tokens, by default 64, and 128 for words; 0 for one-hot rows,
+    embed_size : width of the table of tokens, by default 64, of words 128; 0 for one-hot rows,
         which learn slower (on Python's documentation 2.40 nats after an epoch, not 1.73)
     dropout : probability, between the layers and before the output, in training
     peepholes : as in `lstmcore.LSTM`
     vocab_size : keep at most so many tokens, the most frequent; None for all
     min_count : keep tokens that the text has so often; by default 2 for words and 1 for characters
+    init_uniform : all parameters, biases too, are drawn from -init_uniform to init_uniform; by default
+        each layer has its own way, and the LSTM a forget bias of 1
     dtype : "float32" or "float64"
     compute : "bfloat16" for products on operands rounded to it, in training too: see `lstmcore.LSTM`
     seed : int, of the weights and of dropout
 
     Attributes, after `fit`: `network`, `vocabulary`, `history` (a dict per evaluation), `outcome`
-    ("finished", "no progress", "SIGINT", ...).
+    ("finished", "no progress", "SIGINT", ...), `training` (a dict: how long the text of the last
+    training was, its settings and budget).
 
     >>> from lstmcore import LanguageModel
     >>> model = LanguageModel(hidden_size=32, num_layers=1, seed=0)
@@ -85,14 +91,15 @@ class LanguageModel(Model):
     dtype: Dtype
     compute: Compute | None
 
-    def __init__(self, level: Literal["char", "byte", "word"] = "char", *, cell: Cell = "lstm",
+    def __init__(self, level: Literal["char", "byte", "word", "whitespace"] = "char", *, cell: Cell = "lstm",
                  hidden_size: int = 256, num_layers: int = 2, embed_size: int | None = None,
                  dropout: float = 0.0, peepholes: bool = False, vocab_size: int | None = None,
-                 min_count: int | None = None, dtype: Dtype = "float32",
-                 compute: Compute | None = None, seed: int | None = 0) -> None:
+                 min_count: int | None = None, init_uniform: float | None = None,
+                 dtype: Dtype = "float32", compute: Compute | None = None,
+                 seed: int | None = 0) -> None:
         self.level = checks.choice("level", level, text.LEVELS)
         if embed_size is None:
-            embed_size = 128 if level == "word" else 64
+            embed_size = 128 if level in ("word", "whitespace") else 64
         if min_count is None:
             min_count = 2 if level == "word" else 1
         vars(self).update(checked(
@@ -100,11 +107,13 @@ class LanguageModel(Model):
             dropout=dropout, peepholes=peepholes, dtype=dtype, compute=compute))
         self.vocab_size = None if vocab_size is None else checks.size("vocab_size", vocab_size, 2)
         self.min_count = checks.size("min_count", min_count)
+        self.init_uniform = None if init_uniform is None else checks.number("init_uniform", init_uniform)
         self.seed = None if seed is None else checks.size("seed", seed, at_least=0)
         self.network: Any = None
         self.vocabulary: Any = None
         self.outcome: str | None = None
         self.history: list[dict[str, Any]] = []
+        self.training: dict[str, Any] = {}
 
     def fit(self, source: Source | None = None, *, validation: float | Source | None = None,
             epochs: float | None = None, minutes: float | None = None, steps: int | None = None,
@@ -115,9 +124,12 @@ class LanguageModel(Model):
 
         Parameters
         ----------
-        source : the text, a path, "-" for standard input, bytes, or a list of these; by default
-            Python's documentation of its own language. A str that names a file is a path
-        validation : a share of the text, at its end (0.05), or another text or path; 0 for none
+        source : the text, a path, "-" for standard input, bytes, or a list; by default Python's
+            documentation of its own language. A str that names a file is a path, but in a list a
+            str is a text and a path a `pathlib.Path`: texts end with a line end, or if they have
+            such within with a form feed, so that the model learns where one ends
+        validation : a share of each file or text, at its end, or of many texts some of them; or
+            another text or path; 0 for none. By default 0.05, of a very long text 4 million tokens
         epochs, minutes, steps : when to end, whatever comes first, counted from the very start; by
             default after 10 epochs, and in a resumed run as planned
         checkpoint : a path to save the model to after every evaluation and at the end, together
@@ -127,8 +139,8 @@ class LanguageModel(Model):
         callbacks : a function, or several, of the model and a dict: step, epoch, loss, validation,
             lr, seconds, tokens_per_second, best. Called after every evaluation; it may sample,
             evaluate and generate, which changes no bit of the run; a true result ends the training
-        progress : show a bar on standard error; "lines": a line there for each tenth of the budget
-            without an evaluation
+        progress : say on standard error what is trained on what, and show a bar; "lines": a line
+            there for each tenth of the budget without an evaluation
         encoding : of files; found out by default
         comm : a communicator of mpi4py, whose processes all make this call: each computes its share
             of every batch. Rank 0 reads the text, prints, calls `callbacks` and writes; all end with
@@ -154,6 +166,7 @@ class LanguageModel(Model):
     def _fit(self, processes, source, validation, budget, checkpoint, resume, callbacks, progress,
              encoding, settings):
         root = processes.rank == 0
+        source, validation = corpus.listed(source), corpus.listed(validation)
         if processes.size > 1:
             processes.agree_on_build(**{
                 "the model": self.config, "a fitted model": self.network is not None,
@@ -171,9 +184,14 @@ class LanguageModel(Model):
         if run and set(budget.values()) == {None}:
             budget = run[2]["budget"]
         budget = Budget(**budget)
-        train, held_out = self._shared_tokens(processes, source, validation, settings, encoding)
+        train, held_out, facts = self._shared_tokens(processes, source, validation, settings, encoding)
+        # Nothing of this names a file: models are shared.
+        encodings = {part["encoding"] for part in facts["texts"]} - {None}
+        self.training = {**{name: value for name, value in facts.items() if name != "texts"},
+                         "encodings": sorted(encodings), "settings": dataclasses.asdict(settings),
+                         "budget": dataclasses.asdict(budget)}
 
-        bar = (_Lines() if progress == "lines" else _Bar()) if progress and root else None
+        bar = (Lines() if progress == "lines" else Bar()) if progress and root else None
         source = Streams(train, held_out, settings.batch_size, settings.seq_length, shards)
         trainer = Trainer(self.network, source, settings, budget, tick=bar and bar.tick,
                           report=lambda record: report(record), shards=shards)
@@ -192,6 +210,8 @@ class LanguageModel(Model):
             except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
                 raise _damaged_run(resume, error) from None
         self.history = list(trainer.history)
+        if bar:
+            bar.begin(trainer, opening(**facts, unit=self.level, model=self.sizes()))
         try:
             trainer.run()
         except FloatingPointError as error:
@@ -211,18 +231,17 @@ class LanguageModel(Model):
         """How well the model predicts a text (or a file; see `fit`), all of it but the first token.
 
         Returns (nats, bits_per_char, perplexity, tokens, unknown): nats and perplexity are per
-        token; unknown counts the tokens that are not in the vocabulary.
+        token; unknown counts the tokens that are the vocabulary's one for the unknown.
         """
         self._trained()
-        data = text.load(source, self.level, encoding)
-        tokens = self.vocabulary.encode(data)
+        read = source if isinstance(source, Corpus) else Corpus(corpus.listed(source), self.level, encoding)
+        tokens, chars = read.encode(self.vocabulary), read.chars
         n = len(tokens) - 1
         if n < 1:
             raise ValueError(f"a text to evaluate needs 2 tokens, got {len(tokens)}")
         nats = total_nats(self.network.eval(), tokens)
-        first = len(text.WORD.match(data)[0]) if self.level == "word" else 1
-        chars = max(1, text.count_chars(data[first:]))
-        unknown = 0 if self.level == "byte" else int(np.count_nonzero(tokens[1:] == 0))
+        chars = max(1, chars - text.count_chars(read.beginning(self.vocabulary)))
+        unknown = 0 if self.level == "byte" else n - int(np.count_nonzero(tokens[1:]))
         perplexity = math.exp(nats / n) if nats / n < 700 else math.inf
         return Evaluation(nats / n, nats / math.log(2) / chars, perplexity, n, unknown)
 
@@ -239,11 +258,11 @@ class LanguageModel(Model):
                  stop: str | Iterable[str] | None = None) -> Iterator[str]:
         """An iterator over the pieces of a text that goes on from `prime`: see `sample`."""
         self._trained()
-        prime = self.vocabulary.encode(self._check_prime(prime))
+        prime = generation.ids_of(self.vocabulary, prime)
         draw = generation.drawing(temperature, top_k, top_p, seed)
-        return generation.generate(self.network.eval(), self.vocabulary, prime,
-                                   checks.size("length", length, 0), draw,
-                                   generation.check_stop(stop))
+        writer = generation.Writer(self.network.eval(), self.vocabulary)
+        writer.read(prime)
+        return writer.write(checks.size("length", length, 0), draw, generation.check_stop(stop))
 
     def sample(self, prime: str | bytes = "", length: int = 400, *, temperature: float = 1.0,
                top_k: int | None = None, top_p: float | None = None, seed: int | None = None,
@@ -270,7 +289,7 @@ class LanguageModel(Model):
         With `stop`, texts that end with it compete by their mean log-probability per token.
         """
         self._trained()
-        prime = self.vocabulary.encode(self._check_prime(prime))
+        prime = generation.ids_of(self.vocabulary, prime)
         return generation.beam_search(self.network.eval(), self.vocabulary, prime,
                                       checks.size("length", length, 0), checks.size("width", width),
                                       generation.check_stop(stop))
@@ -296,6 +315,7 @@ class LanguageModel(Model):
                 model = cls(**saved["config"])
                 model.vocabulary = text.Vocabulary(saved["level"], saved["tokens"])
                 model.history, model.outcome = checked_history(saved["history"]), saved["outcome"]
+                model.training = dict(saved.get("training", {}))        # none in older files
                 weights = description.joined(weights)
                 model._check_sizes(description.outlines(weights))
                 model._set(weights)
@@ -310,7 +330,7 @@ class LanguageModel(Model):
     def config(self) -> dict[str, Any]:
         """The arguments of the constructor, as they act."""
         names = ("level cell hidden_size num_layers embed_size dropout peepholes vocab_size "
-                 "min_count dtype compute seed").split()
+                 "min_count init_uniform dtype compute seed").split()
         return {**{name: getattr(self, name) for name in names}, "compute": self.compute or self.dtype}
 
     def __repr__(self) -> str:
@@ -336,6 +356,10 @@ class LanguageModel(Model):
     def _build(self):
         names = "cell hidden_size num_layers embed_size dropout peepholes dtype compute seed".split()
         self.network = Network(len(self.vocabulary), **{n: getattr(self, n) for n in names})
+        if self.init_uniform is not None:
+            rng = np.random.default_rng(self.seed)
+            for p in self.network.parameters().values():
+                p[...] = rng.uniform(-self.init_uniform, self.init_uniform, p.shape)
 
     def _check_sizes(self, weights):
         """The sizes that a file claims are those of its weights, before they take memory."""
@@ -353,35 +377,33 @@ class LanguageModel(Model):
 
     def _tokens(self, source, validation, settings, encoding):
         """Tokens to train on and to validate by, or None; makes vocabulary and network once."""
-        data = text.default_text() if source is None else text.load(source, self.level, encoding)
-        if source is None and self.level == "byte":
-            data = data.encode()
-        if not data:
-            raise ValueError("the text to train on is empty")
-        share = settings.validation or 0
-        held_out = None
-        if validation is not None and not isinstance(validation, (int, float)):
-            held_out, share = text.load(validation, self.level, encoding), 0
+        apart = validation is not None and not isinstance(validation, (int, float))
+        share = 0 if apart else corpus.SHARE if settings.validation is None else settings.validation
+        most = corpus.MOST if settings.validation is None else math.inf
+        read = Corpus(corpus.default_text() if source is None else source, self.level, encoding, share)
+        held_out = Corpus(validation, self.level, encoding) if apart else None
         if self.network is None:
-            self.vocabulary = text.Vocabulary.of(data, self.level, self.vocab_size, self.min_count)
+            self.vocabulary = read.vocabulary(self.vocab_size, self.min_count)
             self._build()
-        tokens = self.vocabulary.encode(data)
-        cut = len(tokens) - round(len(tokens) * share)
-        if share:
-            train, held_out = tokens[:cut], tokens[cut:]
-        else:
-            train, held_out = tokens, held_out and self.vocabulary.encode(held_out)
-        for name, part in ("train on", train), ("validate by", held_out):
-            if part is not None and len(part) < 2:
+        train, part = read.divide(self.vocabulary, most)
+        if not read.chars:
+            raise ValueError("the text to train on is empty")
+        if apart:
+            part = held_out.encode(self.vocabulary)
+        for name, tokens in ("train on", train), ("validate by", part):
+            if tokens is not None and len(tokens) < 2:
                 hint = ""
                 if isinstance(source, str) and source != "-" and len(source) < 200:
                     hint = f" ({source[:60]!r}: is that a file that does not exist?)"
-                elif share and len(tokens) > 1:
-                    hint = (f": validation is {share:g} of {len(tokens)} tokens; choose another "
-                            "share, or 0 for none")
+                elif share and len(train) + len(part) > 1:
+                    hint = (f": validation is {share:g} of {len(train) + len(part)} tokens; choose "
+                            "another share, or 0 for none")
                 raise ValueError(f"the text to {name} needs at least 2 tokens, got "
-                                 f"{len(part)}{hint}")
-        return train, held_out
+                                 f"{len(tokens)}{hint}")
+        told = [{"name": text.name, "encoding": text.encoding, "guessed": text.guessed}
+                for text in [*read.parts, *(held_out.parts if held_out else ())]]
+        return train, part, {"texts": told, "characters": read.chars, "tokens": len(train),
+                             "held_out": None if part is None else len(part)}
 
     def _shared_tokens(self, processes, *given):
         """`_tokens`, read by rank 0; the others take over its vocabulary, and make their networks."""
@@ -391,18 +413,19 @@ class LanguageModel(Model):
 
         def read():
             nonlocal train, held_out
-            train, held_out = self._tokens(*given)
-            return self.vocabulary
-        self.vocabulary = processes.at_root(read)
+            train, held_out, facts = self._tokens(*given)
+            return self.vocabulary, facts
+        self.vocabulary, facts = processes.at_root(read)
         if self.network is None:
             self._build()
-        return processes.shared(train), processes.shared(held_out)
+        return processes.shared(train), processes.shared(held_out), facts
 
     def _load_run(self, path):
         """(weights, arrays, meta) of the run in a checkpoint, whose vocabulary is taken over."""
         arrays, metadata = _read(path)
         if RUN not in metadata:
-            raise ValueError(f"{os.fsdecode(path)} holds a model but no training run to resume")
+            raise ValueError(f"{os.fsdecode(path)} holds a model but no training run to resume: "
+                             "a finished one is kept by fit(checkpoint=...), or train --checkpoint")
         saved = LanguageModel._of(path, arrays, metadata)
         if self.network is None:
             self.vocabulary = saved.vocabulary
@@ -431,10 +454,11 @@ class LanguageModel(Model):
     def _write(self, path, arrays, metadata):
         tokens = self.vocabulary.tokens[1:] if self.level != "byte" else []
         config = {name: value for name, value in self.config.items()
-                  if (name, value) != ("compute", self.dtype)}     # so that an older lstmcore reads it
+                  if (name, value) not in (("compute", self.dtype), ("init_uniform", None))}
+        # without these an older lstmcore reads it
         saved = {"version": description.VERSION, "config": config, "level": self.level,
                  "tokens": tokens,
-                 "history": self.history, "outcome": self.outcome}
+                 "history": self.history, "outcome": self.outcome, "training": self.training}
         safetensors.write(path, arrays, {KEY: json.dumps(saved), **metadata})
 
     def check_same(self, other: LanguageModel) -> None:
@@ -448,61 +472,12 @@ class LanguageModel(Model):
             raise ValueError("this LanguageModel has no weights yet: call fit first, or load one")
         return self.network
 
-    def _check_prime(self, prime):
-        if not isinstance(prime, str):
-            raise TypeError(f"prime must be a str, got {type(prime).__name__}")
-        if self.level == "char" and (odd := set(prime) - self.vocabulary.ids.keys()):
-            raise ValueError("prime has characters that the training text did not have: "
-                             + " ".join(map(repr, sorted(odd))))
-        return prime
-
-
-class _Bar:
-    """The progress of a run on standard error."""
-
-    def __init__(self):
-        from tqdm.auto import tqdm
-        self.bar = tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
-        self.record, self.shown = {"loss": None, "validation": None}, -1.0
-
-    def report(self, trainer, record):
-        self.record = record
-
-    def tick(self, trainer, every=0.2):
-        if trainer.seconds - self.shown < every:
-            return
-        self.shown, loss, validation = trainer.seconds, self.record["loss"], self.record["validation"]
-        if trainer.loss_tokens:
-            loss = trainer.loss_sum / trainer.loss_tokens
-        if loss is not None:
-            said = "" if validation is None else f", validation {validation:.3f}"
-            self.bar.set_postfix_str(f"loss {loss:.3f}{said}, "
-                                     f"{trainer.seen / trainer.seconds:,.0f} tokens/s", refresh=False)
-        self.bar.update(100 * trainer.share - self.bar.n)
-
-    def close(self, trainer):
-        self.tick(trainer, every=0)
-        self.bar.close()
-
-
-class _Lines:
-    """The progress of a run between its evaluations, which tell of themselves."""
-
-    due = 0.1
-
-    def report(self, trainer, record):
-        self.due = (int(10 * trainer.share) + 1) / 10
-
-    def tick(self, trainer):
-        if self.due <= trainer.share < 1:
-            self.due = (int(10 * trainer.share) + 1) / 10
-            print(f"epoch {trainer.epochs:7.2f}  step {trainer.step:6}  "
-                  f"loss {trainer.loss_sum / trainer.loss_tokens:.4f}  "
-                  f"{trainer.seen / trainer.seconds:,.0f} tokens/s  {trainer.seconds:.0f} s",
-                  file=sys.stderr, flush=True)
-
-    def close(self, trainer):
-        pass
+    def sizes(self) -> str:
+        """The sizes of the trained model, in words."""
+        one = {"char": "characters", "byte": "bytes", "word": "words", "whitespace": "tokens"}[self.level]
+        count = sum(p.size for p in self._trained().parameters().values())
+        return (f"{self.cell}, {self.num_layers} x {self.hidden_size}, {count:,} parameters, a vocabulary of "
+                f"{len(self.vocabulary):,} {one}")
 
 
 def _check_place(path):

@@ -9,6 +9,7 @@ no time.
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from lstmcore._types import Array, Floats, Ints
 from lstmcore.distributed import Shards, share
 from lstmcore.models.sequences import Sequences
 
+PIECE = 1 << 22         # tokens at a time
 CONTEXT = 100           # tokens that a stream of `total_nats` reads before it is scored
 ROWS = 256              # sequences at a time: the memory of a prediction does not grow with X
 
@@ -39,17 +41,14 @@ class Streams:
 
     def __init__(self, tokens: Ints, held_out: Ints | None, B: int, T: int,
                  shards: Shards | None = None) -> None:
-        self.held_out, self.T, self.shards = held_out, T, shards
-        if shards is None:
-            self.x, self.targets = streams(tokens, B, T)
-            self.length, self.size = len(self.x), self.x.size   # positions, tokens of an epoch
-        else:
-            B, self.length = stream_sizes(tokens, B, T)
-            self.size, self._rows = B * self.length, shards.cut(B)
-            self._own = {shard: streams(tokens, B, T, self._rows[shard]) for shard in shards.mine}
-            self._states: dict[int, Any] = {}       # of each of these shards
+        self.tokens, self.held_out, self.T, self.shards = tokens, held_out, T, shards
+        B, self.length = stream_sizes(tokens, B, T)         # positions
+        self.B, self.size = B, B * self.length              # streams, tokens of an epoch
+        if shards is not None:
+            self._rows = shards.cut(B)
+            self._states: dict[int, Any] = {}       # of each shard of this process
         self._state: Any = None             # what the streams carry from window to window
-        self.digest = hashlib.sha256(np.ascontiguousarray(tokens)).hexdigest()
+        self.digest = _digest(tokens)
 
     @property
     def state(self) -> Any:
@@ -71,7 +70,7 @@ class Streams:
             self._state = state
             return
         self._states = {}
-        for shard in self._own if state is not None else ():
+        for shard in self.shards.mine if state is not None else ():
             rows = self._rows[shard]
             if rows.start < rows.stop:
                 self._states[shard] = tuple(part[:, rows] for part in state) \
@@ -89,9 +88,8 @@ class Streams:
     def loss_of_shard(self, network: Any, position: int,
                       shard: int) -> tuple[float, Callable[[], None] | None]:
         """What a shard adds to the loss at a position, and its backward; None where it has no streams."""
-        x, targets = self._own[shard]
         count, end = self.extent(position)
-        x, targets = x[position:end], targets[position:end]
+        x, targets = self._window(position, end, self._rows[shard])
         if not x.size:
             return 0.0, None
         share = np.broadcast_to(1 / count, x.shape)
@@ -101,10 +99,16 @@ class Streams:
 
     def loss(self, network: Any, position: int) -> tuple[float, int, int, Callable[[], None]]:
         """The loss at a position, how many it is the mean of, the next position, and its backward."""
-        end = min(position + self.T, self.length)
-        window = slice(position, end)
-        loss, dy, self._state = network.loss(self.x[window], self.targets[window], self._state)
-        return loss, self.x[window].size, end, partial(network.backward_below, dy)
+        count, end = self.extent(position)
+        x, targets = self._window(position, end)
+        loss, dy, self._state = network.loss(x, targets, self._state)
+        return loss, count, end, partial(network.backward_below, dy)
+
+    def _window(self, start, end, rows=slice(None)):
+        """Inputs and their successors, (end - start, B) int32 each, of all streams or some."""
+        if start % (self.T << 10) == 0:
+            _release(self.tokens)
+        return streams(self.tokens, self.B, self.T, rows, slice(start, end))
 
     def validation(self, network: Any) -> float | None:
         """Nats per token of what is held out, if anything is."""
@@ -208,15 +212,36 @@ def stream_sizes(tokens: Ints, B: int, T: int) -> tuple[int, int]:
     return B, n // B
 
 
-def streams(tokens: Ints, B: int, T: int, some: slice = slice(None)) -> tuple[Ints, ...]:
-    """Tokens (N,) as B streams side by side, or some: inputs and their successors, each (L, B).
+def streams(tokens: Ints, B: int, T: int, rows: slice = slice(None),
+            steps: slice = slice(None)) -> tuple[Ints, ...]:
+    """Tokens (N,) as B streams of length L side by side: inputs and their successors, each (L, B)
+    int32, or of some streams some steps.
 
     The last N - 1 - L·B tokens, fewer than B, are left out. A text below B·T tokens gets fewer
     streams.
     """
     B, L = stream_sizes(tokens, B, T)
-    return tuple(np.ascontiguousarray(tokens[shift:shift + B * L].reshape(B, L)[some].T)
+    return tuple(np.ascontiguousarray(tokens[shift:shift + B * L].reshape(B, L)[rows, steps].T, np.int32)
                  for shift in (0, 1))
+
+
+def _release(tokens):
+    """Hand back the memory of a mapped file; what is read again comes back."""
+    while isinstance(tokens, np.ndarray):
+        if tokens.flags.writeable:
+            return
+        tokens = tokens.base
+    if isinstance(tokens, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        tokens.madvise(mmap.MADV_DONTNEED)
+
+
+def _digest(tokens):
+    """The SHA-256 of the tokens as int32, piece by piece."""
+    found = hashlib.sha256()
+    for at in range(0, len(tokens), PIECE):
+        found.update(np.ascontiguousarray(tokens[at:at + PIECE], np.int32))
+        _release(tokens)
+    return found.hexdigest()
 
 
 def total_nats(network: Any, tokens: Ints,
@@ -230,16 +255,16 @@ def total_nats(network: Any, tokens: Ints,
     S = max(1, min(64, n // (10 * CONTEXT)))
     context = CONTEXT if S > 1 else 0
     L = -(-(n - context) // S)
-    at = np.arange(context + L)[:, None] + L * np.arange(S)
-    scored = ((np.arange(S) == 0) | (np.arange(context + L)[:, None] >= context)) & (at < n)
-    at, scored = np.minimum(at, n - 1)[:, part(S)], scored[:, part(S)]
-    if not at.size:
+    pieces = np.arange(S)[part(S)]
+    if not len(pieces):
         return 0.0
-    x, targets = tokens[at], tokens[at + 1]
     state, total = None, 0.0
-    for t in range(0, len(x), 4 * CONTEXT):
-        window = slice(t, t + 4 * CONTEXT)
-        loss, _, state = network.loss(x[window], targets[window], state, mask=scored[window],
-                                      reduction="sum")
+    for t in range(0, context + L, 4 * CONTEXT):
+        steps = np.arange(t, min(t + 4 * CONTEXT, context + L))[:, None]
+        at = steps + L * pieces
+        scored = ((pieces == 0) | (steps >= context)) & (at < n)
+        at = np.minimum(at, n - 1)
+        loss, _, state = network.loss(tokens[at].astype(np.int32), tokens[at + 1].astype(np.int32), state,
+                                      mask=scored, reduction="sum")
         total += loss
     return total

@@ -1,123 +1,27 @@
-"""Text in, token ids out: where a training text comes from, and the vocabulary that numbers it.
+"""Text in, token ids out: the vocabulary that numbers tokens, and how a text falls into them.
 
-Knows files, encodings and tokens; knows no model.
+Knows tokens; knows no files and no model.
 """
 
 import codecs
-import errno
-import gzip
-import importlib
-import io
-import os
 import re
-import sys
-import zlib
+import unicodedata
 from collections import Counter
 
 import numpy as np
 
 from lstmcore import checks
 
-LEVELS = ("char", "byte", "word")
-UNKNOWN = {"char": "\ufffd", "word": " <unk>"}      # what stands for a token never seen
-BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"),
-        (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
-        (codecs.BOM_UTF16_BE, "utf-16"))
+LEVELS = ("char", "byte", "word", "whitespace")
+UNKNOWN = {"char": "\ufffd", "word": " <unk>", "whitespace": "<unk>"}   # stands for a token never seen
+EOS = "<eos>"           # of level "whitespace": the end of a line
 
 # A word with the space before it, so that joining the tokens gives the text back.
 WORD = re.compile(r" ?\w+(?:['’]\w+)*| ?<unk>| ?[^\w\s]+| +(?= )|\s")
 
+ALIKE = {"‘’‚‛′´`": "'", "“”„‟«»″": '"', "‐‑‒–—―−": "-", "…": ".", "•·": "*"}
+
 LOWER = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
-
-FILE = re.compile(r"\S+\.\w{1,4}")      # what cannot be a text to learn from
-
-
-def default_text():
-    """Python's documentation of its own language, as every CPython carries it for `help()`.
-
-    About 0.4 MB. Topics quote each other; a paragraph is kept where it stands first, so that the
-    end of the text is not a copy of its beginning.
-    """
-    topics = importlib.import_module("pydoc_data.topics").topics
-    paragraphs = "\n\n".join(topics[name].strip("\n") for name in sorted(topics)).split("\n\n")
-    return "\n\n".join(dict.fromkeys(paragraphs)) + "\n"
-
-
-def read_bytes(source):
-    """The content of a file, or of standard input for "-"; gzip is recognized and unpacked."""
-    if os.fspath(source) == "-":
-        if sys.stdin is None:       # of services, or closed by the shell
-            raise ValueError("standard input is closed")
-        data = sys.stdin.buffer.read()
-    else:
-        with open(source, "rb") as file:
-            data = file.read()
-    if data[:2] == b"\x1f\x8b":
-        limit = 200 * len(data) + (64 << 20)        # text shrinks to a tenth, a bomb to 1/1000
-        try:
-            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(limit + 1)
-            if len(data) > limit:
-                raise ValueError(f"{source} is a gzip file that unpacks to more than {limit} bytes")
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{source} is a damaged gzip file: {error}") from None
-    return data
-
-
-def decode(data, encoding=None, name="the text"):
-    r"""Bytes as text, lines ended by \n. Without an encoding: what a byte order mark says, or
-    UTF-8, or UTF-16 if it has the zeros of one, or else Windows-1252 and Latin-1, which fit all.
-
-    >>> decode("naïve".encode("cp1252")), decode("naïve".encode("utf-16"))
-    ('naïve', 'naïve')
-    """
-    for candidate in [encoding] if encoding else _encodings(data):
-        try:
-            text = data.decode(candidate)
-        except UnicodeDecodeError as error:
-            if encoding:
-                raise ValueError(f"{name} is not {encoding}: {error.reason} at byte "
-                                 f"{error.start}") from None
-        except LookupError:
-            raise ValueError(f"unknown encoding {encoding!r}") from None
-        else:
-            return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _encodings(data):
-    """The encodings to try, the last of which takes any bytes."""
-    yield from (encoding for bom, encoding in BOMS if data.startswith(bom))
-    head = data[:4096]
-    if head.count(0) > len(head) // 4:
-        yield "utf-16-be" if head[::2].count(0) > head[1::2].count(0) else "utf-16-le"
-    yield from ("utf-8", "cp1252", "latin-1")
-
-
-def load(source, level="char", encoding=None):
-    """What a model of this level reads of `source`: text, or bytes for level "byte".
-
-    source : a path; "-" for standard input; text or bytes themselves; or a list of these, joined.
-        A str that names an existing file is a path, and one that can only be a file's name, such as
-        "book.txt", must.
-    """
-    if isinstance(source, (list, tuple)):
-        parts = [load(part, level, encoding) for part in source]
-        return (b"" if level == "byte" else "").join(parts)
-    if isinstance(source, os.PathLike) or isinstance(source, str) and _is_path(source):
-        data, name = read_bytes(source), os.fspath(source)
-        return data if level == "byte" else decode(data, encoding, name)
-    if isinstance(source, str) and len(source) < 1024 and FILE.fullmatch(source):
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), source)
-    if isinstance(source, str):
-        return source.encode("utf-8", "surrogatepass") if level == "byte" else source
-    if isinstance(source, (bytes, bytearray)):
-        return bytes(source) if level == "byte" else decode(bytes(source), encoding)
-    raise TypeError(f"a text must be str, bytes or a path, got {type(source).__name__}")
-
-
-def _is_path(text):
-    return text == "-" or 0 < len(text) < 1024 and "\n" not in text and "\0" not in text \
-        and os.path.isfile(text)
-
 
 def words(text):
     """A text -> its words in lower case, and single marks; blanks are left out."""
@@ -131,12 +35,22 @@ def count_chars(data):
     return int(np.count_nonzero(np.frombuffer(data, np.uint8) & 0xC0 != 0x80))
 
 
+def _alike(character):
+    """Characters that look like one, the likest first."""
+    plain = unicodedata.normalize("NFKD", character)[0]
+    for one in plain, *(to for kinds, to in ALIKE.items() if character in kinds):
+        yield from (one, one.lower()[:1], one.upper()[:1])
+    if character.isspace():
+        yield " "
+
+
 class Vocabulary:
     """The tokens of a level and their numbers.
 
     Level "byte" has 256 tokens. "char", "word" and a function str -> list of tokens have token 0,
     `unknown`, for whatever is not among `tokens`, which stand in the order given. Words keep the
-    space before them.
+    space before them; those of "whitespace" are what stands between white space, and a line end is
+    "<eos>", as corpora that are cut into tokens already have them.
 
     >>> v = Vocabulary.of("abracadabra", "char")
     >>> v.encode("cabin").tolist(), v.decode([1, 2, 5])
@@ -160,10 +74,13 @@ class Vocabulary:
         """The tokens that a text has at least min_count times, sorted; with max_size only the most
         frequent, so that there are at most so many in all.
         """
-        if level == "byte":
-            return cls(level)
-        counts = Counter(cls(level).split(data))
-        counts.pop(UNKNOWN[level], None)
+        return cls(level) if level == "byte" else cls.of_counts(
+            Counter(cls(level).split(data)), level, max_size, min_count)
+
+    @classmethod
+    def of_counts(cls, counts, level, max_size=None, min_count=1):
+        """The same of tokens that were counted, a dict."""
+        counts = {token: count for token, count in counts.items() if token != UNKNOWN[level]}
         kept = [token for token, count in counts.items() if count >= min_count]
         if max_size is not None:
             kept = sorted(kept, key=lambda token: (-counts[token], token))[:max_size - 1]
@@ -193,7 +110,8 @@ class Vocabulary:
         return len(self.tokens)
 
     def split(self, data):
-        """A text -> its tokens, known or not; of a level strs that give the text again when joined.
+        """A text -> its tokens, known or not; of "char", "byte" and "word" strs that give the text again
+        when joined.
 
         The bytes of one character are "" until the last of them.
         """
@@ -201,6 +119,8 @@ class Vocabulary:
             return list(map(self.decoder(), self.encode(data)))
         if callable(self.level):
             return self.level(data)
+        if self.level == "whitespace":
+            return data.replace("\n", f" {EOS} ").split()
         return list(data) if self.level == "char" else WORD.findall(data)
 
     def encode(self, data):
@@ -213,23 +133,60 @@ class Vocabulary:
         codes = np.frombuffer(data.encode("utf-32-le", "surrogatepass"), "<u4")
         if not len(self._codes):
             return np.zeros(len(codes), np.int32)
+        if len(codes) > 1 << 16:        # ten times as fast, where the table is worth its making
+            numbers = np.zeros(int(self._codes[-1]) + 2, np.int32)
+            numbers[self._codes] = self._numbers
+            return numbers[np.minimum(codes, len(numbers) - 1)]
         at = np.minimum(np.searchsorted(self._codes, codes), len(self._codes) - 1)
         return np.where(self._codes[at] == codes, self._numbers[at], 0).astype(np.int32)
 
-    def decode(self, ids):
+    def read(self, data):
+        """A text -> its ids, and what of it is not in the vocabulary: token -> what it was read as.
+
+        A character is read as one that looks like it, if the vocabulary has such: "e" for "é", a
+        straight quote for a round one, the other case; else as the unknown, None.
+        """
+        if self.level == "byte":
+            return self.encode(data), {}
+        new = [token for token in dict.fromkeys(self.split(data)) if token not in self.ids]
+        if self.level != "char":
+            return self.encode(data), dict.fromkeys(new)
+        replaced = {token: next((c for c in _alike(token) if c in self.ids), None) for token in new}
+        ids = self.encode("".join(replaced.get(c, c) or c for c in data))
+        return ids, replaced
+
+    def decode(self, ids, after=False):
         """Ids -> the text; bytes that are no UTF-8 become the replacement character."""
-        decoder = self.decoder()
+        decoder = self.decoder(after)
         return "".join(map(decoder, ids)) + decoder(None)
 
-    def decoder(self):
+    def decoder(self, after=False):
         """A function from one id after the other to the text that it completes; None ends it.
 
-        The bytes of one character give "" until the last of them.
+        The bytes of one character give "" until the last of them. after : whether a token of the same
+        line stands before, from which a space parts those of "whitespace"
         """
+        if self.level == "whitespace":
+            return self._spaced(after)
         if self.level != "byte":
             return lambda n: "" if n is None else self.tokens[n]
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         return lambda n: utf8.decode(b"", True) if n is None else utf8.decode(bytes([n]))
+
+    def _spaced(self, after):
+        def decode(n):
+            nonlocal after
+            if n is None:
+                return ""
+            token, space = self.tokens[n], " " if after else ""
+            after = token != EOS
+            return space + token if after else "\n"
+        return decode
+
+    @property
+    def dtype(self):
+        """The narrowest kind of integer that holds all ids."""
+        return np.uint8 if len(self) <= 1 << 8 else np.uint16 if len(self) <= 1 << 16 else np.int32
 
     @property
     def unknown(self):
@@ -239,4 +196,5 @@ class Vocabulary:
     @property
     def start(self):
         """The id to begin with where nothing was said before: a line end, if the text had one."""
-        return 10 if self.level == "byte" else self.ids.get("\n", min(1, len(self) - 1))
+        return 10 if self.level == "byte" else \
+            self.ids.get(EOS if self.level == "whitespace" else "\n", min(1, len(self) - 1))

@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from lstmcore import checks, distributed, optim
+from lstmcore import checks, distributed, optim, renames
 from lstmcore._types import Array, Floats
 
 SCHEDULES = ("step", "cosine", "plateau", "constant")
 FIXED = ("batch_size", "seq_length", "optimizer", "validation")     # not to be changed by resuming
+WATCHED = 10            # steps, at least, whose mean loss says that it runs away: single ones vary
 SHARDING = {"shards": None, "reduction": "tree", "wire": None}      # settings that older files lack
 # What a run counts, by which it goes on.
 OWN = ("epoch", "position", "step", "seconds", "loss_sum", "loss_tokens", "scale", "waited", "history")
@@ -45,7 +46,7 @@ class Settings:
     weight_decay : as the optimizer has it
     evaluate_every : steps from one evaluation to the next; by default one epoch
     patience : stop after so many evaluations in a row without a better one; None for never
-    validation : the share of the text, at its end, that is kept for validation
+    validation : the share of the text, at its end, that is kept for validation; None: as the model has it
     shards : parts of the batch whose gradients are summed in a fixed order, for bits that do not
         depend on the number of processes; with a comm 8 by default, else none
     reduction : "tree", or "allreduce": MPI's own sum of a shard for each process
@@ -66,7 +67,7 @@ class Settings:
     weight_decay: float = 0.0
     evaluate_every: int = None
     patience: int = None
-    validation: float = 0.05
+    validation: float = None
     shards: int = None
     reduction: str = "tree"
     wire: str = None
@@ -105,6 +106,7 @@ class Settings:
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Settings:
         """These settings; TypeError for what is none."""
+        renames.check_settings(given)
         known = list(cls.__dataclass_fields__)
         if unknown := sorted(given.keys() - set(known)):
             raise TypeError(f"fit has no setting {', '.join(unknown)}; it has {', '.join(known)}")
@@ -167,6 +169,7 @@ class Trainer:
         self.chosen, self.chosen_loss = None, math.inf  # the same with the run's last evaluation
         self.last = None                                # the weights when the run has ended
         self.history, self.outcome, self._warned = [], None, False
+        self._mark, self._means = (0.0, 0.0, 0, 0), []  # share, loss_sum, _tokens, step when it was watched
 
     @property
     def seen(self) -> int:
@@ -191,12 +194,15 @@ class Trainer:
         """
         self.network.train()
         self._clock = time.perf_counter() - self.seconds
+        self._mark = self.share, self.loss_sum, self.loss_tokens, self.step
         # What overflows is found by _check_finite.
         try:
             with np.errstate(all="ignore"), _interrupts() as self._interrupted:
                 while self.outcome is None and self.share < 1:
                     if self._advance():
                         self._evaluate(scheduled=True)
+                    elif self.share >= self._mark[0] + 0.05 and self.step >= self._mark[3] + WATCHED:
+                        self._watch()
                     self.tick(self)
                     # Of several processes all end after the same step, of which `_signal` is known to all.
                     if number := self._signal if self.shards else self._received():
@@ -351,6 +357,7 @@ class Trainer:
             self._warn_if_it_runs_away(train)
             self.best, self.best_loss = self.chosen, self.chosen_loss
             self.loss_sum, self.loss_tokens = 0.0, 0
+            self._mark = self.share, 0.0, 0, self.step
             self.waited = 0 if better else self.waited + 1
             if self.schedule == "plateau" and not better:
                 self.scale *= 0.5
@@ -367,9 +374,18 @@ class Trainer:
         if self.shards:
             self.seconds = self.shards.processes.bcast(self.seconds)
 
+    def _watch(self):
+        """Between evaluations that are far apart: whether the loss of late runs away."""
+        _, total, count, _ = self._mark
+        self._mark = self.share, self.loss_sum, self.loss_tokens, self.step
+        if self.loss_tokens > count:
+            late = (self.loss_sum - total) / (self.loss_tokens - count)
+            self._warn_if_it_runs_away(late)
+            self._means.append(late)
+
     def _warn_if_it_runs_away(self, loss):
         """Once, where the loss is above the run's first and half as much again as its least."""
-        losses = [record["loss"] for record in self.history if record["loss"] is not None]
+        losses = self._means + [record["loss"] for record in self.history if record["loss"] is not None]
         if self.shards and not self.shards.is_root:
             return
         if losses and loss is not None and not self._warned and loss > max(losses[0], 1.5 * min(losses)):

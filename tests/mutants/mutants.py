@@ -23,8 +23,10 @@ FILES, PRECISION, RECURRENT, RENAMES, DISTRIBUTED, REDUCTION, OPTIM, VARIANTS, S
     f"lstmcore/{name}.py" for name in ("files", "precision", "recurrent", "renames", "distributed",
                                        "reduction", "optim", "variants", "streams",
                                        "formats/keras_variants"))
-NETWORK, SOURCES, TRAINING, TEXT, ESTIMATORS = (
-    f"lstmcore/models/{name}.py" for name in ("network", "sources", "training", "text", "estimators"))
+NETWORK, SOURCES, TRAINING, TEXT, CORPUS, GENERATION, ESTIMATORS = (
+    f"lstmcore/models/{name}.py" for name in ("network", "sources", "training", "text", "corpus",
+                                              "generation", "estimators"))
+INSPECT = "lstmcore/inspect.py"
 DISK, STATE_DICT, SAFETENSORS, ONNX, GRAPH, OPERATORS, KERAS, DESCRIPTION = (
     f"lstmcore/formats/{name}.py" for name in ("disk", "state_dict", "safetensors", "onnx",
                                                "onnx_graph", "onnx_operators", "keras",
@@ -900,8 +902,20 @@ MUTANTS = [
     # models
     ("a state goes on into the next epoch", SOURCES, "        self._state, self._states = None, {}\n",
      "        pass\n"),
-    ("a window repeats its last token", SOURCES, "self.length)\n        window",
-     "self.length) - 1\n        window"),
+    ("a window repeats its last token", SOURCES, "self.T, rows, slice(start, end))",
+     "self.T, rows, slice(start, min(end + 1, self.length)))"),
+    ("a piece cuts a word", CORPUS, "            at = _end_of_token(rest)", "            at = len(rest)"),
+    ("texts of a list have no border", CORPUS, "item if item.endswith(end) else item + end", "item"),
+    ("the beginning is held out", CORPUS, "cuts = [end - round(n * share)",
+     "cuts = [end - n + round(n * share)"),
+    ("a byte of an encoding is counted twice", CORPUS, "{at - kept + error.start}", "{at + error.start}"),
+    ("ids are narrower than the vocabulary", TEXT, "np.uint8 if len(self) <= 1 << 8",
+     "np.uint8 if len(self) <= 1 << 9"),
+    ("a line end is no token", TEXT, "data.replace(\"\\n\", f\" {EOS} \").split()", "data.split()"),
+    ("what was written is not read", GENERATION, "token = self._unread = draw", "token = draw"),
+    ("a neuron is measured where it was chosen", INSPECT, "best, r[every, best], again[every, best]",
+     "best, again[every, best], r[every, best]"),
+    ("a gate is open when it is shut", INSPECT, "(signals[name] < SHUT)", "(signals[name] > SHUT)"),
     ("batches are never shuffled", SOURCES, "        if self.length > 1:", "        if 0:"),
     ("a batch weighs as much as its sequences", SOURCES, "self.weights[rows] / count", "self.weights[rows]"),
     ("what is held out is trained on", SOURCES, "self.rows, self.held_out = rows[n:], rows[:n]",
