@@ -51,6 +51,14 @@ def options(p):
                    help="width of the table of tokens (default: 64; words: 128; 0: one-hot)")
     g.add_argument("--peepholes", action="store_true", default=None)
     g.add_argument("--dropout", type=float, metavar="P", help="(default: 0)")
+    g.add_argument("--recurrent-dropout", type=float, metavar="P",
+                   help="of what an LSTM hears of its last h, one mask for a sequence (default: 0)")
+    g.add_argument("--zoneout", type=float, metavar="P",
+                   help="probability of h and c of an LSTM to keep their last value (default: 0)")
+    g.add_argument("--weight-dropout", type=float, metavar="P", help="of W_hh (default: 0)")
+    g.add_argument("--locked-dropout", action="store_true", default=None,
+                   help="dropout between layers is one mask for a sequence")
+    g.add_argument("--layer-norm", choices=("products",), help="normalize the products of an LSTM and c")
     g.add_argument("--vocab-size", "--vocab", type=int, metavar="N",
                    help="keep the N most frequent tokens")
     g.add_argument("--min-count", type=int, metavar="N",

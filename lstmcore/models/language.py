@@ -22,7 +22,7 @@ from lstmcore._types import Cell, Compute, Dtype, Path
 from lstmcore.formats import description, disk, safetensors
 from lstmcore.models import corpus, generation, text
 from lstmcore.models.corpus import Corpus
-from lstmcore.models.network import Model, Network, checked
+from lstmcore.models.network import OPTIONS, Model, Network, checked, checked_options
 from lstmcore.models.progress import Bar, Lines, opening
 from lstmcore.models.sources import Streams, total_nats
 from lstmcore.models.training import Budget, Settings, Trainer, check_run, checked_history
@@ -58,7 +58,9 @@ class LanguageModel(Model):
     embed_size : width of the table of tokens, by default 64, of words 128; 0 for one-hot rows,
         which learn slower (on Python's documentation 2.40 nats after an epoch, not 1.73)
     dropout : probability, between the layers and before the output, in training
-    peepholes : as in `lstmcore.LSTM`
+    peepholes, layer_norm : as in `lstmcore.LSTM`
+    recurrent_dropout, zoneout : likewise, of an LSTM, in training
+    weight_dropout, locked_dropout : likewise, of every cell
     vocab_size : keep at most so many tokens, the most frequent; None for all
     min_count : keep tokens that the text has so often; by default 2 for words and 1 for characters
     init_uniform : all parameters, biases too, are drawn from -init_uniform to init_uniform; by default
@@ -88,12 +90,19 @@ class LanguageModel(Model):
     embed_size: int
     dropout: float
     peepholes: bool
+    recurrent_dropout: float
+    zoneout: float
+    weight_dropout: float
+    locked_dropout: bool
+    layer_norm: Literal["products"] | None
     dtype: Dtype
     compute: Compute | None
 
     def __init__(self, level: Literal["char", "byte", "word", "whitespace"] = "char", *, cell: Cell = "lstm",
                  hidden_size: int = 256, num_layers: int = 2, embed_size: int | None = None,
-                 dropout: float = 0.0, peepholes: bool = False, vocab_size: int | None = None,
+                 dropout: float = 0.0, peepholes: bool = False, recurrent_dropout: float = 0.0,
+                 zoneout: float = 0.0, weight_dropout: float = 0.0, locked_dropout: bool = False,
+                 layer_norm: Literal["products"] | None = None, vocab_size: int | None = None,
                  min_count: int | None = None, init_uniform: float | None = None,
                  dtype: Dtype = "float32", compute: Compute | None = None,
                  seed: int | None = 0) -> None:
@@ -104,7 +113,9 @@ class LanguageModel(Model):
             min_count = 2 if level == "word" else 1
         vars(self).update(checked(
             cell=cell, hidden_size=hidden_size, num_layers=num_layers, embed_size=embed_size,
-            dropout=dropout, peepholes=peepholes, dtype=dtype, compute=compute))
+            dropout=dropout, peepholes=peepholes, dtype=dtype, compute=compute), **checked_options(
+            cell, recurrent_dropout=recurrent_dropout, zoneout=zoneout, weight_dropout=weight_dropout,
+            locked_dropout=locked_dropout, layer_norm=layer_norm))
         self.vocab_size = None if vocab_size is None else checks.size("vocab_size", vocab_size, 2)
         self.min_count = checks.size("min_count", min_count)
         self.init_uniform = None if init_uniform is None else checks.number("init_uniform", init_uniform)
@@ -331,7 +342,8 @@ class LanguageModel(Model):
         """The arguments of the constructor, as they act."""
         names = ("level cell hidden_size num_layers embed_size dropout peepholes vocab_size "
                  "min_count init_uniform dtype compute seed").split()
-        return {**{name: getattr(self, name) for name in names}, "compute": self.compute or self.dtype}
+        return {**{name: getattr(self, name) for name in (*names, *OPTIONS)},
+                "compute": self.compute or self.dtype}
 
     def __repr__(self) -> str:
         default = {**LanguageModel(self.level).config, "compute": self.dtype}
@@ -355,6 +367,7 @@ class LanguageModel(Model):
 
     def _build(self):
         names = "cell hidden_size num_layers embed_size dropout peepholes dtype compute seed".split()
+        names += [name for name, usual in OPTIONS.items() if getattr(self, name) != usual]
         self.network = Network(len(self.vocabulary), **{n: getattr(self, n) for n in names})
         if self.init_uniform is not None:
             rng = np.random.default_rng(self.seed)
@@ -454,7 +467,7 @@ class LanguageModel(Model):
     def _write(self, path, arrays, metadata):
         tokens = self.vocabulary.tokens[1:] if self.level != "byte" else []
         config = {name: value for name, value in self.config.items()
-                  if (name, value) not in (("compute", self.dtype), ("init_uniform", None))}
+                  if (name, value) not in (("compute", self.dtype), ("init_uniform", None), *OPTIONS.items())}
         # without these an older lstmcore reads it
         saved = {"version": description.VERSION, "config": config, "level": self.level,
                  "tokens": tokens,

@@ -41,6 +41,23 @@ def checked(*, cell: Any, hidden_size: Any, num_layers: Any, embed_size: Any, dr
                 compute=products(compute, checks.float_dtype(dtype)))
 
 
+# Of a language model, what its layers take beside, and what is usual; the first three are an LSTM's.
+OPTIONS: dict[str, Any] = {"recurrent_dropout": 0.0, "zoneout": 0.0, "layer_norm": None,
+                           "weight_dropout": 0.0, "locked_dropout": False}
+
+
+def checked_options(cell: str, **given: Any) -> dict[str, Any]:
+    """OPTIONS, found to be right for a cell."""
+    for name in list(OPTIONS)[:3]:
+        if given[name] and cell != "lstm":
+            raise ValueError(f"{name} needs cell='lstm', got {cell!r}")
+    for name in ("recurrent_dropout", "zoneout", "weight_dropout"):
+        given[name] = checks.probability(name, given[name])
+    if given["layer_norm"] is not None:
+        checks.choice("layer_norm", given["layer_norm"], ("products",))
+    return {**given, "locked_dropout": bool(given["locked_dropout"])}
+
+
 class Network(Module):
     """[A table of tokens] -> recurrent layers -> [one vector per sequence] -> linear head.
 
