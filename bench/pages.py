@@ -25,6 +25,7 @@ TABLES = {  # name in a page -> the text
     **{f"distributed-{name}": partial(distributed.table, name)
        for name in ("runs", "trace", "links", "check", "scale", "losses")},
     "variants": lambda: variants.table(json.loads((RESULTS / "variants.json").read_text())),
+    "variants-losses": lambda: variants.losses_table(json.loads((RESULTS / "variants.json").read_text())),
     "below": lambda: report.markdown(record.read(RESULTS / "below.json")),
     "below-short": lambda: report.short_below(record.read(RESULTS / "below.json")),
     "compare-short": lambda: report.short(record.read(RESULTS / "compare.json")),

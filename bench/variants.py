@@ -3,7 +3,9 @@
 A training step (forward, backward, all gradients) of one layer at char-512, float32, with one option of
 `lstmcore.LSTM` after the other, over that of the usual cell; and a Keras LSTM with and without recurrent
 dropout on the same shape, where Keras and PyTorch are installed. All in one process, in turn, medians.
-Writes bench/results/variants.json, from which bench.pages makes the table of docs/variants.md.
+With --text FILE instead what each does to the validation loss of a character model, after equally many
+steps; about a quarter of an hour. Both write their part of bench/results/variants.json, from which
+bench.pages makes the tables of docs/variants.md.
 """
 
 import argparse
@@ -32,6 +34,16 @@ OPTIONS = {  # options of LSTM, as they are written there
     "recurrent_dropout=0.3": dict(recurrent_dropout=0.3),
     "weight_dropout=0.3": dict(weight_dropout=0.3),
     "peepholes=True": dict(peepholes=True),
+    'layer_norm="products"': dict(layer_norm="products"),
+}
+MODELS = {  # of the losses, as options of LanguageModel
+    "none of them": {},
+    "dropout=0.3": dict(dropout=0.3),
+    "dropout=0.3, locked_dropout=True": dict(dropout=0.3, locked_dropout=True),
+    "recurrent_dropout=0.3": dict(recurrent_dropout=0.3),
+    "weight_dropout=0.3": dict(weight_dropout=0.3),
+    "zoneout=0.1": dict(zoneout=0.1),
+    "dropout=0.3, recurrent_dropout=0.2": dict(dropout=0.3, recurrent_dropout=0.2),
     'layer_norm="products"': dict(layer_norm="products"),
 }
 KERAS = ("Keras", "Keras, recurrent_dropout=0.3")
@@ -81,6 +93,21 @@ def keras_steps(case, threads):
     return dict(zip(KERAS, (step_of(0.0), step_of(0.3))))
 
 
+def losses(path, named, steps, seed):
+    """{name: [least validation loss, that at the end, the training loss at the end]}, nats a character."""
+    import lstmcore
+
+    found = {}
+    for name, options in MODELS.items():
+        model = lstmcore.LanguageModel(hidden_size=256, num_layers=1, seed=seed, **options).fit(
+            path, steps=steps, seq_length=64, batch_size=32, lr=3e-3, evaluate_every=steps // 20,
+            validation=0.1, progress=False)
+        history = [record for record in model.history if record["validation"] is not None]
+        found[name] = [min(r["validation"] for r in history), history[-1]["validation"], history[-1]["loss"]]
+        print(name, *(f"{loss:.4f}" for loss in found[name]), flush=True)
+    return {"text": named, "steps": steps, "seed": seed, "found": found}
+
+
 def measure(steps, rounds):
     """{name: median seconds}, in turn."""
     seconds = {name: [] for name in steps}
@@ -100,10 +127,19 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=15, help="steps per figure (default: 15)")
     parser.add_argument("--keras-rounds", type=int, default=3, help="of Keras's (default: 3)")
     parser.add_argument("--threads", type=int, help="of each library (default: the CPUs)")
+    parser.add_argument("--text", nargs=2, metavar=("FILE", "NAME"),
+                        help="measure losses on a text, of this name in the table, instead of times")
+    parser.add_argument("--steps", type=int, default=4000, help="of each training (default: 4000)")
+    parser.add_argument("--seed", type=int, default=0, help="of each training (default: 0)")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="JSON")
     options = parser.parse_args(argv)
     import lstmcore
 
+    kept = json.loads(options.output.read_text()) if options.output.exists() else {}
+    if options.text:
+        kept["losses"] = {"date": record.today(), **losses(*options.text, options.steps, options.seed)}
+        options.output.write_text(json.dumps(kept, indent=1) + "\n")
+        return
     threads = options.threads or lstmcore.get_num_threads()
     lstmcore.set_num_threads(threads)
     here, case = record.machine(threads, os.getloadavg()[0]), CASES["char-512"]
@@ -113,7 +149,7 @@ def main(argv=None):
     versions = {name: __import__(name).__version__ for name in ("lstmcore", *(
         ("keras", "torch") if peers else ()))}
     options.output.write_text(json.dumps({
-        "machine": here, "date": record.today(), "command": "python -m bench.variants",
+        **kept, "machine": here, "date": record.today(), "command": "python -m bench.variants",
         "versions": versions, "rounds": options.rounds, "seconds": seconds}, indent=1) + "\n")
     print(table(json.loads(options.output.read_text())))
 
@@ -129,6 +165,19 @@ def table(found):
     for name, value in seconds.items():
         words = f"`{name}`" if "=" in name and name not in KERAS else name
         lines.append(f"| {words} | {value * 1e3:,.1f} | {value / seconds[USUAL]:.2f}× |")
+    return "\n".join(lines)
+
+
+def losses_table(found):
+    """The losses, from the record."""
+    said = found["losses"]
+    lines = [f"`python -m bench.variants --text`, {said['date']}: {said['text']}, one layer of 256 units, "
+             f"{said['steps']} steps of 32 × 64 characters, Adam, seed {said['seed']}; nats per character, "
+             "on a tenth of the text held out.", "",
+             "| | least loss held out | at the end | training, at the end |", "|---|--:|--:|--:|"]
+    for name, values in said["found"].items():
+        words = f"`{name}`" if "=" in name else name
+        lines.append(f"| {words} | " + " | ".join(f"{loss:.3f}" for loss in values) + " |")
     return "\n".join(lines)
 
 

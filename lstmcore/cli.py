@@ -8,6 +8,7 @@ import argparse
 import os
 import re
 import sys
+import time
 import warnings
 
 from lstmcore import __version__
@@ -17,6 +18,8 @@ from lstmcore.commands.terminal import say
 
 COMMANDS = {"train": train, "sample": sample, "chat": chat, "eval": evaluate, "compare": compare,
             "search": search, "info": info, "inspect": look_inside, "gradflow": gradflow, "convert": convert}
+
+RANKS = "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"       # as MPI launchers name them
 
 EXAMPLES = """examples:
   lstmcore train                                 a minute on Python's own documentation
@@ -67,9 +70,12 @@ def _open_streams():
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that says what is wrong in one line."""
+    """A parser that says what is wrong in one line, and of several processes once."""
 
     def error(self, message):
+        if any(os.environ.get(name, "0") != "0" for name in RANKS):
+            time.sleep(1)           # else the launcher may end rank 0 before it has spoken
+            self.exit(2)
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 

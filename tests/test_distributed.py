@@ -382,6 +382,7 @@ def test_the_command_under_mpiexec(tmp_path):
 @pytest.mark.parametrize("options, said", [
     (("--shards", "3"), "lstmcore: --shards must be a multiple of the 2 processes, got 3"),
     (("--batch-size", "0"), "lstmcore: --batch-size must be at least 1, got 0"),
+    (("--lr", "fast"), "argument --lr: invalid float value"), (("--ephocs", "3"), "--ephocs 3 (see "),
     (("--reduction", "allreduce", "--wire", "bfloat16"), "needs reduction='tree'")])
 def test_a_mistake_under_mpiexec_is_said_once(options, said, tmp_path):
     (tmp_path / "story.txt").write_text(ranks.story(100))
