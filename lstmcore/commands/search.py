@@ -326,15 +326,15 @@ def _draw(search, path):
     for n in layers:
         some = {name: trial for name, trial in search.trials.items()
                 if trial["options"]["num_layers"] == n and trial["rounds"]}
+        name_of = f"{n} layer{'s' * (n > 1)}, "
         first = sorted((trial["rounds"][0]["parameters"], trial["rounds"][0]["validation"])
                        for trial in some.values())
         if first:
-            sizes.plot(*zip(*first), "o--", color=colors[n], alpha=0.6,
-                       label=f"{n} layer{'s' * (n > 1)}, first round")
+            sizes.plot(*zip(*first), "o--", color=colors[n], alpha=0.6, label=name_of + "first round")
         longer = [trial["rounds"][-1] for trial in some.values() if len(trial["rounds"]) > 1]
         if longer:
             sizes.plot([r["parameters"] for r in longer], [r["validation"] for r in longer], "o",
-                       color=colors[n], label="at its end")
+                       color=colors[n], label=name_of + "at its end")
         for name, trial in some.items():
             course = trial["rounds"][-1]["course"]
             times.plot([s / 60 for s, _ in course], [loss for _, loss in course], ".-", color=colors[n],
