@@ -136,6 +136,7 @@ class _Probe:
         self.moving = set(graph.inputs)     # what holds numbers that a call is given or computes
         self.handed = {name: name for name in graph.inputs}     # which of the inputs it is, moved
         self.makers, self.origins = {}, {}      # the operation that makes a value; a node's X
+        self.found, self.orders = {}, {}        # what `before` and `reordered` said
         for name, value in graph.inputs.items():
             self.values[name] = self.feeds[name] = self._feed(value)
         budget, names = Budget(graph.budget), set()
@@ -215,8 +216,10 @@ class _Probe:
 
     def before(self, node):
         """The name of the node whose Y, in the usual order, is this node's X, or None."""
-        x = self.given[node.name]
-        return None if x is None else self.sources.get(_key(x))
+        x, place = self.given[node.name], (self.origins[node.name], node.attributes.get("layout", 0))
+        if place not in self.found:         # a wide x of many nodes is looked at once
+            self.found[place] = None if x is None else self.sources.get(_key(x))
+        return self.found[place]
 
     def is_batch_first(self, node):
         """Whether the graph's input, or what a layer before this node makes of it, reaches the
@@ -233,14 +236,15 @@ class _Probe:
     def reordered(self, name):
         """The operation that gives a node its X, where that is numbers of an input and not in its order,
         nor with its first two axes swapped; None elsewhere."""
-        x, source = self.given[name], self.origins.get(name)
+        x, source = self.given[name], self.origins[name]
         feed = self.feeds.get(self.handed.get(source))
-        if x is None or not isinstance(feed, np.ndarray):
+        if x is None or not isinstance(feed, np.ndarray) or source in self.feeds:
             return None
-        orders = [feed, feed.swapaxes(0, 1)] if feed.ndim > 1 else [feed]
-        if any(np.array_equal(x.ravel(), order.ravel()) for order in orders):
-            return None
-        return self.makers.get(source)
+        if source not in self.orders:
+            orders = [feed, feed.swapaxes(0, 1)] if feed.ndim > 1 else [feed]
+            self.orders[source] = None if any(
+                np.array_equal(x.ravel(), order.ravel()) for order in orders) else self.makers[source]
+        return self.orders[source]
 
     def _initial(self, node, source, layer):
         """The state that the graph fixes, (D, B, H), or (D, 1, H) for each sequence; None for zeros,
