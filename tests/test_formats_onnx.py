@@ -446,8 +446,9 @@ def test_states_that_no_call_is_given_are_named(tmp_path):
     constants = {"start": np.array([0]), "k": np.ones(1, "f4")}
     assert repr(shaped([given, node], constants, tmp_path=tmp_path, inputs=inputs)) == f"LSTM({I}, {H})"
     computed = n("Mul", ["h", "k"], ["g"]), n("Unsqueeze", ["g", "start"], ["h0"])
-    with pytest.warns(UserWarning, match="starts in a state that the graph computes"):
+    with pytest.warns(UserWarning, match="starts in a state that the graph computes") as said:
         shaped([*computed, node], constants, tmp_path=tmp_path, inputs=inputs)
+    assert len(said) == 2           # that, and the Mul
     # as PyTorch's dynamo exporter writes a layer with projections, whose c0 gives it away
     constants = {"h0": np.zeros((1, 1, H), "f4"), "c0": np.zeros((1, 1, H + 2), "f4")}
     with pytest.raises(ValueError, match=f"must be floats .* got float32 .1, 1, {H + 2}.: .*projections"):

@@ -195,7 +195,12 @@ class _Probe:
             if known and (x is None or not np.all(lengths == len(x))):
                 raise ValueError(f"sequence_lens of {node.name} is a constant or computed, and not "
                                  "the whole length of x: lstmcore gives lengths to a call")
-        states = [self._initial(node, given.get(name), layer) for name in ("initial_h", "initial_c")]
+        sources = [given.get(name) for name in ("initial_h", "initial_c")]
+        x = self.handed.get(self.origins[node.name])
+        if any(s in self.moving and self.handed.get(s) in (None, x) for s in sources):
+            warnings.warn(f"{node.name} starts in a state that the graph computes: give it to every call",
+                          stacklevel=4)
+        states = [self._initial(node, source, layer) for source in sources]
         if any(state is not None for state in states):
             shape = np.broadcast_shapes(*(s.shape for s in states if s is not None))
             states = [np.broadcast_to(np.float32(0) if s is None else s, shape) for s in states]
@@ -250,9 +255,6 @@ class _Probe:
         """The state that the graph fixes, (D, B, H), or (D, 1, H) for each sequence; None for zeros,
         or where a call gives it."""
         if not source or source in self.moving:
-            if source and self.handed.get(source) in (None, self.handed.get(self.origins[node.name])):
-                warnings.warn(f"{node.name} starts in a state that the graph computes: give it to "
-                              "every call", stacklevel=5)
             return None
         value = self.values.get(source)
         wanted = len(layer.directions), layer.hidden_size
