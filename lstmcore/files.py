@@ -10,6 +10,7 @@ What the formats are, `lstmcore.formats` knows; here their descriptions become l
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -210,8 +211,12 @@ def _size(path):
     name = os.fsdecode(path)
     if not name.endswith((".onnx", ".json")):
         return os.path.getsize(name)
-    return sum(entry.stat().st_size for entry in os.scandir(os.path.dirname(name) or ".")
-               if entry.is_file())
+    total, folder = os.path.getsize(name), os.path.dirname(name)
+    with contextlib.suppress(OSError):                  # a folder that may be passed, not listed
+        for other in os.listdir(folder or "."):
+            with contextlib.suppress(OSError):          # gone meanwhile, or a link to nothing
+                total += os.path.getsize(os.path.join(folder, other))
+    return total
 
 
 def _fill(module, path, name, options):

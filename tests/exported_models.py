@@ -150,6 +150,7 @@ def main():
     which, count = sys.argv[1], int(sys.argv[2])
     check = {"torch": check_torch, "keras": check_keras}[which]
     warnings.simplefilter("ignore")
+    os.environ.setdefault("KERAS_BACKEND", "torch")
     said = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(count):

@@ -206,6 +206,10 @@ def test_shards_are_one_model_and_none_is_loaded_alone(tmp_path):
     write(renamed, sorted(set(renamed.values())))
     with pytest.raises(ValueError, match="one shard of several: load"):
         lstmcore.load(tmp_path / renamed[names[0]])
+    (tmp_path / "link.index.json").symlink_to("nowhere")        # others' faults are not this file's
+    (tmp_path / "broken.index.json").write_text("[")
+    safetensors.write(tmp_path / "whole.safetensors", arrays)
+    assert lstmcore.load(tmp_path / "whole.safetensors").hidden_size
     for message, places in {"own folder": {names[0]: "../m.safetensors"}, "no index": 3,
                             "disagree on 'x'": {**renamed, "x": renamed[names[0]]}}.items():
         index.write_text(json.dumps({"weight_map": places}))

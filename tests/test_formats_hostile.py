@@ -357,6 +357,28 @@ def test_small_pickles_that_would_take_long(tmp_path, message, program):
     assert time.perf_counter() - begin < 4
 
 
+def test_a_configuration_of_many_layers_takes_little(tmp_path):
+    """Layers that all read what many others have passed on, and a model with many in a model."""
+    n = 6000
+
+    def entry(kind, name, source=None):
+        return {"class_name": kind, "config": {"name": name, "return_sequences": True},
+                "inbound_nodes": [[[source, 0, 0, {}]]] if source else []}
+    passing = [entry("Dropout", f"d{k}", f"d{k - 1}" if k else None) for k in range(n)]
+    readers = [entry("LSTM", f"l{k}", f"d{n - 1}") for k in range(n)]
+    inside = [{"class_name": "Sequential", "config": {"name": f"m{k}", "layers": [entry("GRU", "a")]}}
+              for k in range(n)]
+    lstmcore.LSTM(3, 4, seed=0).save(tmp_path / "m.weights.h5")
+    for layers in [*passing, *readers], [*inside, *readers]:
+        pack(tmp_path / "m.keras", {"model.weights.h5": (tmp_path / "m.weights.h5").read_bytes(),
+                                    "config.json": json.dumps({
+                                        "class_name": "Functional", "config": {"layers": layers}})})
+        begin = time.process_time()
+        with pytest.raises(ValueError, match="several recurrent layers"):
+            lstmcore.load(tmp_path / "m.keras")
+        assert time.process_time() - begin < 4
+
+
 def test_one_storage_for_many_layers_is_refused(tmp_path):
     H, program = 64, b""
     tensor, members = pt_program({"": np.zeros((4 * H, H), "f4")})

@@ -16,7 +16,7 @@ runtime = pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from lstmcore.formats import onnx_export  # noqa: E402
+from lstmcore.formats import onnx as reader, onnx_export  # noqa: E402
 from lstmcore.formats.onnx import Backend, Graph  # noqa: E402
 
 T, B, I, H = 7, 3, 4, 5
@@ -451,8 +451,9 @@ def test_states_that_no_call_is_given_are_named(tmp_path):
     constants = {"start": np.array([0]), "k": np.ones(1, "f4")}
     assert repr(shaped([given, node], constants, tmp_path=tmp_path, inputs=inputs)) == f"LSTM({I}, {H})"
     computed = n("Mul", ["h", "k"], ["g"]), n("Unsqueeze", ["g", "start"], ["h0"])
-    with pytest.warns(UserWarning, match="starts in a state that the graph computes"):
+    with pytest.warns(UserWarning, match="starts in a state that the graph computes") as said:
         shaped([*computed, node], constants, tmp_path=tmp_path, inputs=inputs)
+    assert len(said) == 2           # that, and the Mul
     # as PyTorch's dynamo exporter writes a layer with projections, whose c0 gives it away
     constants = {"h0": np.zeros((1, 1, H), "f4"), "c0": np.zeros((1, 1, H + 2), "f4")}
     with pytest.raises(ValueError, match=f"must be floats .* got float32 .1, 1, {H + 2}.: .*projections"):
@@ -742,12 +743,15 @@ def test_an_operation_without_its_input_is_refused():
         Graph(made).run({"x": np.zeros(3, "f4")})
 
 
-def test_many_nodes_and_shared_weights_take_little(tmp_path):
+def test_many_nodes_and_shared_weights_take_little(tmp_path, monkeypatch):
+    compared, key = [], reader._key
+    monkeypatch.setattr(reader, "_key", lambda a: compared.append(a) or key(a))
     many = [lstm(y=f"y{n}") for n in range(3000)]
     begin = time.perf_counter()
     with pytest.raises(ValueError, match="several recurrent layers"):
         shaped([*many, helper.make_node("Identity", ["y0"], ["Y"])], {}, tmp_path=tmp_path)
     assert time.perf_counter() - begin < 5
+    assert len(compared) < 3010         # each Y once, and x, which may be wide, once for all
     n, x, nodes, size = helper.make_node, "x", [], 96
     for k in range(300):
         nodes += [n("LSTM", [x, "V", "V"], [f"y{k}"], hidden_size=size),

@@ -73,10 +73,10 @@ def content(path):
                   for name, found in weights.items() if _is_recurrent(found)]
         others = [name for name in weights if not _is_recurrent(weights[name])]
         return Content({}, chains, others, options)
-    recurrent = [name for name, layer in layers.items() if layer.inner["class_name"] in KINDS]
-    links, used = {}, {}
+    recurrent = {name: layer for name, layer in layers.items() if layer.inner["class_name"] in KINDS}
+    links, used, known = {}, {}, {}
     for name in recurrent:
-        source = _source(layers, name)
+        source = _source(layers, name, known)
         if source in recurrent and _returns_sequences(layers[source]):
             links[name] = source
             used[source] = used.get(source, 0) + 1
@@ -245,13 +245,16 @@ def _weights_by_layer(path, root, layers):
     root = (root.members or {}).get("model_weights", root)
     if (names := _texts(root, "layer_names")) is not None:          # before Keras 3
         found = {name: _by_weight_names(path, root, name) for name in names}
-        inner = {}
+        inner, parts = {}, {}
         for name in layers:                             # those of a model in the model
             outer, _, last = name.partition("/")
             if last and outer in found:
-                last = last.rpartition("/")[2]
-                inner[name] = [arrays for place, arrays in found[outer].items()
-                               if last in place.split("/")]
+                if outer not in parts:
+                    parts[outer] = {}
+                    for place, arrays in found[outer].items():
+                        for part in dict.fromkeys(place.split("/")):
+                            parts[outer].setdefault(part, []).append(arrays)
+                inner[name] = parts[outer].get(last.rpartition("/")[2], [])
         return {**inner, **{name: list(places.values()) for name, places in found.items()}}
     found, waiting, unnamed = {}, [("", root)], _by_class(layers)
     while waiting:
@@ -422,15 +425,25 @@ def _sources(node):
     return []
 
 
-def _source(layers, name):
-    """The one layer whose y this one reads, past those that act in training only."""
-    for _ in layers:
+def _source(layers, name, known):
+    """The one layer whose y this one reads, past those that act in training only, or None.
+
+    known : {layer: its source}, which grows by what is passed, so that no way is gone twice
+    """
+    passed, source = [], None
+    while name not in known:
+        known[name] = None              # of a circle, and until it is found
+        passed.append(name)
         sources = layers[name].sources
         if len(sources) != 1 or (name := sources[0]) not in layers:
-            return None
+            break
         if layers[name].kind not in PASSING:
-            return name
-    return None
+            source = name
+            break
+    else:
+        source = known[name]
+    known.update(dict.fromkeys(passed, source))
+    return source
 
 
 def _from_config(path, name, layer, weights, version):

@@ -136,6 +136,7 @@ class _Probe:
         self.moving = set(graph.inputs)     # what holds numbers that a call is given or computes
         self.handed = {name: name for name in graph.inputs}     # which of the inputs it is, moved
         self.makers, self.origins = {}, {}      # the operation that makes a value; a node's X
+        self.found, self.orders = {}, {}        # what `before` and `reordered` said
         for name, value in graph.inputs.items():
             self.values[name] = self.feeds[name] = self._feed(value)
         budget, names = Budget(graph.budget), set()
@@ -194,7 +195,12 @@ class _Probe:
             if known and (x is None or not np.all(lengths == len(x))):
                 raise ValueError(f"sequence_lens of {node.name} is a constant or computed, and not "
                                  "the whole length of x: lstmcore gives lengths to a call")
-        states = [self._initial(node, given.get(name), layer) for name in ("initial_h", "initial_c")]
+        sources = [given.get(name) for name in ("initial_h", "initial_c")]
+        x = self.handed.get(self.origins[node.name])
+        if any(s in self.moving and self.handed.get(s) in (None, x) for s in sources):
+            warnings.warn(f"{node.name} starts in a state that the graph computes: give it to every call",
+                          stacklevel=4)
+        states = [self._initial(node, source, layer) for source in sources]
         if any(state is not None for state in states):
             shape = np.broadcast_shapes(*(s.shape for s in states if s is not None))
             states = [np.broadcast_to(np.float32(0) if s is None else s, shape) for s in states]
@@ -215,8 +221,10 @@ class _Probe:
 
     def before(self, node):
         """The name of the node whose Y, in the usual order, is this node's X, or None."""
-        x = self.given[node.name]
-        return None if x is None else self.sources.get(_key(x))
+        x, place = self.given[node.name], (self.origins[node.name], node.attributes.get("layout", 0))
+        if place not in self.found:         # a wide x of many nodes is looked at once
+            self.found[place] = None if x is None else self.sources.get(_key(x))
+        return self.found[place]
 
     def is_batch_first(self, node):
         """Whether the graph's input, or what a layer before this node makes of it, reaches the
@@ -233,22 +241,20 @@ class _Probe:
     def reordered(self, name):
         """The operation that gives a node its X, where that is numbers of an input and not in its order,
         nor with its first two axes swapped; None elsewhere."""
-        x, source = self.given[name], self.origins.get(name)
+        x, source = self.given[name], self.origins[name]
         feed = self.feeds.get(self.handed.get(source))
-        if x is None or not isinstance(feed, np.ndarray):
+        if x is None or not isinstance(feed, np.ndarray) or source in self.feeds:
             return None
-        orders = [feed, feed.swapaxes(0, 1)] if feed.ndim > 1 else [feed]
-        if any(np.array_equal(x.ravel(), order.ravel()) for order in orders):
-            return None
-        return self.makers.get(source)
+        if source not in self.orders:
+            orders = [feed, feed.swapaxes(0, 1)] if feed.ndim > 1 else [feed]
+            self.orders[source] = None if any(
+                np.array_equal(x.ravel(), order.ravel()) for order in orders) else self.makers[source]
+        return self.orders[source]
 
     def _initial(self, node, source, layer):
         """The state that the graph fixes, (D, B, H), or (D, 1, H) for each sequence; None for zeros,
         or where a call gives it."""
         if not source or source in self.moving:
-            if source and self.handed.get(source) in (None, self.handed.get(self.origins[node.name])):
-                warnings.warn(f"{node.name} starts in a state that the graph computes: give it to "
-                              "every call", stacklevel=5)
             return None
         value = self.values.get(source)
         wanted = len(layer.directions), layer.hidden_size

@@ -83,9 +83,15 @@ def _index_of(path):
     folder, name = os.path.split(path)
     if (match := _SHARD.fullmatch(name)) and int(match[2]) > 1:
         return os.path.join(folder, match[1] + match[3] + ENDING)
-    for index in sorted(entry.path for entry in os.scandir(folder or ".")
-                        if entry.name.endswith(ENDING)):
+    try:
+        beside = sorted(os.path.join(folder, other) for other in os.listdir(folder or ".")
+                        if other.endswith(ENDING))
+    except OSError:                                     # a folder that may be passed, not listed
+        return None
+    for index in beside:
         try:
+            if os.path.getsize(index) > safetensors.MAX_HEADER:
+                continue
             shards = set(json.loads(disk.read(index))["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue                                    # what is beside a file is not its fault
