@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import namedtuple
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -21,10 +21,14 @@ from lstmcore.variants import Variant
 
 _SERIAL_WORK = 1_000_000  # multiply-adds that are done before a second thread pays: about 20 µs
 
+Cell: TypeAlias = Literal["lstm", "lstm_varied", "lstm_norm", "tanh", "relu", "gru", "gru_before"]
+
 # What goes to the plans, by name.
 Sizes = namedtuple("Sizes", "T B I H K dtype")
 Weights = namedtuple("Weights", "W_ih W_hh b peepholes W_hr format norms", defaults=[None])
 Batch = namedtuple("Batch", "x h0 c0 order lengths reverse table variant", defaults=[None])
+Room = namedtuple("Room", "y h_n c_n gates c m ax ah moments", defaults=[None] * 4)
+Upstream = namedtuple("Upstream", "dy dy_last dm0")
 Varied = namedtuple("Varied", "gate candidate cell clip coupled zones mask zone m0")
 
 

@@ -19,10 +19,11 @@ KERNELS_PXD, MEMORY_PXD, PRODUCTS_PXD, RECURRENCE_PXD = (
 REF, CALLS, ARGUMENTS, TAPES, DENSE_PY, CHECKS, MODULE, LAYERS, LOSSES_PY, THREADS = (
     f"lstmcore/{name}.py" for name in ("reference", "functional", "arguments", "tapes", "dense",
                                        "checks", "module", "layers", "losses", "threads"))
-FILES, PRECISION, RECURRENT, RENAMES, DISTRIBUTED, REDUCTION, OPTIM, VARIANTS, STREAMS, KERAS_VARIANTS = (
+FILES, PRECISION, RECURRENT, RENAMES, DISTRIBUTED, REDUCTION = (
     f"lstmcore/{name}.py" for name in ("files", "precision", "recurrent", "renames", "distributed",
-                                       "reduction", "optim", "variants", "streams",
-                                       "formats/keras_variants"))
+                                       "reduction"))
+OPTIM, VARIANTS, STREAMS, PACKING, KERAS_VARIANTS = (
+    f"lstmcore/{name}.py" for name in ("optim", "variants", "streams", "packing", "formats/keras_variants"))
 NETWORK, SOURCES, TRAINING, TEXT, CORPUS, GENERATION, ESTIMATORS = (
     f"lstmcore/models/{name}.py" for name in ("network", "sources", "training", "text", "corpus",
                                               "generation", "estimators"))
@@ -621,12 +622,12 @@ MUTANTS = [
     ("dh_n is written", CALLS, "if dh_n is None else np.array(dh_n),",
      "if dh_n is None else dh_n,"),
     ("gates of a tape may be its c", CALLS, "dtype, y, raw_c, x,", "dtype, y, x,"),
-    ("out may be the state h", CALLS, "_kernels.shares_memory(out, self._h) or ", ""),
-    ("out may be the state c", CALLS, " or _kernels.shares_memory(out, self._c)", ""),
-    ("out may be read-only", CALLS, " or not out.flags.writeable:", ":"),
-    ("a copied step shares its state", CALLS, "None if a is None else a.copy() for a",
+    ("out may be the state h", PACKING, "_kernels.shares_memory(out, self._h) or ", ""),
+    ("out may be the state c", PACKING, " or _kernels.shares_memory(out, self._c)", ""),
+    ("out may be read-only", PACKING, " or not out.flags.writeable:", ":"),
+    ("a copied step shares its state", PACKING, "None if a is None else a.copy() for a",
      "None if a is None else a for a"),
-    ("a step keeps the caller's weights", CALLS, "isinstance(a, str) else np.array(a) for a",
+    ("a step keeps the caller's weights", PACKING, "isinstance(a, str) else np.array(a) for a",
      "isinstance(a, str) else a for a"),
     ("a dense layer's packed is not compared", DENSE_PY,
      'found_packed(packed, "linear", (W, None, None))', "pass"),
@@ -792,7 +793,7 @@ MUTANTS = [
     ("db of what both feed comes late", BACKWARD, "f.db - apart * p.item", "f.db"),
     ("the bias is in the order of the kernels", CALLS,
      "weights._replace(b=arguments.turn(cell, weights.b)) if cell.turn else weights", "weights"),
-    ("the bias of a step is not turned", CALLS, "_replace(b=arguments.turn(self._cell, b))",
+    ("the bias of a step is not turned", PACKING, "_replace(b=arguments.turn(self._cell, b))",
      "_replace(b=b)"),
     ("a table of tokens is not turned", ARGUMENTS, "return ids.array, turn(cell, W_ih.rows)",
      "return ids.array, W_ih.rows"),
@@ -838,9 +839,9 @@ MUTANTS = [
     ("over BLAS dm is lost", BACKWARD,
      "        else:\n            rows[q].dy = m.products.C[q]", "        else:\n            pass"),
     ("dW_hn has h_{t-1}", BACKWARD, "products[0].x = f.m_rows\n", "pass\n"),
-    ("packed W_hn is the first rows", CALLS, "np.split(W_hh, [len(W_hh) // cell.fed * cell.heard])",
+    ("packed W_hn is the first rows", PACKING, "np.split(W_hh, [len(W_hh) // cell.fed * cell.heard])",
      "np.split(W_hh, [len(W_hh) // cell.fed * cell.heard])[0], W_hh[:len(W_hh) // cell.fed]"),
-    ("quantized W_hn is the first rows", CALLS, "(slice(cut), slice(cut, None))",
+    ("quantized W_hn is the first rows", PACKING, "(slice(cut), slice(cut, None))",
      "(slice(cut), slice(len(W_hh.q) - cut))"),
     # the equations of both
     ("reference: the reset gate is left out", REF, "n = np.tanh(a_n + r * q)", "n = np.tanh(a_n + q)"),
