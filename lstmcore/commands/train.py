@@ -175,7 +175,7 @@ def _train(args, processes):
     if not args.json:
         replaced = f"; {out} will be replaced" if os.path.exists(out) and not args.resume else ""
         terminal.say(f"training {model} on "
-             + (", ".join(args.files) or "Python's documentation of its own language") + replaced)
+                     + (", ".join(args.files) or "Python's documentation of its own language") + replaced)
     done = model.history[-1]["step"] if model.history else None
     with contextlib.ExitStack() as stack:
         if args.tensorboard:
@@ -187,7 +187,7 @@ def _train(args, processes):
                   encoding=args.encoding, comm=processes, **budget, **settings)
     if args.resume and model.history and model.history[-1]["step"] == done:
         terminal.say(f"nothing to do: the run was at its end, after {done} steps; more --epochs, --minutes "
-             "or --steps continue it")
+                     "or --steps continue it")
     if args.plot:
         curves.plot_history(model, args.plot)
     if processes.rank == 0:
@@ -227,8 +227,8 @@ def _conclude(model, out, run, args):
     if record and record["validation"] is not None:
         bits, perplexity = _bits(model, record), math.exp(min(record["validation"], 700))
         terminal.say(f"best validation loss: {record['validation']:.4f} nats per {terminal.token(model)}"
-             + (f" = {bits:.3f} bits per character" if bits else f" = perplexity {perplexity:.2f}")
-             + f" (epoch {record['epoch']:.4g}, step {record['step']})")
+                     + (f" = {bits:.3f} bits per character" if bits else f" = perplexity {perplexity:.2f}")
+                     + f" (epoch {record['epoch']:.4g}, step {record['step']})")
     if finished:
         terminal.say(f"saved {out}; write more: lstmcore sample {out}")
     else:
@@ -248,7 +248,7 @@ def _print_record(model, record):
     parts = [f"{name} {record[name]:.4f}" for name in ("loss", "validation")
              if record[name] is not None]
     terminal.say(f"epoch {record['epoch']:7.2f}  step {record['step']:6}  " + "  ".join(parts)
-         + f"  {record['tokens_per_second']:,} tokens/s  {record['seconds']:.0f} s")
+                 + f"  {record['tokens_per_second']:,} tokens/s  {record['seconds']:.0f} s")
 
 
 def _print_json(model, record):
