@@ -62,6 +62,7 @@ class LSTMClassifier(ClassifierMixin, SequenceEstimator):
     per_step: bool = False
 
     _kind = "classes"       # or "labels", that may come together, or "steps"
+    _usual_dropout = 0.3    # of numbers
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -137,8 +138,13 @@ class LSTMClassifier(ClassifierMixin, SequenceEstimator):
         y = of_other_libraries(y)
         y = y.toarray() if hasattr(y, "toarray") else y     # a sparse matrix of labels
         kind = "steps" if self.per_step else "classes"
-        if not self.per_step and len(np.shape(y)) == 2 and np.shape(y)[1] > 1:
-            kind = "labels"
+        if not self.per_step:
+            try:
+                shape = y.shape if hasattr(y, "shape") else np.asarray(y).shape
+            except ValueError:
+                raise ValueError("y must hold a label for each sequence, got lists of different lengths; "
+                                 "for a label per step: per_step=True") from None
+            kind = "labels" if len(shape) == 2 and shape[1] > 1 else kind
         if reset:
             self._kind = kind
         elif self._kind != kind:

@@ -44,8 +44,10 @@ class Forecaster(Model, BaseEstimator):
     transform : None, "log" for what grows and swings in proportion, "difference" to learn from the
         changes from step to step, "log difference" for both
     n_models : so many regressors, of as many seeds, whose forecasts are averaged
-    calibration : steps at the end on which the errors are measured that `predict_interval` needs, by
-        models that have not seen them (as many trainings again); 0: no intervals
+    calibration, folds
+        Steps at the end on which the errors are measured that `predict_interval` needs, by models that
+        have not seen them; and how many such stretches, one before the other. Each costs as many
+        trainings again. 0: no intervals.
     regressor : an LSTMRegressor to use (copies are fitted); by default one of 32 units that trains
         for 30 epochs, its learning rate falling as a cosine. A validation="auto" is none here:
         windows overlap, so that some held out at random are known from their neighbors
@@ -54,8 +56,8 @@ class Forecaster(Model, BaseEstimator):
     Attributes
     ----------
     regressors_ : the fitted LSTMRegressors; regressor_, the first
-    errors_ : with calibration, the absolute errors of its forecasts, (series, origins, steps ahead, D),
-        of logs with a log; NaN where there is no value
+    errors_ : with calibration, the absolute errors of its forecasts, (series of every fold, origins,
+        steps ahead, D), of logs with a log; NaN where there is no value
 
     >>> t = np.arange(200)
     >>> series = np.sin(t / 4) + t / 50
@@ -67,11 +69,12 @@ class Forecaster(Model, BaseEstimator):
 
     def __init__(self, window: int = 24, horizon: int = 1, *, season: int = 1, anchored: bool = True,
                  transform: Literal["log", "difference", "log difference"] | None = None,
-                 n_models: int = 5, calibration: int = 0, regressor: LSTMRegressor | None = None,
+                 n_models: int = 5, calibration: int = 0, folds: int = 1,
+                 regressor: LSTMRegressor | None = None,
                  compute: Literal["float32", "bfloat16"] | None = None) -> None:
         self.window, self.horizon, self.season = window, horizon, season
         self.anchored, self.transform = anchored, transform
-        self.n_models, self.calibration = n_models, calibration
+        self.n_models, self.calibration, self.folds = n_models, calibration, folds
         self.regressor, self.compute = regressor, compute
 
     def fit(self, series: Any, exog: Any = None, *, comm: Any = None,
@@ -105,8 +108,7 @@ class Forecaster(Model, BaseEstimator):
         for name in ("errors_", "_growth", "_scores"):
             vars(self).pop(name, None)
         if self.calibration:
-            self.regressors_ = self._train(found, self.calibration, options)
-            self._measure(found)
+            self._measure(found, options)
         self.regressors_ = self._train(found, 0, options)
         self.regressor_ = self.regressors_[0]
         self._panel, self._keys = found, keys
@@ -145,8 +147,8 @@ class Forecaster(Model, BaseEstimator):
         """(lower, upper) of `predict`, which a future value lies between with this probability.
 
         Split conformal prediction (Lei et al. 2018): the width is the quantile of the errors that were
-        made on the stretch of `calibration`, relative to how they grow with the steps ahead; it holds
-        as far as the future errs as that stretch does. Beyond its length the errors grow as the root
+        made on the stretches of `calibration`, relative to how they grow with the steps ahead; it holds
+        as far as the future errs as those stretches do. Beyond its length the errors grow as the root
         of the steps.
         """
         self._trained()
@@ -264,7 +266,7 @@ class Forecaster(Model, BaseEstimator):
         return self
 
     def _check_parameters(self):
-        for name in ("window", "horizon", "season", "n_models"):
+        for name in ("window", "horizon", "season", "n_models", "folds"):
             checks.size(name, getattr(self, name))
         checks.size("calibration", self.calibration, at_least=0)
         if self.transform not in TRANSFORMS:
@@ -339,20 +341,14 @@ class Forecaster(Model, BaseEstimator):
             found.append(clone(first).set_params(**{name: int(rng.randint(2**31)) for name in named}))
         return found
 
-    def _measure(self, found):
-        """The errors on the stretch of calibration, and what the intervals go by."""
-        ahead = self.calibration
-        errors = np.full((len(found), ahead, ahead, found[0].values.shape[1]), np.nan)
-        for one, error in zip(found, errors):
-            origins = np.arange(max(len(one) - 1 - ahead, self.window - 1 + one._difference),
-                                len(one) - 1)
-            if len(origins):
-                paths = self._paths(one, origins, ahead, one.known)
-                at = origins[:, None] + 1 + np.arange(ahead)
-                inside = at < len(one)
-                at = np.minimum(at, len(one) - 1)
-                there = inside[..., None] & one.observed[at]
-                error[:len(origins)] = np.where(there, np.abs(paths - one.level[at]) / one.scale, np.nan)
+    def _measure(self, found, options):
+        """The errors on the stretches of calibration, and what the intervals go by."""
+        ahead, folds = self.calibration, []
+        for fold in range(self.folds):
+            end = fold * ahead          # so many steps of a series are not there yet
+            self.regressors_ = self._train(found, end + ahead, options)
+            folds += [self._errors(one, len(one) - end) for one in found]
+        errors = np.stack(folds)
         if np.isnan(errors).all():
             raise ValueError("the stretch of calibration has no value to measure errors by")
         self.errors_ = errors
@@ -366,6 +362,19 @@ class Forecaster(Model, BaseEstimator):
         self._growth = np.maximum.accumulate(np.maximum(mean, 1e-12), axis=0)
         self._scores = [np.sort(column[~np.isnan(column)]) for column in np.moveaxis(
             errors / self._growth, -1, 0)]
+
+    def _errors(self, one, end):
+        """Those of the forecasts from every place of the last steps before `end`, in its scale."""
+        ahead = self.calibration
+        errors = np.full((ahead, ahead, one.values.shape[1]), np.nan)
+        origins = np.arange(max(end - 1 - ahead, self.window - 1 + one._difference), end - 1)
+        if len(origins):
+            paths = self._paths(one, origins, ahead, one.known)
+            at = origins[:, None] + 1 + np.arange(ahead)
+            there = (at < end)[..., None] & one.observed[np.minimum(at, end - 1)]
+            wrong = np.abs(paths - one.level[np.minimum(at, end - 1)]) / one.scale
+            errors[:len(origins)] = np.where(there, wrong, np.nan)
+        return errors
 
     def _width(self, steps, coverage):
         """Half the interval of each step ahead, (steps, D), of the level in its scale."""

@@ -33,7 +33,7 @@ class Series:
         self.values = numbers("series", series, missing=True)
         if self.values.ndim not in (1, 2) or self.values.shape[1:] == (0,):
             raise ValueError(f"series must be (n,), or (n, D) for D series, got {self.values.shape}")
-        self.values = self.values.reshape(len(self.values), -1)
+        self.values = self.values[:, None] if self.values.ndim == 1 else self.values
         empty = np.isnan(self.values).all(axis=0)
         if len(self.values) and empty.any():
             raise ValueError(f"series must hold a number, got only NaN in column {np.argmax(empty)}")
@@ -287,7 +287,7 @@ def _continued(index, steps):
 def _business_days(index):
     """Whether these are the days of a working week, less some holidays."""
     days = np.diff(index.normalize().to_numpy().astype("datetime64[D]").astype(int))
-    return bool(len(index) > 10 and (index.weekday < 5).all() and (index == index.normalize()).all()
+    return bool(len(index) > 10 and (index.day_of_week < 5).all() and (index == index.normalize()).all()
                 and np.mean(days == 1) > 0.7 and days.max() <= 6)
 
 

@@ -40,7 +40,7 @@ RUN = "lstmcore.fit"        # where a checkpoint says how far a fit is
 HELD_OUT = 0.1              # of the sequences, with validation="auto"
 ENOUGH = 1000               # sequences; a tenth of fewer says too little to choose weights by
 USUAL = {       # measured: see docs/accuracy.md
-    "dropout": {"word": 0.5, "char": 0.3, "numbers": 0.0},
+    "dropout": {"word": 0.5, "char": 0.3},
     "token_dropout": {"word": 0.4, "char": 0.0, "numbers": 0.0},
     "lr": {"word": 2e-3, "char": 1e-2, "numbers": 1e-2},
     "embed_size": {"word": 64, "char": 32},
@@ -58,7 +58,7 @@ PARAMETERS = """
         What of the hidden states is read out: the last, or the mean or maximum over all steps, or
         both side by side.
     dropout : probability, on embedded tokens, between layers, and before the read-out; by default 0.5
-        for words, 0.3 for characters, and 0 for numbers
+        for words, 0.3 for characters and a classifier's numbers, and 0 for a regressor's
     token_dropout : probability that a whole token is left out, in training; by default 0.4 for words
     n_channels : numbers per step in a two-dimensional X: its rows are (T·n_channels,)
     standardize : scale every channel to mean 0 and variance 1 over the training set
@@ -163,7 +163,7 @@ class SequenceEstimator(Model, BaseEstimator):
     clip: float | None = 1.0
     schedule: Literal["constant", "cosine", "plateau"] = "cosine"
     validation: float | Literal["auto"] = "auto"
-    patience: int = 5
+    patience: int = 10
     warm_start: bool = False
     dtype: Literal["float32", "float64"] | None = None
     compute: Compute | None = None
@@ -171,6 +171,7 @@ class SequenceEstimator(Model, BaseEstimator):
     verbose: bool = False
     random_state: int | np.random.RandomState | None = None
 
+    _usual_dropout = 0.0
     per_step = False        # whether there is an output for every step
 
     def __sklearn_tags__(self):
@@ -343,6 +344,8 @@ class SequenceEstimator(Model, BaseEstimator):
         if value is not None:
             return value
         numbers = vars(self).get("vocabulary_") is None and name != "min_count"
+        if numbers and name == "dropout":
+            return self._usual_dropout
         return USUAL[name]["numbers" if numbers else "word" if self.tokenizer == "word" else "char"]
 
     def _build(self, read, targets, weights, processes):
