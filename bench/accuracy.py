@@ -16,6 +16,7 @@ import shlex
 import statistics
 import sys
 import time
+import warnings
 from collections import namedtuple
 from pathlib import Path
 
@@ -24,7 +25,6 @@ import numpy as np
 import lstmcore
 from bench.record import machine
 from bench.report import table
-from lstmcore import LanguageModel, LSTMClassifier, LSTMRegressor
 from lstmcore.models import text as texts
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,7 +44,7 @@ def language(level, name, text, steps, **setting):
     schedule = dict(steps=steps, lr=5e-3, schedule="cosine", seq_length=64, batch_size=32)
 
     def fit(seed, **compute):
-        return LanguageModel(level, seed=seed, **setting, **compute).fit(
+        return lstmcore.LanguageModel(level, seed=seed, **setting, **compute).fit(
             text[:cut], validation=0, progress=False, **schedule)
 
     return Task(f"{level} model of {name}", f"2 x 128 units, {steps} steps of 64 x 32 {level}s",
@@ -58,7 +58,7 @@ def classifier(name, data, epochs, **setting):
                       embed_size=32, min_count=1), **setting}
 
     def fit(seed, **compute):
-        return LSTMClassifier(**options, random_state=seed, **compute).fit(X, y)
+        return lstmcore.LSTMClassifier(**options, random_state=seed, **compute).fit(X, y)
 
     shown = ", ".join(f"{key}={value}" for key, value in setting.items())
     return Task(name, f"{shown}, epochs={epochs}", "accuracy", fit,
@@ -78,7 +78,7 @@ def adding(lag, n, epochs):
     X_test, y_test = draw(97, 2000)
 
     def fit(seed, **compute):
-        return LSTMRegressor(32, forget_bias=4.0, epochs=epochs, bidirectional=False, pooling="last",
+        return lstmcore.LSTMRegressor(32, forget_bias=4.0, epochs=epochs, bidirectional=False, pooling="last",
                              validation=0.0, dtype="float32", random_state=seed,
                              **compute).fit(*draw(seed, n))
 
@@ -260,7 +260,7 @@ def measure_estimators(options, say):
         for seed in range(options.seeds):
             X, y, X_test, y_test = data(seed)
             X_test, X = list(X_test), list(X)
-            models = {"LSTMClassifier": LSTMClassifier(**told, random_state=seed,
+            models = {"LSTMClassifier": lstmcore.LSTMClassifier(**told, random_state=seed,
                                                        epochs=1 if options.quick else None)}
             for name, model in (models | (linear or {})).items():
                 start = time.process_time()
@@ -301,11 +301,107 @@ def said_of(block):
             f"standard deviation over {block['seeds']} seeds; `{block['command']}`.")
 
 
+def series(options):
+    """title -> (values, steps to forecast, stretches, season, transform, order of an ARIMA)."""
+    import statsmodels.datasets
+    found = {}
+    if options.airline:
+        rows = Path(options.airline).read_text().split()[1:]
+        found["airline"] = ("Airline passengers, 24 months", [float(row.split(",")[-1]) for row in rows],
+                            24, 3, 12, "log", ((2, 1, 1), (0, 1, 1, 12)))
+    spots = statsmodels.datasets.sunspots.load_pandas().data["SUNACTIVITY"]
+    found["sunspots"] = ("sunspots, 11 years", spots, 11, 6, 11, None, ((9, 0, 0), (0, 0, 0, 0)))
+    co2 = statsmodels.datasets.co2.load_pandas().data["co2"].resample("MS").mean()
+    found["co2"] = ("CO2 on Mauna Loa, 24 months", co2, 24, 4, 12, None, ((2, 1, 1), (0, 1, 1, 12)))
+    return {name: one for name, one in found.items() if not options.only or name in options.only}
+
+
+def classical(values, steps, season, transform, order):
+    """model -> its forecast of the steps after `values`, gaps filled for it on a straight line."""
+    from sklearn.linear_model import RidgeCV
+    from statsmodels.tsa.arima.model import ARIMA
+    from statsmodels.tsa.exponential_smoothing.ets import ETSModel
+
+    there = np.flatnonzero(~np.isnan(values))
+    z = np.interp(np.arange(len(values)), there, values[there])
+    level, back = (np.log(z), np.exp) if transform == "log" else (z, lambda z: z)
+
+    def ridge():
+        w = 2 * season
+        model = RidgeCV(np.logspace(-3, 3, 13)).fit(
+            np.stack([level[n:n + w] for n in range(len(level) - w)]), level[w:])
+        known = list(level)
+        for _ in range(steps):
+            known.append(model.predict([known[-w:]])[0])
+        return np.array(known[-steps:])
+    monthly = dict(trend="add", damped_trend=True, seasonal="add", seasonal_periods=season)
+    models = {
+        "naive": lambda: np.full(steps, level[-1]),
+        "seasonal naive": lambda: level[len(level) - season + np.arange(steps) % season],
+        f"ridge AR({2 * season})": ridge,
+        "ETS": lambda: ETSModel(level, **(monthly if order[1][3] else {})).fit(disp=False).forecast(steps),
+        f"ARIMA{order[0]}{order[1] if order[1][3] else ''}".replace(" ", ""):
+            lambda: ARIMA(level, order=order[0], seasonal_order=order[1],
+                          trend="n" if order[0][1] else "c").fit().forecast(steps)}
+    return {name: back(model()) for name, model in models.items()}
+
+
 def measure_forecasts(options, say):
-    raise NotImplementedError
+    """A record of every series: mean absolute errors on each stretch, coverage of 80 % intervals."""
+    warnings.simplefilter("ignore")     # of what the others' optimizers say
+    for title, values, steps, stretches, season, transform, order in series(options).values():
+        values = np.asarray(values, float)
+        figures, covered = {}, []
+        for stretch in range(1 if options.quick else stretches):
+            end = len(values) - stretch * steps
+            past, actual = values[:end - steps], values[end - steps:end]
+
+            def error(forecast, actual=actual):
+                return round(float(np.nanmean(np.abs(forecast - actual))), 4)
+            for name, forecast in classical(past, steps, season, transform, order).items():
+                figures.setdefault(name, []).append([error(forecast)])
+            runs, hits = [], []
+            for seed in range(options.seeds):
+                model = lstmcore.Forecaster(
+                    window=2 * season, horizon=season, season=season, transform=transform,
+                    calibration=steps, folds=2 if end - steps > 9 * season else 1,
+                    random_state=seed).fit(past)
+                runs.append(error(model.predict(steps)))
+                lower, upper = model.predict_interval(steps, coverage=0.8)
+                there = ~np.isnan(actual)
+                hits.append(round(float(np.mean(((lower <= actual) & (actual <= upper))[there])), 4))
+            figures.setdefault("Forecaster", []).append(runs)
+            covered.append(hits)
+            say(f"{title}, stretch {stretch}: " + ", ".join(
+                f"{name} {statistics.mean(runs[-1]):.4g}" for name, runs in figures.items())
+                + f"; covered {statistics.mean(hits):.2f}")
+        yield dict(name=title, steps=steps, season=season, transform=transform or "none", figures=figures,
+                   covered=covered)
 
 
-TABLES = {"formats": formats_table, "estimators": estimators_table}
+def forecasts_table(record):
+    """Mean absolute errors of forecasts, of a record, as Markdown."""
+    block, rows = record["forecasts"], []
+    for task in block["tasks"]:
+        for n, (name, stretches) in enumerate(task["figures"].items()):
+            runs = stretches[0]
+            covered = [statistics.mean(hits) for hits in task["covered"]] if name == "Forecaster" else None
+            rows.append([
+                task["name"] if n == 0 else "", name,
+                spread(runs, 2),
+                f"{statistics.mean(statistics.mean(runs) for runs in stretches):.2f}",
+                f"{covered[0]:.2f}; {statistics.mean(covered):.2f}" if covered else ""])
+    return (f"{said_of(block)}\n\n" + table(
+        ["series", "model", "error on the last stretch", "and on all stretches",
+         "of 80 % intervals: on the last; on all"], rows))
+
+
+TABLES = {"formats": formats_table, "estimators": estimators_table, "forecasts": forecasts_table}
+
+
+def page_table(kind):
+    """The table of one kind, of the record in bench/results."""
+    return TABLES[kind](json.loads((RESULTS / "accuracy.json").read_text()))
 
 
 def main():
@@ -330,6 +426,10 @@ def main():
     options = parser.parse_args()
     # the record says what was run, not where the data lie on this machine
     shown = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]
+    if "--only" in shown:       # a record may grow task by task
+        at = shown.index("--only")
+        last = next((n for n, word in enumerate(shown) if n > at and word.startswith("--")), len(shown))
+        del shown[at:last]
     info = lstmcore.info()
     block = dict(date=time.strftime("%Y-%m-%d"), cpu=machine(0, 0)["cpu"], isa=info["isa"],
                  version=info["version"], numpy=np.__version__, seeds=options.seeds,

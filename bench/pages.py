@@ -12,7 +12,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from bench import distributed, record, report, serving, torch_dropin
+from bench import accuracy, distributed, record, report, serving, torch_dropin
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -23,6 +23,7 @@ TABLES = {  # name in a page -> the text
     "torch": lambda: torch_dropin.table(record.read(RESULTS / "torch_dropin.json")),
     **{f"distributed-{name}": partial(distributed.table, name)
        for name in ("runs", "trace", "links", "check", "scale", "losses")},
+    **{f"accuracy-{name}": partial(accuracy.page_table, name) for name in accuracy.TABLES},
     "below": lambda: report.markdown(record.read(RESULTS / "below.json")),
     "below-short": lambda: report.short_below(record.read(RESULTS / "below.json")),
     "compare-short": lambda: report.short(record.read(RESULTS / "compare.json")),

@@ -643,7 +643,7 @@ def test_a_label_for_every_step():
     assert model.predict_proba(test)[3].shape == (len(test[3]), 5)
     one = np.concatenate([model.predict_proba([text])[0] for text in test])
     np.testing.assert_allclose(one, np.concatenate(model.predict_proba(test)), rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match=r"y\[0\] must hold a label for each of the \d steps of X\[0\], got 1"):
+    with pytest.raises(ValueError, match=r"y\[0\] must hold a label for each of the \d steps of X"):
         model.fit(X, [["a"]] * 200)
     numbers, y = np.zeros((9, 4, 2)), np.arange(36).reshape(9, 4) % 3
     np.testing.assert_array_equal(np.shape(small(LSTMClassifier, per_step=True).fit(numbers, y)

@@ -52,6 +52,7 @@ class Forecaster(Model, BaseEstimator):
         for 30 epochs, its learning rate falling as a cosine. A validation="auto" is none here:
         windows overlap, so that some held out at random are known from their neighbors
     compute : "float32" or "bfloat16", of the regressor instead of its own, with its dtype then float32
+    random_state : int, of the regressors, instead of the regressor's own
 
     Attributes
     ----------
@@ -71,11 +72,12 @@ class Forecaster(Model, BaseEstimator):
                  transform: Literal["log", "difference", "log difference"] | None = None,
                  n_models: int = 5, calibration: int = 0, folds: int = 1,
                  regressor: LSTMRegressor | None = None,
-                 compute: Literal["float32", "bfloat16"] | None = None) -> None:
+                 compute: Literal["float32", "bfloat16"] | None = None,
+                 random_state: int | None = None) -> None:
         self.window, self.horizon, self.season = window, horizon, season
         self.anchored, self.transform = anchored, transform
         self.n_models, self.calibration, self.folds = n_models, calibration, folds
-        self.regressor, self.compute = regressor, compute
+        self.regressor, self.compute, self.random_state = regressor, compute, random_state
 
     def fit(self, series: Any, exog: Any = None, *, comm: Any = None,
             shards: int | None = None) -> Forecaster:
@@ -328,13 +330,16 @@ class Forecaster(Model, BaseEstimator):
     def _regressors(self):
         """`n_models` unfitted copies of the regressor, the first with its own random_state."""
         first = clone(self.regressor) if self.regressor is not None else LSTMRegressor(
-            32, epochs=30, lr=1e-2, schedule="cosine", validation=0.0, random_state=0)
+            32, bidirectional=False, pooling="last", epochs=30, lr=1e-2, random_state=0)
         given = first.get_params()
         if self.compute:
             first.set_params(compute=self.compute, dtype="float32")
         if given.get("validation") == "auto":
             first.set_params(validation=0.0)
         named = [name for name in given if name.split("__")[-1] == "random_state"]
+        if self.random_state is not None:
+            first.set_params(**dict.fromkeys(named, self.random_state))
+            given.update(dict.fromkeys(named, self.random_state))
         rng = check_random_state(given[named[0]]) if named else None
         found = [first]
         for _ in range(self.n_models - 1):

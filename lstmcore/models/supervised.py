@@ -42,7 +42,7 @@ ENOUGH = 1000               # sequences; a tenth of fewer says too little to cho
 USUAL = {       # measured: see docs/accuracy.md
     "dropout": {"word": 0.5, "char": 0.3},
     "token_dropout": {"word": 0.4, "char": 0.0, "numbers": 0.0},
-    "lr": {"word": 2e-3, "char": 1e-2, "numbers": 1e-2},
+    "lr": {"word": 2e-3, "char": 1e-2, "numbers": 5e-3},
     "embed_size": {"word": 64, "char": 32},
     "min_count": {"word": 2, "char": 1}}
 UPDATES, EPOCHS = 1500, (10, 100)
@@ -68,8 +68,9 @@ PARAMETERS = """
         default words that are there once.
     epochs, batch_size, optimizer, lr, weight_decay, clip
         By default as many epochs as make 1500 updates, from 10 to 100. One update per batch; a set no
-        larger than one batch is taken whole. lr is the learning rate, by default 0.002 for words and
-        else 0.01. Gradients of a larger norm than clip are scaled down to it; None or 0: not.
+        larger than one batch is taken whole. lr is the learning rate, by default 0.01 for characters,
+        0.005 for numbers and 0.002 for words. Gradients of a larger norm than clip are scaled down to
+        it; None or 0: not.
         optimizer : "adam" | "adamw" | "sgd" | "rmsprop" | "adagrad"
     schedule : "constant" | "cosine" | "plateau", the learning rate over the epochs of one fit
     validation, patience
