@@ -743,6 +743,26 @@ def test_a_forecaster_is_cloned_pickled_and_searched_like_an_estimator():
     np.testing.assert_array_equal(clone(model).fit(wave(60)).predict(5), want)
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_pickle_of_a_forecaster_with_the_attributes_of_before_goes_on(indexed):
+    series, exog, later = wave(60), np.cos(np.arange(60.0))[:, None], np.ones((6, 1))
+    if indexed:
+        pd = pytest.importorskip("pandas")
+        index = pd.date_range("2024-01-01", periods=60)
+        series, exog = pd.Series(series, index, name="sales"), pd.DataFrame({"a": exog[:, 0]}, index)
+    model = forecaster().fit(series, exog)
+    old = copy.copy(model)
+    for new in ("transform", "n_models", "calibration", "folds", "random_state", "regressors_", "_panel",
+                "_keys", "_missing"):
+        delattr(old, new)
+    old._past, old._past_exog = wave(60), np.cos(np.arange(60.0))[:, None]
+    old._index, old._name, old._exog_names = (index, "sales", ["a"]) if indexed else (None,) * 3
+    loaded = pickle.loads(pickle.dumps(old))
+    np.testing.assert_array_equal(loaded.predict(5, later), model.predict(5, later))
+    assert not indexed or loaded.predict(5, later).index.equals(model.predict(5, later).index)
+    assert repr(loaded.fit(series, exog)) == repr(model)
+
+
 def test_a_forecast_is_the_mean_of_seeds():
     model = forecaster(n_models=3, horizon=4).fit(wave(60))
     alone, forecasts = copy.copy(model), []
@@ -851,6 +871,7 @@ def test_what_is_missing_is_no_target_and_is_not_seen_from_the_future():
     whole = pd.Series(np.arange(60), dtype="Int64")
     whole[7] = pd.NA
     assert len(forecaster().fit(whole).predict(3)) == 3
+    assert forecaster().fit(pd.DataFrame({"a": whole, "b": 1.5})).predict(3).shape == (3, 2)
 
 
 def test_working_days_go_on_and_uneven_times_are_seen():

@@ -6,6 +6,7 @@ are its targets. Longer forecasts roll on: what was forecast becomes past.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -78,6 +79,20 @@ class Forecaster(Model, BaseEstimator):
         self.anchored, self.transform = anchored, transform
         self.n_models, self.calibration, self.folds = n_models, calibration, folds
         self.regressor, self.compute, self.random_state = regressor, compute, random_state
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_past" in state:        # an older pickle, of one series and one regressor
+            given = vars(self)
+            past, exog, index, name, columns = (given.pop(name) for name in (
+                "_past", "_past_exog", "_index", "_name", "_exog_names"))
+            given.update({**dict(transform=None, n_models=1, calibration=0, folds=1, random_state=None),
+                          "regressors_": [self.regressor_], "_keys": None, "_missing": False})
+            if index is not None:
+                import pandas as pd
+                past = pd.Series(past, index, name=name)
+                exog = None if exog is None else pd.DataFrame(exog, index, columns=columns)
+            self._panel = [self._prepare(Series(past, exog))]
 
     def fit(self, series: Any, exog: Any = None, *, comm: Any = None,
             shards: int | None = None) -> Forecaster:

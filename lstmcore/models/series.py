@@ -69,6 +69,8 @@ class Series:
         model = np.diff(self.level, axis=0, prepend=self.level[:1]) if self._difference else self.level
         if like is not None:
             self.shift, self.scale = like.shift, like.scale
+            if not like.even and self.index is not None:
+                self.even, self.usual = False, like.usual
         else:
             D = model.shape[1]
             self.shift, self.scale = np.zeros(D), np.ones(D)
@@ -227,11 +229,10 @@ def filled(values, season):
 
 def numbers(name, values, missing=False):
     """An array of floats; finite, or with NaN for what is missing."""
-    values = checks.unmasked(name, values)
-    if hasattr(values, "to_numpy"):
-        values = values.to_numpy(dtype=object, na_value=np.nan) \
-            if str(getattr(values, "dtype", "")) in ("Int64", "Float64", "Int32", "Float32") else values
-    values = np.asarray(values)
+    given = checks.unmasked(name, values)
+    values = np.asarray(given)
+    if values.dtype == object and hasattr(given, "to_numpy"):       # of pandas' own types, with its NA
+        values = given.to_numpy(dtype=object, na_value=np.nan)
     kind = values.dtype.kind
     if kind not in "biufO" or kind == "O" and any(isinstance(v, str) for v in values.flat):
         raise TypeError(f"{name} must hold numbers, got {values.flat[0]!r}")
