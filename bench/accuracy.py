@@ -298,7 +298,7 @@ def estimators_table(record):
 def said_of(block):
     """The line above a table: when, where, with what."""
     return (f"{block['date']}, {block['cpu']}, {block['isa']}, lstmcore {block['version']}, mean ± "
-            f"standard deviation over {block['seeds']} seeds; `{block['command']}`.")
+            f"standard deviation over the seeds; `{block['command']}`.")
 
 
 def series(options):
@@ -384,15 +384,15 @@ def forecasts_table(record):
     block, rows = record["forecasts"], []
     for task in block["tasks"]:
         for n, (name, stretches) in enumerate(task["figures"].items()):
-            runs = stretches[0]
+            runs = stretches[0]     # of the last stretch, one for each seed
             covered = [statistics.mean(hits) for hits in task["covered"]] if name == "Forecaster" else None
             rows.append([
-                task["name"] if n == 0 else "", name,
+                task["name"] if n == 0 else "", name, len(runs) if name == "Forecaster" else "",
                 spread(runs, 2),
                 f"{statistics.mean(statistics.mean(runs) for runs in stretches):.2f}",
                 f"{covered[0]:.2f}; {statistics.mean(covered):.2f}" if covered else ""])
     return (f"{said_of(block)}\n\n" + table(
-        ["series", "model", "error on the last stretch", "and on all stretches",
+        ["series", "model", "seeds", "error on the last stretch", "and on all stretches",
          "of 80 % intervals: on the last; on all"], rows))
 
 
