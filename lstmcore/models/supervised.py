@@ -58,7 +58,7 @@ PARAMETERS = """
         What of the hidden states is read out: the last, or the mean or maximum over all steps, or
         both side by side.
     dropout : probability, on embedded tokens, between layers, and before the read-out; by default 0.5
-        for words, 0.3 for characters and a classifier's numbers, and 0 for a regressor's
+        for words, 0.3 for characters and for a classifier's numbers of 1000 sequences or more, else 0
     token_dropout : probability that a whole token is left out, in training; by default 0.4 for words
     n_channels : numbers per step in a two-dimensional X: its rows are (T·n_channels,)
     standardize : scale every channel to mean 0 and variance 1 over the training set
@@ -345,8 +345,8 @@ class SequenceEstimator(Model, BaseEstimator):
         if value is not None:
             return value
         numbers = vars(self).get("vocabulary_") is None and name != "min_count"
-        if numbers and name == "dropout":
-            return self._usual_dropout
+        if numbers and name == "dropout":       # few: so that a weight of two is the sequence twice
+            return self._usual_dropout if self._many else 0.0
         return USUAL[name]["numbers" if numbers else "word" if self.tokenizer == "word" else "char"]
 
     def _build(self, read, targets, weights, processes):
@@ -359,6 +359,7 @@ class SequenceEstimator(Model, BaseEstimator):
             self._shift, self._scale = moments(read.values, np.repeat(weights, read.lengths),
                                                self.standardize)
         self._set_up_targets(targets, weights)
+        self._many = np.count_nonzero(weights) >= ENOUGH
         self.network_ = Network(
             len(self.vocabulary_) if strings else read.values.shape[1], self._n_outputs(),
             embed_size=self._or_usual("embed_size") if strings else 0, dtype=self._dtype, seed=rng,
