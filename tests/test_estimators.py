@@ -552,6 +552,25 @@ def test_held_out_part_has_its_share_of_every_class():
     assert not small(validation="auto").partial_fit(X, X[:, 0]).validation_curve_
 
 
+def test_what_is_usual_depends_on_what_X_holds():
+    X = np.random.default_rng(0).standard_normal((1000, 2)).astype("float32")
+    y = np.arange(1000) % 2
+
+    def rates(model):
+        network = model.network_
+        layers = getattr(network.input_dropout, "layers", [network.input_dropout])
+        return [layer.p for layer in layers], network.dropout and network.dropout.p
+    assert rates(LSTMClassifier(2, epochs=1).fit(X, y)) == ([0.3], 0.3)
+    assert rates(LSTMClassifier(2, epochs=1).fit(X[1:], y[1:])) == ([], None)
+    assert rates(LSTMRegressor(2, epochs=1).fit(X, y)) == ([], None)
+    texts, labels = words(30)
+    chars = LSTMClassifier(2, epochs=1).fit(texts, labels)
+    assert rates(chars) == ([0.3], 0.3) and chars.network_.embedding.parameters()["weight"].shape == (5, 32)
+    several = LSTMClassifier(2, tokenizer="word").fit(["a b", "b a", "b c"] * 5 + ["d"], [0, 1] * 8)
+    assert rates(several) == ([0.4, 0.5], 0.5) and len(several.vocabulary_) == 4       # no d
+    assert several.n_iter_ == 100 and len(LSTMRegressor(2).fit(X[:64], y[:64]).loss_curve_) == 100
+
+
 @pytest.mark.parametrize("what", ["classes", "labels", "steps"])
 def test_probabilities_are_calibrated_on_what_is_held_out(what):
     rng = np.random.default_rng(0)
