@@ -560,7 +560,8 @@ def test_what_is_usual_depends_on_what_X_holds():
         network = model.network_
         layers = getattr(network.input_dropout, "layers", [network.input_dropout])
         return [layer.p for layer in layers], network.dropout and network.dropout.p
-    assert rates(LSTMClassifier(2, epochs=1).fit(X, y)) == ([0.3], 0.3)
+    assert rates(many := LSTMClassifier(2, epochs=1).fit(X, y)) == ([0.3], 0.3)
+    assert "pooling='mean+max'" in repr(many.network_)
     assert rates(LSTMClassifier(2, epochs=1).fit(X[1:], y[1:])) == ([], None)
     assert rates(LSTMRegressor(2, epochs=1).fit(X, y)) == ([], None)
     texts, labels = words(30)

@@ -199,6 +199,10 @@ class Network(Module):
         """Whether the layers read rows of the table; else they look up what each is projected to."""
         return self.embedding is not None and self.input_dropout is not None
 
+    def __repr__(self) -> str:
+        said = vars(self).get("_arguments", {})
+        return f"Network({', '.join(f'{name}={value!r}' for name, value in said.items())})"
+
     def packed(self) -> dict[str, Any] | None:
         """What `unpacked` makes this network of: no gradients, no tape, each weight once.
 
