@@ -4,6 +4,8 @@
 ids. Nothing here knows a network.
 """
 
+from typing import Any
+
 import numpy as np
 
 from lstmcore import checks
@@ -85,7 +87,7 @@ def recognize(X):
     return "list", X
 
 
-def of_other_libraries(a):
+def of_other_libraries(a: Any) -> Any:
     """Tensors (of PyTorch), datasets (h5py) and labelled arrays (xarray) as NumPy arrays.
 
     What scikit-learn or we look into ourselves stays as it is: tables of pandas, lists, arrays.

@@ -8,6 +8,8 @@ network.
 import copy
 import warnings
 
+from typing import Any
+
 import numpy as np
 
 from lstmcore import checks
@@ -26,7 +28,7 @@ class Series:
     flat : whether values came as (n,)
     """
 
-    def __init__(self, series, exog=None):
+    def __init__(self, series: Any, exog: Any = None) -> None:
         self.index, self.flat = _index(series), np.ndim(series) == 1
         self.names = series.name if hasattr(series, "name") else _columns_of(series)
         self.columns = _columns_of(exog)
@@ -49,10 +51,10 @@ class Series:
                 raise ValueError("exog must have the index of the series")
         self.even = self.index is None or not len(self.index) or steps_evenly(self.index)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.values)
 
-    def prepare(self, transform, season, scaled, anchored, like=None):
+    def prepare(self, transform: Any, season: Any, scaled: Any, anchored: Any, like: Any = None) -> Any:
         """Set `level`, `model` (n, D), what is forecast, and the scale that a panel needs.
 
         level : the values, filled and, if wanted, as logs
@@ -91,7 +93,7 @@ class Series:
             columns.append((np.r_[self.usual, gaps] / self.usual)[:, None])
         return np.concatenate(columns, axis=1) if columns else None
 
-    def ahead(self, steps, exog, index):
+    def ahead(self, steps: Any, exog: Any, index: Any) -> Any:
         """(index of the steps to come, what is known of all steps up to them), checked."""
         if index is not None and self.index is None:
             raise ValueError("index must be given to predict only if the series in fit had one")
@@ -112,7 +114,7 @@ class Series:
         whole = None if index is None else self.index.append(index)
         return index, self._known(whole, exog)
 
-    def check_next(self, name, values, index=None):
+    def check_next(self, name: Any, values: Any, index: Any = None) -> Any:
         """What comes after the series must say so, if it has an index, and have the columns of then."""
         columns, own = _columns_of(values), _index(values)
         if name == "exog" and columns and self.columns and columns != self.columns:
@@ -126,7 +128,7 @@ class Series:
             raise ValueError(f"{name} must go on where the series in fit ends, at {first}, "
                              f"step by step; got {own[0]} to {own[-1]}")
 
-    def extended(self, series, exog):
+    def extended(self, series: Any, exog: Any) -> Any:
         """This series with more values after it, not yet prepared."""
         self.check_next("series", series)
         new = Series(series, exog)
@@ -150,18 +152,18 @@ class Series:
     def _shape(self, n):
         return f"({n},)" if self.flat else f"({n}, {self.values.shape[1]})"
 
-    def back(self, model, origins):
+    def back(self, model: Any, origins: Any) -> Any:
         """Forecasts (m, steps, D) of `model` after these origins -> of the level."""
         level = model * self.scale + self.shift
         if self._difference:
             level = np.cumsum(level, axis=1) + self.level[origins][:, None]
         return level
 
-    def natural(self, level):
+    def natural(self, level: Any) -> Any:
         """The level -> in the units of the values."""
         return np.exp(level) if self._log else level
 
-    def like(self, values, index):
+    def like(self, values: Any, index: Any) -> Any:
         """Values (steps, D) of the steps to come, in the form in which the series came."""
         values = values[:, 0] if self.flat else values
         if index is None:
@@ -172,7 +174,7 @@ class Series:
         return pd.DataFrame(values, index, columns=self.names)
 
 
-def panel(series, exog):
+def panel(series: Any, exog: Any) -> Any:
     """(list of Series, their keys or None): a panel is a list, a tuple or a dict of series."""
     if isinstance(series, dict):
         keys = list(series)
@@ -198,7 +200,7 @@ def panel(series, exog):
     return found, keys
 
 
-def beside(name, given, keys):
+def beside(name: Any, given: Any, keys: Any) -> Any:
     """What stands beside each series of a panel, with the same keys; Nones for None."""
     if given is None:
         return [None] * len(keys)
@@ -210,7 +212,7 @@ def beside(name, given, keys):
         raise ValueError(f"{name} must have the keys of the panel; {error} is missing") from None
 
 
-def filled(values, season):
+def filled(values: Any, season: Any) -> Any:
     """NaN -> the value a season before, else the last one, else (at the start) the first.
 
     >>> filled(np.array([[np.nan], [1], [2], [np.nan], [np.nan]]), 2)[:, 0].tolist()
@@ -227,7 +229,7 @@ def filled(values, season):
     return values
 
 
-def numbers(name, values, missing=False):
+def numbers(name: Any, values: Any, missing: Any = False) -> Any:
     """An array of floats; finite, or with NaN for what is missing."""
     given = checks.unmasked(name, values)
     values = np.asarray(given)
@@ -242,12 +244,12 @@ def numbers(name, values, missing=False):
     return values
 
 
-def when(index):
+def when(index: Any) -> Any:
     """The times of an index as numbers."""
     return index.asi8 if hasattr(index, "asi8") else np.asarray(index)
 
 
-def steps_evenly(index):
+def steps_evenly(index: Any) -> Any:
     """Whether an index can be continued; ValueError unless it increases through times or integers."""
     if not (hasattr(index, "asi8") or index.dtype.kind in "iu") or not np.all(np.diff(when(index)) > 0):
         raise ValueError("the index of series must step forward, through dates, periods or integers; "
@@ -255,7 +257,7 @@ def steps_evenly(index):
     return len(index) == 1 or _continued(index, 1) is not None
 
 
-def after(index, steps):
+def after(index: Any, steps: Any) -> Any:
     """The pandas index of the `steps` steps that follow those of `index`."""
     found = _continued(index, steps)
     if found is None:
