@@ -12,7 +12,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from bench import distributed, record, report, search, serving, torch_dropin, variants
+from bench import accuracy, distributed, record, report, search, serving, torch_dropin, variants
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -26,6 +26,7 @@ TABLES = {  # name in a page -> the text
        for name in ("runs", "trace", "links", "check", "scale", "losses")},
     "variants": lambda: variants.table(json.loads((RESULTS / "variants.json").read_text())),
     "variants-losses": lambda: variants.losses_table(json.loads((RESULTS / "variants.json").read_text())),
+    **{f"accuracy-{name}": partial(accuracy.page_table, name) for name in accuracy.TABLES},
     "below": lambda: report.markdown(record.read(RESULTS / "below.json")),
     "below-short": lambda: report.short_below(record.read(RESULTS / "below.json")),
     "compare-short": lambda: report.short(record.read(RESULTS / "compare.json")),

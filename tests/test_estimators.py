@@ -29,7 +29,12 @@ def one_thread():
         yield
 
 
-@parametrize_with_checks([LSTMClassifier(), LSTMRegressor()])
+PLAIN = dict(bidirectional=False, pooling="last", dropout=0.0, token_dropout=0.0, lr=0.01, embed_size=32,
+             min_count=1, schedule="constant", epochs=100)
+
+
+# the defaults, but for a size that keeps the checks' many fits short
+@parametrize_with_checks([LSTMClassifier(16), LSTMRegressor(32)])
 def test_scikit_learn_conventions(estimator, check):
     check(estimator)
 
@@ -49,11 +54,12 @@ def words(n, seed=0):
 
 
 def small(kind=LSTMRegressor, **options):
-    return kind(**{**dict(hidden_size=8, epochs=3, random_state=3), **options})
+    return kind(**{**PLAIN, **dict(hidden_size=8, epochs=3, random_state=3), **options})
 
 
 @pytest.mark.parametrize("options", [
     {}, dict(bidirectional=True), dict(pooling="mean"), dict(pooling="max", num_layers=2),
+    dict(pooling="mean+max"),
     dict(cell="gru"), dict(cell="rnn"), dict(peepholes=True), dict(bidirectional=True, pooling="mean")])
 def test_prediction_of_a_sequence_does_not_depend_on_its_company(options):
     X, y = ragged(40, 2)
@@ -88,7 +94,7 @@ def test_padding_and_lengths_match_the_network_run_by_hand():
 
 def test_regressor_learns_ragged_means_and_many_targets():
     X, y = ragged(150, 2)
-    model = LSTMRegressor(12, pooling="mean", epochs=60, random_state=0)
+    model = small(hidden_size=12, pooling="mean", epochs=60, random_state=0)
     assert model.fit(X, y).score(*ragged(80, 2, seed=1)) > 0.8
     Y = np.stack([y, 3 - 2 * y], axis=1)
     assert model.fit(X, Y).predict(X).shape == (150, 2) and model.score(X, Y) > 0.8
@@ -100,10 +106,11 @@ def test_classifier_learns_the_first_letter_of_strings(tokenizer):
     test, want = words(100, seed=1)
     if tokenizer == "word":
         X, test = ([" ".join(text) for text in given] for given in (X, test))
-    model = LSTMClassifier(12, tokenizer=tokenizer, epochs=25, embed_size=6, random_state=0)
+    model = small(LSTMClassifier, hidden_size=12, tokenizer=tokenizer, epochs=25, embed_size=6)
     assert model.fit(X, y).score(test, want) > 0.9
     assert sorted(model.vocabulary_.tokens) == ["<unk>", "a", "b", "c", "x"]
-    assert model.predict_proba(["?!", ""]).shape == (2, 2)       # unseen letters, and none
+    with pytest.warns(UserWarning, match=r"X\[1\] has no steps"):
+        assert model.predict_proba(["?!", ""]).shape == (2, 2)       # unseen letters, and none
 
 
 def test_dtype_follows_the_input_and_may_be_set():
@@ -136,10 +143,11 @@ def test_weight_two_is_the_sequence_twice_and_weight_zero_is_none():
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_warm_start_and_partial_fit_go_on_also_in_a_copy(duplicate):
+@pytest.mark.parametrize("dropping", [{}, dict(dropout=0.2, num_layers=2)])
+def test_warm_start_and_partial_fit_go_on_also_in_a_copy(duplicate, dropping):
     X, y = ragged(50, 2)
-    long = small(epochs=4).fit(X, y)
-    short = small(epochs=2, warm_start=True).fit(X, y)
+    long = small(epochs=4, **dropping).fit(X, y)
+    short = small(epochs=2, warm_start=True, **dropping).fit(X, y)
     twin = duplicate(short)
     for model in (short, twin):
         assert model.fit(X, y).n_iter_ == 4 and len(model.loss_curve_) == 4
@@ -153,7 +161,8 @@ def test_warm_start_and_partial_fit_go_on_also_in_a_copy(duplicate):
 def test_a_pickle_with_the_names_of_before_goes_on(tokenizer):
     """0.1 kept its layers, vocabulary and parameters under other names."""
     X, y = words(50)
-    model = small(LSTMClassifier, tokenizer=tokenizer, dropout=0.2, validation=0.1).fit(X, y)
+    model = small(LSTMClassifier, tokenizer=tokenizer, dropout=0.2, validation=0.1, embed_size=32,
+                  min_count=1, warm_start=True).fit(X, y)
     twin = copy.deepcopy(model)
     state, rule = vars(twin), twin._optimizer
     network, vocabulary = vars(twin.network_), twin.vocabulary_
@@ -171,11 +180,15 @@ def test_a_pickle_with_the_names_of_before_goes_on(tokenizer):
     rule._slots = {slot: before(arrays) for slot, arrays in rule._slots.items()}
     rule._blocks = rule._seen = None
     vocabulary.__dict__ = {"tokenizer": tokenizer, "tokens": vocabulary.tokens, "_ids": vocabulary.ids}
+    for new in ("token_dropout", "class_weight", "per_step", "temperature_", "_kind"):
+        del state[new]
+    del network["_arguments"]
     loaded = pickle.loads(pickle.dumps(twin))
     np.testing.assert_array_equal(loaded.predict_proba(X), model.predict_proba(X))
     np.testing.assert_array_equal(loaded.partial_fit(X, y).predict_proba(X),
                                   model.partial_fit(X, y).predict_proba(X))
-    assert repr(loaded) == repr(model) and loaded.fit(X, y).n_iter_ == 3
+    loaded.token_dropout = model.token_dropout
+    assert repr(loaded) == repr(model) and loaded.fit(X, y).n_iter_ == 7
 
 
 def test_an_interrupt_ends_a_fit_between_two_updates():
@@ -212,7 +225,7 @@ def test_partial_fit_of_a_classifier_knows_all_classes():
 def test_early_stopping_keeps_the_best_weights():
     rng = np.random.default_rng(0)
     X, y = rng.standard_normal((60, 5)), rng.standard_normal(60)       # nothing to learn
-    model = LSTMRegressor(32, epochs=200, patience=5, validation=0.25, random_state=0)
+    model = small(hidden_size=32, epochs=200, patience=5, validation=0.25, random_state=0)
     model.fit(X, y)
     best = int(np.argmin(model.validation_curve_))
     assert model.n_iter_ == best + 1 + 5 < 200
@@ -317,7 +330,8 @@ def test_the_least_that_can_be_learned_from():
     one = small(LSTMClassifier).fit(X, ["only"] * 6)
     np.testing.assert_array_equal(one.predict_proba(X), np.ones((6, 1)))
     apart = small(LSTMClassifier, epochs=60).fit(["a", "bb", "ccc", ""], list("wxyz"))
-    assert list(apart.predict(["ccc", "", "a", "bb"])) == list("yzwx")
+    with pytest.warns(UserWarning, match=r"X\[1\] has no steps"):
+        assert list(apart.predict(["ccc", "", "a", "bb"])) == list("yzwx")
     series = [[1.0], [2.0], [4.0]]
     constant = small(epochs=100).fit(series, [7.0, 7.0, 7.0])
     np.testing.assert_allclose(constant.predict(series), 7, rtol=0, atol=0.05)
@@ -337,8 +351,10 @@ def test_labels_come_back_as_they_were(labels):
 def test_sequences_of_no_steps_are_legal():
     X, y = ragged(10, 2)
     X[3] = np.zeros((0, 2))
-    for pooling in ("last", "mean", "max"):
-        assert np.isfinite(small(pooling=pooling).fit(X, y).predict(X)).all()
+    for pooling in ("last", "mean", "max", "mean+max"):
+        model = small(pooling=pooling).fit(X, y)
+        with pytest.warns(UserWarning, match=r"X\[3\] has no steps"):
+            assert np.isfinite(model.predict(X)).all()
 
 
 def test_batches_are_padded_with_zeros_and_lose_nothing():
@@ -382,8 +398,7 @@ def test_digits_read_row_by_row():
     from sklearn.datasets import load_digits
     digits = load_digits()
     X, y = digits.images.astype("float32"), digits.target
-    model = LSTMClassifier(32, bidirectional=True, pooling="max", epochs=12, schedule="cosine",
-                           random_state=0)
+    model = LSTMClassifier(32, epochs=20, lr=0.01, random_state=0)
     assert model.fit(X[::2], y[::2]).score(X[1::2], y[1::2]) > 0.93
 
 
@@ -395,8 +410,8 @@ def wave(n):
 @pytest.mark.parametrize("horizon", [1, 12])
 def test_forecaster_beats_the_naive_forecast_of_a_seasonal_trend(horizon, tmp_path):
     series = wave(160)
-    model = Forecaster(window=24, horizon=horizon, season=12,
-                       regressor=LSTMRegressor(16, epochs=60, random_state=0))
+    model = Forecaster(window=24, horizon=horizon, season=12, n_models=1,
+                       regressor=small(hidden_size=16, epochs=60))
     model.fit(series[:136])
     assert np.abs(model.predict(24) - series[136:]).mean() < 0.15       # naive: 0.45
     report = model.backtest(series, start=136)
@@ -417,8 +432,8 @@ def test_forecaster_sees_the_exogenous_columns_of_the_steps_to_come(horizon):
     rng = np.random.default_rng(0)
     exog = rng.standard_normal((220, 1))
     series = exog[:, 0] * 2 + 5                     # known from the columns alone
-    model = Forecaster(window=6, horizon=horizon, anchored=False,
-                       regressor=LSTMRegressor(16, epochs=60, random_state=0))
+    model = Forecaster(window=6, horizon=horizon, anchored=False, n_models=1,
+                       regressor=small(hidden_size=16, epochs=60))
     model.fit(series[:214], exog[:214])
     got = model.predict(6, exog[214:])
     assert np.abs(got - series[214:]).mean() < 0.7                      # naive: about 2
@@ -440,7 +455,7 @@ def test_forecast_of_a_series_goes_on_with_its_index(start, freq, unit, tmp_path
     else:
         index = pd.DatetimeIndex(list(pd.date_range(start, periods=48, freq=freq)))    # no freq
     series, exog = pd.Series(wave(48), index, name="sales"), pd.DataFrame({"a": wave(48)}, index)
-    model = Forecaster(window=12, horizon=3, regressor=small())
+    model = Forecaster(window=12, horizon=3, n_models=2, regressor=small())
     got = model.fit(series[:40], exog[:40]).predict(5, exog[40:46])
     assert got.name == "sales" and got.index.equals(index[40:45])
     plain = model.fit(wave(48)[:40], wave(48)[:40, None]).predict(5, wave(48)[40:46, None])
@@ -456,9 +471,9 @@ def test_forecaster_names_what_is_wrong_in_a_series():
     pd = pytest.importorskip("pandas")
     dates = pd.date_range("2024-01-01", periods=40)
     series, exog = pd.Series(wave(40), dates), pd.DataFrame({"a": 1.0, "b": wave(40)}, dates)
-    model = Forecaster(window=12, regressor=small())
-    for uneven in (series.drop(dates[7]), series[::-1], series.set_axis(list(map(str, dates)))):
-        with pytest.raises(ValueError, match="must step evenly"):
+    model = Forecaster(window=12, n_models=1, regressor=small())
+    for uneven in (series[::-1], series.set_axis(list(map(str, dates)))):
+        with pytest.raises(ValueError, match="must step forward"):
             model.fit(uneven)
     with pytest.raises(ValueError, match="exog must have the index of the series"):
         model.fit(series[1:], exog[:-1])
@@ -472,12 +487,15 @@ def test_forecaster_names_what_is_wrong_in_a_series():
 
 
 def test_forecaster_names_what_is_wrong():
-    for options in (dict(window=0), dict(window=3, season=4)):
-        with pytest.raises(ValueError, match="must be at"):
-            Forecaster(**options)
-    with pytest.raises(ValueError, match="not fitted"):
+    for options, said in ((dict(window=0), "window must be at"), (dict(window=3, season=4), "must be at"),
+                          (dict(transform="root"), "transform must be one of"),
+                          (dict(n_models=0), "n_models must be"), (dict(calibration=-1), "calibration")):
+        with pytest.raises(ValueError, match=said):
+            Forecaster(**options).fit(np.arange(60.0))
+    with pytest.raises(NotFittedError, match="not fitted"):
         Forecaster().predict(3)
-    for series, said in ((np.ones((4, 2)), r"must be \(n,\)"), (np.full(60, np.nan), "finite"),
+    for series, said in ((np.ones((4, 2, 2)), r"must be \(n,\), or"), (np.full(60, np.nan), "only NaN"),
+                         (np.full(60, np.inf), "finite"),
                          (np.ones(24), "more than window")):
         with pytest.raises(ValueError, match=said):
             Forecaster(window=24).fit(series)
@@ -499,3 +517,457 @@ def test_the_head_has_the_threads_of_the_whole():
     X, y = np.zeros((4, 6)), [0, 1, 0, 1]
     network = LSTMClassifier(4, epochs=1, n_threads=3).fit(X, y).network_
     assert network.head.n_threads == network.recurrent.n_threads == 3
+
+
+def test_a_pickle_has_the_weights_once_and_nothing_of_the_training():
+    X, y = words(60)
+    model = small(LSTMClassifier, hidden_size=64, bidirectional=True).fit(X, y)
+    weights = sum(p.nbytes for p in model.network_.parameters().values())
+    assert weights < len(pickle.dumps(model)) < 1.1 * weights + 4000
+    assert not any(g.any() for g in model.network_.gradients().values())
+    for precision in ("int8", "bfloat16", "float32"):
+        frozen = pickle.loads(pickle.dumps(copy.deepcopy(model).freeze(precision)))
+        np.testing.assert_array_equal(frozen.predict_proba(X),
+                                      copy.deepcopy(model).freeze(precision).predict_proba(X))
+        np.testing.assert_array_equal(frozen.unfreeze().predict_proba(X), model.predict_proba(X))
+    going_on = small(LSTMClassifier, hidden_size=64, warm_start=True).fit(X, y)     # Adam's moments too
+    weights = sum(p.nbytes for p in going_on.network_.parameters().values())
+    assert 2.9 * weights < len(pickle.dumps(going_on)) < 3.1 * weights + 8000
+
+
+def test_held_out_part_has_its_share_of_every_class():
+    rng = np.random.default_rng(0)
+    y = rng.permutation(np.repeat(["a", "b", "c", "d"], [700, 200, 99, 1]))
+    X = rng.standard_normal((1000, 3)).astype("float32")
+    model = small(LSTMClassifier, validation="auto", epochs=1)
+    chosen = []
+    model._calibrate = chosen.append
+    model.fit(X, y)
+    (source,) = chosen
+    assert len(source.held_out) == 100 and not set(source.held_out) & set(source.rows)
+    assert sorted([*source.held_out, *source.rows]) == list(range(1000))
+    counts = {c: int((y[source.held_out] == c).sum()) for c in "abcd"}
+    assert abs(counts["a"] - 70) <= 1 and abs(counts["b"] - 20) <= 1 and counts["d"] == 0
+    assert not small(LSTMClassifier, validation="auto", epochs=1).fit(X[:900], y[:900]).validation_curve_
+    assert not small(validation="auto").partial_fit(X, X[:, 0]).validation_curve_
+
+
+def test_what_is_usual_depends_on_what_X_holds():
+    X = np.random.default_rng(0).standard_normal((1000, 2)).astype("float32")
+    y = np.arange(1000) % 2
+
+    def rates(model):
+        network = model.network_
+        layers = getattr(network.input_dropout, "layers", [network.input_dropout])
+        return [layer.p for layer in layers], network.dropout and network.dropout.p
+    assert rates(many := LSTMClassifier(2, epochs=1).fit(X, y)) == ([0.3], 0.3)
+    assert "pooling='mean+max'" in repr(many.network_)
+    assert rates(LSTMClassifier(2, epochs=1).fit(X[1:], y[1:])) == ([], None)
+    assert rates(LSTMRegressor(2, epochs=1).fit(X, y)) == ([], None)
+    texts, labels = words(30)
+    chars = LSTMClassifier(2, epochs=1).fit(texts, labels)
+    assert rates(chars) == ([0.3], 0.3) and chars.network_.embedding.parameters()["weight"].shape == (5, 32)
+    several = LSTMClassifier(2, tokenizer="word").fit(["a b", "b a", "b c"] * 5 + ["d"], [0, 1] * 8)
+    assert rates(several) == ([0.4, 0.5], 0.5) and len(several.vocabulary_) == 4       # no d
+    assert several.n_iter_ == 100 and len(LSTMRegressor(2).fit(X[:64], y[:64]).loss_curve_) == 100
+
+
+@pytest.mark.parametrize("what", ["classes", "labels", "steps"])
+def test_probabilities_are_calibrated_on_what_is_held_out(what):
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((400, 4)).astype("float32")
+    y = (rng.random((400, 4)) < 1 / (1 + np.exp(-X))).astype(int)       # little can be known
+    y = y if what == "steps" else y[:, :2] if what == "labels" else y[:, 0]
+    model, sources = small(LSTMClassifier, hidden_size=16, epochs=9, validation=0.2, batch_size=20,
+                           per_step=what == "steps"), []
+    calibrate = model._calibrate
+    model._calibrate = lambda source: (sources.append(source), calibrate(source))
+    rows = model.fit(X, y) and sources[0].held_out
+
+    def loss(temperature):
+        model.temperature_ = temperature
+        p = np.concatenate(model.predict_proba(X[rows])) if what == "steps" else model.predict_proba(X[rows])
+        truth = y[rows].ravel() if what == "steps" else y[rows]
+        p = np.where(truth, p, 1 - p) if what == "labels" else p[np.arange(len(p)), truth]
+        return -np.log(p).mean()
+    best = model.temperature_
+    assert best != 1 and loss(best) < min(loss(1.05 * best), loss(best / 1.05))
+    assert len(rows) == 80 and small(LSTMClassifier, validation=0.1).fit(X, y[:, 0] if what != "classes"
+                                                                         else y).temperature_ == 1
+
+
+@pytest.mark.parametrize("weight", [{"rare": 30.0}, "balanced"])
+def test_class_weight_is_a_sample_weight(weight):
+    X, _ = ragged(60, 2)
+    y = np.where(np.arange(60) % 10 == 3, "rare", "usual")
+    factor = {"rare": 30.0, "usual": 1.0} if weight != "balanced" else {"rare": 5.0, "usual": 5 / 9}
+    model = small(LSTMClassifier, class_weight=weight, epochs=10).fit(X, y)
+    same = small(LSTMClassifier, epochs=10).fit(X, y, sample_weight=[factor[label] for label in y])
+    np.testing.assert_allclose(model.predict_proba(X), same.predict_proba(X), rtol=0, atol=1e-12)
+    plain = small(LSTMClassifier, epochs=10).fit(X, y)
+    assert model.predict_proba(X)[:, 0].mean() > plain.predict_proba(X)[:, 0].mean() + 0.02
+
+
+def test_class_weight_that_is_wrong_is_named():
+    X, y = words(20)
+    for weight, error, said in (({"other": 2}, ValueError, "class_weight must name classes out of"),
+                                ("heavy", ValueError, "class_weight must be one of"),
+                                ({"with": -1}, ValueError, "class_weight must be at least 0"),
+                                (3, TypeError, "class_weight must be a dict")):
+        with pytest.raises(error, match=said):
+            small(LSTMClassifier, class_weight=weight).fit(X, y)
+    with pytest.raises(ValueError, match="give partial_fit the weights"):
+        small(LSTMClassifier, class_weight="balanced").partial_fit(X, y, classes=["with", "without"])
+
+
+def test_labels_that_may_come_together():
+    X, _ = words(300)
+    test, _ = words(100, seed=1)
+
+    def has(texts):
+        return np.array([[letter in text for letter in "xab"] for text in texts])
+    model = small(LSTMClassifier, hidden_size=16, pooling="max", epochs=40).fit(X, has(X))
+    assert model.predict(test).dtype == bool and model.score(test, has(test)) > 0.9
+    p = model.predict_proba(test)
+    assert p.shape == (100, 3) and ((p > 0.5) == model.predict(test)).all()
+    assert list(model.classes_) == [0, 1, 2]
+    other = small(LSTMClassifier, hidden_size=16, pooling="max", epochs=40).fit(X, has(X).astype(int))
+    assert other.predict(test).dtype.kind == "i"
+    np.testing.assert_array_equal(other.predict_proba(test), p)
+    with pytest.raises(ValueError, match=r"array of shape \(300, 3\)"):
+        model.fit(X, has(X) * 2)
+    warm = small(LSTMClassifier, warm_start=True).fit(X, has(X))
+    with pytest.raises(ValueError, match="y must hold labels, as in the first fit, got classes"):
+        warm.fit(X, has(X)[:, 0])
+    with pytest.raises(ValueError, match=r"y must be \(n, 3\)"):
+        warm.fit(X, has(X)[:, :2])
+    rare = np.zeros((60, 2), int)
+    rare[::15, 0] = 1
+    plain, balanced = (small(LSTMClassifier, epochs=10, class_weight=how).fit(X[:60], rare)
+                       for how in (None, "balanced"))
+    assert (balanced.predict_proba(X)[:, 0] > plain.predict_proba(X)[:, 0]).all()
+
+
+def test_a_label_for_every_step():
+    X, _ = words(200)
+    test, _ = words(60, seed=1)
+
+    def tags(texts):        # whether an x was seen before: not to be told from the letter alone
+        return [["after" if "x" in text[:n] else letter for n, letter in enumerate(text)] for text in texts]
+    model = small(LSTMClassifier, hidden_size=16, per_step=True, epochs=60, validation=0.1, patience=60)
+    model.fit(X, tags(X))
+    assert sorted(model.classes_) == ["a", "after", "b", "c", "x"]
+    got = model.predict(test)
+    assert [len(tag) for tag in got] == [len(text) for text in test]
+    assert model.score(test, tags(test)) > 0.95
+    assert model.predict_proba(test)[3].shape == (len(test[3]), 5)
+    one = np.concatenate([model.predict_proba([text])[0] for text in test])
+    np.testing.assert_allclose(one, np.concatenate(model.predict_proba(test)), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"y\[0\] must hold a label for each of the \d steps of X"):
+        model.fit(X, [["a"]] * 200)
+    numbers, y = np.zeros((9, 4, 2)), np.arange(36).reshape(9, 4) % 3
+    np.testing.assert_array_equal(np.shape(small(LSTMClassifier, per_step=True).fit(numbers, y)
+                                           .predict(numbers)), (9, 4))
+
+
+def test_a_mistagged_step_past_the_end_counts_nothing():
+    """A short sequence in the company of a long one learns as alone: padding has no weight."""
+    from lstmcore.models.supervised import PerStep
+    targets = PerStep(np.array([1, 2, 3, 1]), np.array([1.0, 2.0, 1.0, 1.0]), np.array([3, 1]))
+    ids, weights = targets[np.array([1, 0])]
+    np.testing.assert_array_equal(ids, [[1, 1], [0, 2], [0, 3]])
+    np.testing.assert_array_equal(weights, np.array([[1, 1], [0, 2], [0, 1]]) / 2)
+
+
+def test_arrays_of_other_libraries_are_arrays(tmp_path):
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((20, 5, 2)), np.arange(20) % 2
+    want = small(LSTMClassifier).fit(X, y).predict_proba(X)
+    given = []
+    torch, h5py, xarray = (pytest.importorskip(name) if name != "xarray" else None
+                           for name in ("torch", "h5py", "xarray"))
+    given += [(torch.tensor(X, requires_grad=True), torch.tensor(y)),
+              ([torch.tensor(x) for x in X], list(y))]
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        given.append((file.create_dataset("x", data=X), file.create_dataset("y", data=y)))
+        try:
+            import xarray
+            given.append((xarray.DataArray(X, dims=("row", "step", "channel")), xarray.DataArray(y)))
+        except ImportError:
+            pass
+        for a, b in given:
+            model = small(LSTMClassifier).fit(a, b)
+            np.testing.assert_array_equal(model.predict_proba(a), want)
+            assert model.score(a, b) == model.score(X, y)
+    flat = X.reshape(20, 10)
+    np.testing.assert_array_equal(small().fit(torch.tensor(flat), torch.tensor(flat)).predict(flat),
+                                  small().fit(flat, flat).predict(flat))
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind, options", [(LSTMClassifier, dict(dropout=0.3)), (LSTMRegressor, {})])
+def test_a_fit_goes_on_from_its_checkpoint_bit_for_bit(kind, options, tmp_path):
+    X, y = words(60)
+    y = y if kind is LSTMClassifier else np.array([text.count("a") for text in X])
+    options = dict(batch_size=16, validation=0.2, schedule="cosine", epochs=6, patience=9, **options)
+    whole = small(kind, **options).fit(X, y)
+    path = tmp_path / "run.safetensors"
+    broken = small(kind, **options)
+    ended = broken._note
+
+    def stop(record):
+        if broken.n_iter_ == 3:
+            raise Stopped
+        ended(record)
+    broken._note = stop
+    with pytest.raises(Stopped):
+        broken.fit(X, y, checkpoint=path)
+    resumed = small(kind, **options, random_state=9).fit(X, y, resume=path, checkpoint=path)
+    assert resumed.loss_curve_ == whole.loss_curve_ and resumed.n_iter_ == 6
+    assert resumed.validation_curve_ == whole.validation_curve_
+    np.testing.assert_array_equal(resumed.predict(X), whole.predict(X))
+    run = (kind.predict_proba if kind is LSTMClassifier else kind.predict)
+    np.testing.assert_array_equal(run(resumed, X), run(whole, X))
+    for change, said in ((dict(hidden_size=9), "cannot change hidden_size from 8 to 9"),
+                         (dict(lr=0.02), "cannot change lr from 0.01 to 0.02")):
+        with pytest.raises(ValueError, match=said):
+            small(kind, **{**options, **change}).fit(X, y, resume=path)
+    with pytest.raises(ValueError, match="needs the X, y and sample_weight"):
+        small(kind, **options).fit(X[::-1], y, resume=path)
+    warm = small(kind, **options, warm_start=True).fit(X, y)
+    with pytest.raises(ValueError, match="use one of the two"):
+        warm.fit(X, y, resume=path)
+    lstmcore.save(lstmcore.Linear(2, 3), tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="no fit of an estimator"):
+        small(kind, **options).fit(X, y, resume=tmp_path / "other.safetensors")
+
+
+def forecaster(**options):
+    return Forecaster(**{**dict(window=12, horizon=3, n_models=1, regressor=small(
+        hidden_size=12, epochs=30, lr=0.02)), **options})
+
+
+def test_a_forecaster_is_cloned_pickled_and_searched_like_an_estimator():
+    model = forecaster(season=3)
+    assert clone(model).get_params()["season"] == 3 and "hidden_size=12" in repr(model)
+    model.set_params(regressor__hidden_size=6, window=9)
+    model.fit(wave(60))
+    assert model.regressor_.network_.recurrent.hidden_size == 6
+    want = model.predict(5)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(model)).predict(5), want)
+    with pytest.raises(NotFittedError):
+        clone(model).predict()
+    np.testing.assert_array_equal(clone(model).fit(wave(60)).predict(5), want)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_pickle_of_a_forecaster_with_the_attributes_of_before_goes_on(indexed):
+    series, exog, later = wave(60), np.cos(np.arange(60.0))[:, None], np.ones((6, 1))
+    if indexed:
+        pd = pytest.importorskip("pandas")
+        index = pd.date_range("2024-01-01", periods=60)
+        series, exog = pd.Series(series, index, name="sales"), pd.DataFrame({"a": exog[:, 0]}, index)
+    model = forecaster().fit(series, exog)
+    old = copy.copy(model)
+    for new in ("transform", "n_models", "calibration", "folds", "random_state", "regressors_", "_panel",
+                "_keys", "_missing"):
+        delattr(old, new)
+    old._past, old._past_exog = wave(60), np.cos(np.arange(60.0))[:, None]
+    old._index, old._name, old._exog_names = (index, "sales", ["a"]) if indexed else (None,) * 3
+    loaded = pickle.loads(pickle.dumps(old))
+    np.testing.assert_array_equal(loaded.predict(5, later), model.predict(5, later))
+    assert not indexed or loaded.predict(5, later).index.equals(model.predict(5, later).index)
+    assert repr(loaded.fit(series, exog)) == repr(model)
+
+
+def test_a_forecast_is_the_mean_of_seeds():
+    model = forecaster(n_models=3, horizon=4).fit(wave(60))
+    alone, forecasts = copy.copy(model), []
+    for regressor in model.regressors_:
+        alone.regressors_ = [regressor]
+        forecasts.append(alone.predict(4))
+    np.testing.assert_allclose(model.predict(4), np.mean(forecasts, axis=0), rtol=1e-12)
+    assert np.ptp(forecasts, axis=0).min() > 0 and model.regressor_ is model.regressors_[0]
+    np.testing.assert_array_equal(forecasts[0], forecaster(horizon=4).fit(wave(60)).predict(4))
+
+
+@pytest.mark.parametrize("transform, series", [
+    (None, wave(80)), ("log", np.exp(wave(80))), ("difference", np.cumsum(wave(80))),
+    ("log difference", np.exp(np.cumsum(wave(80)) / 50))])
+def test_what_is_learned_through_a_transform_is_forecast_in_the_units_of_the_series(transform, series):
+    model = forecaster(window=24, season=12, horizon=6, transform=transform,
+                       regressor=small(hidden_size=16, epochs=60)).fit(series[:68])
+    got, spread = model.predict(12), np.abs(series[68:] - series[67]).mean()
+    assert np.abs(got - series[68:]).mean() < spread / 3
+    if transform:
+        report = model.backtest(series, start=68)
+        np.testing.assert_allclose(report["forecast"][0], got[:6], rtol=1e-9)
+        np.testing.assert_allclose(report["naive"][0], (
+            series[56:62] if transform == "log" else report["naive"][0]), rtol=1e-12)
+    with pytest.raises(ValueError, match="needs values above zero, got -1"):
+        forecaster(transform="log").fit(np.r_[-1.0, series])
+
+
+def test_new_values_are_taken_in_without_training():
+    series, exog = wave(90), np.cos(np.arange(90.0))[:, None]
+    model = forecaster().fit(series[:70], exog[:70])
+    weights = model.regressor_.network_.state_dict()
+    model.update(series[70:73], exog[70:73]).update(series[73:80], exog[73:80])
+    report = model.backtest(series[:83], start=80, exog=exog[:83])
+    np.testing.assert_allclose(model.predict(3, exog[80:83]), report["forecast"][0], rtol=1e-12)
+    for name, p in model.regressor_.network_.parameters().items():
+        np.testing.assert_array_equal(p, weights[name])
+    with pytest.raises(ValueError, match="exog must be given to update"):
+        model.update(series[80:])
+    pd = pytest.importorskip("pandas")
+    dates = pd.date_range("2024-01-01", periods=90)
+    dated = forecaster().fit(pd.Series(series, dates)[:70]).update(pd.Series(series, dates)[70:80])
+    assert dated.predict(4).index.equals(dates[80:84])
+    with pytest.raises(ValueError, match="must go on where the series in fit ends"):
+        dated.update(pd.Series(series, dates)[81:])
+
+
+def test_a_panel_has_one_model_and_the_scale_of_each():
+    t = np.arange(120)
+    shapes = [np.sin(t / 5), np.sin(t / 5 + 1), np.sin(t / 5 + 2)[30:]]
+    panel = {"a": 2 + shapes[0], "b": 1000 * shapes[1], "c": shapes[2] / 100 - 5}
+    known = {name: values[:-6] for name, values in panel.items()}
+    model = forecaster(horizon=6).fit(known)
+    got = model.predict(6)
+    for name, values in panel.items():
+        assert np.abs(got[name] - values[-6:]).mean() < 0.25 * np.ptp(values)
+    same = forecaster(horizon=6).fit(list(known.values())).predict(6)
+    assert isinstance(same, list)
+    for one, other in zip(same, got.values()):
+        np.testing.assert_array_equal(one, other)
+    model.update({"a": panel["a"][-6:], "b": panel["b"][-6:-3], "c": panel["c"][:0]})
+    np.testing.assert_array_equal(model.predict(6)["c"], got["c"])
+    assert (model.predict(6)["a"] != got["a"]).all()
+    with pytest.raises(ValueError, match="one entry for each of the 3 series"):
+        model.update({"a": [1.0]})
+    with pytest.raises(ValueError, match="series\\['b'\\]: series must be finite"):
+        forecaster().fit({"a": wave(60), "b": np.full(60, np.inf)})
+    with pytest.raises(ValueError, match="as many exog columns everywhere, got \\[1, 2\\]"):
+        forecaster().fit([wave(60)] * 2, [np.ones((60, 1)), np.ones((60, 2))])
+
+
+def test_series_at_the_same_times_are_forecast_together():
+    pd = pytest.importorskip("pandas")
+    rng = np.random.default_rng(0)
+    lead = rng.standard_normal(240).cumsum()
+    both = np.stack([lead[1:], lead[:-1]], axis=1)          # the second was the first a step ago
+    frame = pd.DataFrame(both, pd.date_range("2024-01-01", periods=239), columns=["x", "y"])
+    model = forecaster(horizon=1).fit(frame[:200])
+    got = model.predict(2)
+    assert list(got.columns) == ["x", "y"] and got.index.equals(frame.index[200:202])
+    report = model.backtest(frame, start=200)
+    assert report["forecast"].shape == report["actual"].shape == (39, 1, 2)
+    wrong = np.abs(report["forecast"] - report["actual"])[:, 0].mean(axis=0)
+    assert wrong[1] < np.abs(np.diff(lead)).mean() / 3 < wrong[0]
+    np.testing.assert_array_equal(forecaster(horizon=1).fit(both[:200]).predict(2), got)
+    with pytest.raises(ValueError, match="plot draws one series"):
+        model.plot(frame["x"][200:])
+
+
+def test_what_is_missing_is_no_target_and_is_not_seen_from_the_future():
+    from lstmcore.models.series import filled
+    series = wave(200)
+    gaps = series.copy()
+    gaps[np.random.default_rng(0).choice(180, 30, replace=False)] = np.nan
+    model = forecaster(season=12, horizon=4).fit(gaps[:188])
+    assert np.abs(model.predict(12) - series[188:]).mean() < 0.3
+    report = model.backtest(np.r_[series[:190], np.nan, series[191:]], start=188)
+    assert np.isnan(report["actual"]).any() and np.isfinite([report["mae"], report["naive_mae"]]).all()
+    for t in range(1, 60):      # what is filled in never changes with what comes later
+        column = gaps[:t, None]
+        if not np.isnan(column).all():
+            np.testing.assert_array_equal(filled(column, 12)[~np.isnan(gaps[:t]).cumprod().astype(bool)],
+                                          filled(gaps[:, None], 12)[:t][
+                                              ~np.isnan(gaps[:t]).cumprod().astype(bool)])
+    pd = pytest.importorskip("pandas")
+    whole = pd.Series(np.arange(60), dtype="Int64")
+    whole[7] = pd.NA
+    assert len(forecaster().fit(whole).predict(3)) == 3
+    assert forecaster().fit(pd.DataFrame({"a": whole, "b": 1.5})).predict(3).shape == (3, 2)
+
+
+def test_working_days_go_on_and_uneven_times_are_seen():
+    pd = pytest.importorskip("pandas")
+    days = pd.bdate_range("2024-01-01", "2024-06-28").drop(["2024-01-15", "2024-03-29", "2024-04-01"])
+    prices = pd.Series(wave(len(days)), days)
+    got = forecaster().fit(prices).predict(5)
+    assert got.index.equals(pd.bdate_range("2024-07-01", periods=5))
+    # an integral: its steps are told by the time that they take alone
+    rng = np.random.default_rng(0)
+    hours = rng.integers(1, 20, 300).cumsum()
+    times = pd.Timestamp("2024-01-01") + pd.to_timedelta(hours, unit="h")
+    series = pd.Series(hours / 10.0, times)
+    model = forecaster(horizon=1, regressor=small(hidden_size=12, epochs=60, lr=0.02)).fit(series[:280])
+    got = model.predict(20, index=times[280:])
+    assert got.index.equals(times[280:])
+    steps = np.abs(np.diff(np.r_[series.iloc[279], got]) - np.diff(hours[279:]) / 10).mean()
+    assert steps < 0.15 < np.diff(hours).std() / 10
+    with pytest.raises(ValueError, match="predict needs the times to forecast"):
+        model.predict(3)
+    with pytest.raises(ValueError, match="index must hold 2 times"):
+        model.predict(2, index=times[278:280])
+    model.update(series[280:290])
+    assert model.predict(1, index=times[290:291]).index[0] == times[290]
+    with pytest.raises(ValueError, match="only if the series in fit had one"):
+        forecaster().fit(wave(60)).predict(1, index=times[:1])
+
+
+def test_intervals_cover_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal(900)
+    series = np.zeros(900)
+    for t in range(1, 900):
+        series[t] = 0.8 * series[t - 1] + noise[t]
+    model = forecaster(window=8, horizon=1, calibration=120, folds=2, anchored=False).fit(series[:500])
+    assert model.errors_.shape == (2, 120, 120, 1)
+    hit, origins = [], range(500, 890, 10)
+    for t in origins:
+        lower, upper = model.predict_interval(5)
+        hit.append((lower <= series[t:t + 5]) & (series[t:t + 5] <= upper))
+        model.update(series[t:t + 10])
+    hit = np.mean(hit, axis=0)
+    assert 0.7 < hit.mean() < 0.9 and (hit > 0.6).all()     # 39 origins: a deviation of 0.064 for each
+    narrow, wide = (np.subtract(*model.predict_interval(150, coverage=c)[::-1]) for c in (0.5, 0.95))
+    assert (narrow < wide).all() and (np.diff(wide) >= -1e-9).all() and (narrow > 0).all()
+    assert 1.2 < wide[4] / wide[0]      # an AR(1) knows less the further it looks
+    with pytest.raises(ValueError, match="coverage must be between 0 and 1, got 1"):
+        model.predict_interval(3, coverage=1)
+    with pytest.raises(ValueError, match="fit with a calibration above 0"):
+        forecaster().fit(series[:60]).predict_interval(3)
+    with pytest.raises(ValueError, match="and 40 of calibration, got 50"):
+        forecaster(calibration=40).fit(series[:50])
+
+
+def test_intervals_are_of_each_series_and_in_its_units(tmp_path):
+    rng = np.random.default_rng(1)
+    series = np.exp(wave(160) + 0.05 * rng.standard_normal(160))
+    model = forecaster(season=12, transform="log", calibration=30).fit(series[:150])
+    lower, upper = model.predict_interval(10)
+    middle = model.predict(10)
+    np.testing.assert_allclose(upper / middle, middle / lower, rtol=1e-9)       # of a log: in proportion
+    scales = forecaster(calibration=20).fit([wave(100), 100 * wave(100)])
+    (low, high), (low100, high100) = zip(*scales.predict_interval(4))
+    np.testing.assert_allclose(high100 - low100, 100 * (high - low), rtol=1e-6)
+    pytest.importorskip("matplotlib")
+    figure = model.plot(series[150:], tmp_path / "band.png")
+    assert "80 % interval" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_exogenous_columns_help():
+    rng = np.random.default_rng(0)
+    promotion = (rng.random((260, 1)) < 0.2).astype(float)
+    sales = wave(260) + 3 * promotion[:, 0]
+    wrong = []
+    for exog in (None, promotion):
+        model = forecaster(horizon=2, regressor=small(hidden_size=16, epochs=60, lr=0.02))
+        model.fit(sales[:220], None if exog is None else exog[:220])
+        wrong.append(model.backtest(sales, 220, exog)["mae"])
+    assert wrong[1] < wrong[0] / 2

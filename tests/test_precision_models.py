@@ -276,7 +276,8 @@ class TestEstimators:
 
     @pytest.mark.parametrize("cell", ["lstm", "gru"])
     def test_a_classifier_learns_and_predicts_in_every_precision(self, cell):
-        model, low = (lstmcore.LSTMClassifier(12, cell=cell, epochs=40, random_state=0, **options)
+        model, low = (lstmcore.LSTMClassifier(12, cell=cell, epochs=40, random_state=0, pooling="last",
+                                              bidirectional=False, lr=0.01, schedule="constant", **options)
                       .fit(self.X, self.y) for options in (dict(dtype="float32"),
                                                            dict(compute="bfloat16")))
         assert low.network_.recurrent.compute == low.network_.head.compute == "bfloat16"
@@ -314,7 +315,7 @@ class TestEstimators:
             with pytest.raises(error, match=words):
                 lstmcore.LSTMClassifier(2, epochs=1, **options).fit(self.X, self.y)
         with pytest.raises(ValueError, match="compute must be .*, got 'int8': that is for inference"):
-            lstmcore.Forecaster(4, compute="int8")
+            lstmcore.Forecaster(4, compute="int8").fit(np.arange(30.0))
         model = lstmcore.LSTMClassifier(2, epochs=1, random_state=0).fit(self.X, self.y)
         with pytest.raises(TypeError, match="float32, got float64: train with dtype='float32'"):
             model.freeze("int8")

@@ -170,7 +170,7 @@ print(*sorted(name for name in finder.badmodules if name.startswith("lstmcore.")
     package = site / "lstmcore"
     optional = {f"lstmcore.{name}" for name in (
         "hook-lstmcore", "__main__", "cli", "models.estimators", "models.forecasting",
-        "models.sequences", "keras")}           # the commands come with cli
+        "models.sequences", "models.series", "models.supervised", "keras")}     # the commands come with cli
     there = {".".join(path.relative_to(site).with_suffix("").parts).removesuffix(".__init__")
              for path in package.rglob("*.py")
              if not {"torch", "commands"} & {*path.relative_to(package).parts}}

@@ -1,373 +1,165 @@
-"""LSTMClassifier and LSTMRegressor: one vector, class or number per sequence, as scikit-learn does.
+"""LSTMClassifier and LSTMRegressor: sequences to classes, labels, tags or numbers, as scikit-learn does.
 
 X may be a table (n, T), an array (n, T, C), a list of arrays (T_i, C) of different lengths, or a
-list of strings; pandas objects too. A `Network` reads them, in the training loop of all models.
+list of strings; pandas objects and the arrays of other libraries too. What y is stands here, the rest
+in `lstmcore.models.supervised`.
 """
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
-from lstmcore import checks, distributed, renames
-from lstmcore._types import Array, ArrayLike, Cell, Compute, Floats, Init
-from lstmcore.losses import mse_loss, softmax_cross_entropy
-from lstmcore.models import sequences, text
-from lstmcore.models.network import POOLING, Model, Network, checked
-from lstmcore.models.sources import Batches, outputs
-from lstmcore.models.training import Budget, Settings, Trainer, new_optimizer
+from lstmcore import checks, renames
+from lstmcore._types import ArrayLike, Floats
+from lstmcore.layers import sigmoid
+from lstmcore.losses import bce_with_logits, mse_loss, softmax_cross_entropy
+from lstmcore.models import supervised
+from lstmcore.models.sequences import of_other_libraries
+from lstmcore.models.sources import ROWS
+from lstmcore.models.supervised import PerStep, SequenceEstimator, Weighted, moments
 
 try:
-    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-    from sklearn.utils import check_array, check_random_state, column_or_1d
+    from sklearn.base import ClassifierMixin, RegressorMixin
+    from sklearn.utils import check_array, column_or_1d
     from sklearn.utils.multiclass import check_classification_targets
-    from sklearn.utils.validation import (_check_sample_weight, assert_all_finite,
-                                          check_consistent_length, check_is_fitted, validate_data)
+    from sklearn.utils.validation import assert_all_finite, check_consistent_length
 except ImportError as error:
-    raise ImportError("LSTMClassifier and LSTMRegressor need scikit-learn 1.6 or newer: "
-                      "pip install 'lstmcore[sklearn]'") from error
+    raise ImportError(supervised.NEEDS) from error
 
-Self = TypeVar("Self", bound="_SequenceEstimator")
-
-PARAMETERS = """
-    Parameters
-    ----------
-    hidden_size, num_layers, cell, bidirectional, peepholes, forget_bias, init
-        The recurrent layers, as in `lstmcore.LSTM`; cell="gru" takes a
-        `lstmcore.GRU`, "rnn" a vanilla `lstmcore.RNN`.
-    pooling : "last" | "mean" | "max"
-        What of the hidden states is read out: the last, or the mean or maximum over all steps.
-    dropout : probability, on embedded tokens, between layers, and before the read-out
-    n_channels : numbers per step in a two-dimensional X: its rows are (T·n_channels,)
-    standardize : scale every channel to mean 0 and variance 1 over the training set
-    tokenizer : "char" | "word" | function str -> list of str; for an X of strings
-    embed_size, min_count : size of a token's vector; rarer tokens are one <unk>
-    epochs, batch_size, optimizer, lr, weight_decay, clip
-        One update per batch; a set no larger than one batch is taken whole. lr is the learning
-        rate. Gradients of a larger norm than clip are scaled down to it; None or 0: not.
-        optimizer : "adam" | "adamw" | "sgd" | "rmsprop" | "adagrad"
-    schedule : "constant" | "cosine", the learning rate over the epochs of one fit
-    validation, patience
-        With a share above 0, that part of the training set is held out, training stops
-        after `patience` epochs without a better loss on it, and the best weights are kept.
-    warm_start : go on from the weights of the previous fit
-    dtype : "float32" | "float64" | None, to compute in X's own (strings, and with a compute of
-        "bfloat16": float32)
-    compute : None | "bfloat16", of the products: see `lstmcore.LSTM`
-    n_threads, verbose, random_state
-
-    Attributes
-    ----------
-    network_ : the trained `lstmcore.Module`; its `recurrent` is the LSTM, for a look inside
-    n_iter_, loss_curve_, validation_curve_ : epochs run, and the mean losses after each
-    history_ : of the last fit a dict per epoch, as `LanguageModel.history` has them
-    n_features_in_, feature_names_in_ : of a two-dimensional X, its columns; of a DataFrame, their
-        names
-    vocabulary_ : of an X of strings
-"""
+TRUSTED = 50        # held-out sequences, from which on they say how sure the classifier may be
 
 
 @renames.checked
 @dataclass(repr=False, eq=False)
-class _SequenceEstimator(Model, BaseEstimator):
-    """Everything but the targets: reading X, building the network, training it, running it."""
-
-    hidden_size: int = 32
-    num_layers: int = 1
-    _: KW_ONLY
-    cell: Cell = "lstm"
-    bidirectional: bool = False
-    peepholes: bool = False
-    forget_bias: float = 1.0
-    init: Init = "glorot"
-    pooling: Literal["last", "mean", "max"] = "last"
-    dropout: float = 0.0
-    n_channels: int = 1
-    standardize: bool = True
-    tokenizer: Literal["char", "word"] | Callable[[str], list[str]] = "char"
-    embed_size: int = 32
-    min_count: int = 1
-    epochs: int = 100
-    batch_size: int = 64
-    optimizer: Literal["adam", "adamw", "sgd", "rmsprop", "adagrad"] = "adam"
-    lr: float = 1e-2
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
-    schedule: Literal["constant", "cosine"] = "constant"
-    validation: float = 0.0
-    patience: int = 10
-    warm_start: bool = False
-    dtype: Literal["float32", "float64"] | None = None
-    compute: Compute | None = None
-    n_threads: int | None = None
-    verbose: bool = False
-    random_state: int | np.random.RandomState | None = None
-
-    def __sklearn_tags__(self):
-        tags = super().__sklearn_tags__()
-        tags.input_tags.three_d_array = True
-        return tags
-
-    def fit(self: Self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None, *,
-            comm: Any = None, shards: int | None = None) -> Self:
-        """Train on sequences X (see the class) and their targets y. Returns self.
-
-        comm : a communicator of mpi4py, whose processes all make this call with the same data: each
-            computes its share of every batch, and all end with the same network
-        shards : parts of a batch whose gradients are summed in a fixed order: the bits depend on them,
-            8 by default with a comm, and not on how many processes there are
-        """
-        with distributed.training(comm) as processes:
-            return self._fit(X, y, sample_weight, self.epochs,
-                             resume=self.warm_start and hasattr(self, "network_"),
-                             processes=processes, shards=shards)
-
-    def set_params(self: Self, **params: Any) -> Self:
-        """Set parameters by their names, as scikit-learn does. Returns self."""
-        renames.check(type(self), params)
-        return super().set_params(**params)
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        super().__setstate__(renames.current(type(self), state))
-        if "clip_norm" in state:        # an older pickle, whose network called a layer embed
-            rule = vars(self).get("_optimizer")
-            for held in (vars(rule), rule._slots) if rule else ():
-                held.update({what: {name.replace("embed.", "embedding."): a for name, a in arrays.items()}
-                             for what, arrays in held.items()
-                             if isinstance(arrays, dict) and what != "_slots"})
-
-    def _trained(self):
-        check_is_fitted(self)
-        return self.network_
-
-    def _fit(self, X, y, sample_weight, epochs, resume, processes=distributed.ALONE, shards=None):
-        self._check_parameters()
-        checks.unmasked("y", y), checks.unmasked("sample_weight", sample_weight)
-        if y is None:
-            raise ValueError(f"{type(self).__name__} requires y to be passed, "
-                             "but the target y is None")
-        read = self._read(X, reset=not resume)
-        targets = self._encode_targets(y, reset=not resume)
-        check_consistent_length(read.lengths, targets)
-        weights = _check_sample_weight(sample_weight, read.lengths, dtype=np.float64,
-                                       ensure_non_negative=True)
-        rows = np.flatnonzero(weights)
-        if not rows.size:
-            raise ValueError("sample_weight must hold a weight above zero, got only zeros")
-        if processes.size > 1:
-            said = {name: value if isinstance(value, (str, int, float, type(None))) else type(value).__name__
-                    for name, value in self.get_params(deep=False).items()
-                    if name not in ("n_threads", "random_state", "verbose")}
-            processes.agree_on_build(**{
-                "the parameters": said, "a fitted model": resume, "shards": shards,
-                "the data": distributed.digest(read.values, read.lengths, targets, weights)})
-        if not resume:
-            self._build(read, targets, weights, processes)
-        self._train(self._scaled(read), self._scaled_targets(targets), weights, rows, epochs, processes,
-                    shards)
-        return self
-
-    def _check_parameters(self):
-        dtype = self.dtype or "float32"
-        checked(cell=self.cell, hidden_size=self.hidden_size, num_layers=self.num_layers,
-                embed_size=self.embed_size, dropout=self.dropout, peepholes=self.peepholes,
-                dtype=dtype, compute=self.compute)
-        checks.choice("pooling", self.pooling, POOLING)
-        checks.choice("schedule", self.schedule, ("constant", "cosine"))
-        for name in ("embed_size", "epochs", "n_channels", "min_count"):
-            checks.size(name, getattr(self, name))
-        checks.fraction("validation", self.validation)
-        if not callable(self.tokenizer):
-            checks.choice("tokenizer", self.tokenizer, ("char", "word"))
-        self._settings()
-
-    def _settings(self, shards=None):
-        named = ("batch_size", "optimizer", "lr", "weight_decay", "schedule", "patience")
-        return Settings(**{name: getattr(self, name) for name in named}, clip=self.clip or 0.0,
-                        momentum=0.0, validation=self.validation, shards=shards)
-
-    def _new_optimizer(self):
-        return new_optimizer(self.network_, self._settings())
-
-    def _read(self, X, reset):
-        """X as Sequences; with reset, what a later X must look like is noted."""
-        kind, given = sequences.recognize(X)
-        if reset:
-            for name in ("n_features_in_", "feature_names_in_"):
-                vars(self).pop(name, None)
-        if kind == "text":
-            if np.ndim(X) == 2 and (reset or hasattr(self, "n_features_in_")):
-                validate_data(self, X, skip_check_array=True, reset=reset)
-            if reset:
-                how = text.words if self.tokenizer == "word" else self.tokenizer
-                self.vocabulary_ = text.Vocabulary.of_many(given, how, self.min_count)
-            elif self.vocabulary_ is None:
-                raise TypeError("X must hold numbers, as in fit, got strings")
-            return sequences.from_texts(given, self.vocabulary_)
-        if reset:
-            self.vocabulary_ = None
-        elif self.vocabulary_ is not None:
-            raise TypeError("X must hold strings, as in fit, got numbers")
-        if kind == "list":
-            read = sequences.from_list(given, self.n_channels, self.dtype)
-            assert_all_finite(read.values, input_name="X")
-        elif kind == "array":
-            X = check_array(given, allow_nd=True, dtype=self._dtypes(), input_name="X")
-            read = sequences.from_array(X)
-        else:
-            if reset or hasattr(self, "n_features_in_"):
-                X = validate_data(self, X, dtype=self._dtypes(), reset=reset)
-            else:
-                X = check_array(X, dtype=self._dtypes(), input_name="X")
-            if X.shape[1] % self.n_channels:
-                raise ValueError(f"X has {X.shape[1]} columns, which do not divide into "
-                                 f"n_channels = {self.n_channels}")
-            read = sequences.from_array(X.reshape(len(X), -1, self.n_channels))
-        if not reset and read.values.shape[1] != len(self._shift):
-            raise ValueError(f"X has {read.values.shape[1]} channels, but "
-                             f"{type(self).__name__} was fitted on {len(self._shift)}")
-        return read
-
-    def _dtypes(self):
-        return [np.float64, np.float32] if self.dtype is None else self.dtype
-
-    def _build(self, read, targets, weights, processes):
-        strings = self.vocabulary_ is not None
-        own = "float32" if strings or self.compute else read.values.dtype
-        self._dtype = np.dtype(self.dtype or own)
-        rng = self._rng = np.random.default_rng(
-            processes.bcast(check_random_state(self.random_state).randint(2**31)))
-        if not strings:
-            self._shift, self._scale = _moments(read.values, np.repeat(weights, read.lengths),
-                                                self.standardize)
-        self._set_up_targets(targets, weights)
-        self.network_ = Network(
-            len(self.vocabulary_) if strings else read.values.shape[1], self._n_outputs(),
-            embed_size=self.embed_size if strings else 0, dtype=self._dtype, seed=rng,
-            **{name: getattr(self, name) for name in (
-                "cell", "hidden_size", "num_layers", "bidirectional", "peepholes", "forget_bias",
-                "init", "pooling", "dropout", "compute", "n_threads")})
-        if strings:
-            table = self.network_.embedding.parameters()["weight"]
-            table /= self.embed_size**0.5   # length 1: rare words keep their first vector, which is noise
-            table[0] = 0                    # an unseen token says nothing
-        self._optimizer = self._new_optimizer()
-        self.n_iter_, self.loss_curve_, self.validation_curve_ = 0, [], []
-
-    def _scaled(self, read):
-        if self.vocabulary_ is not None:
-            return read
-        values = (read.values - self._shift) / self._scale
-        return sequences.Sequences(values.astype(self._dtype, copy=False), read.lengths)
-
-    def _train(self, read, targets, weights, rows, epochs, processes, shards):
-        """Updates over `rows` of the sequences, for some epochs; see PARAMETERS."""
-        settings = self._settings(shards)
-        shards = settings.divide(processes)
-        if shards:      # of ranks that have been trained differently before: rank 0 goes on
-            self._rng.bit_generator.state = processes.bcast(self._rng.bit_generator.state)
-            distributed.broadcast(self._optimizer.arrays(), processes)
-            self._optimizer.steps = processes.bcast(self._optimizer.steps)
-        source = Batches(read, targets, weights / weights[rows].mean(), rows, epochs=epochs,
-                         batch_size=settings.batch_size, held_out=settings.validation,
-                         rng=self._rng, loss=self._loss, shards=shards)
-        trainer = Trainer(self.network_, source, settings, Budget(epochs=epochs),
-                          optimizer=self._optimizer, shards=shards,
-                          report=self._note if processes.rank == 0 else self._keep)
-        self.history_ = trainer.history
-        if trainer.run().outcome.startswith("SIG"):     # between two updates: now as ever
-            signal.raise_signal(signal.Signals[trainer.outcome])
-            raise KeyboardInterrupt         # a handler that comes back does not finish the fit
-
-    def _note(self, record):
-        self._keep(record)
-        if self.verbose:
-            held_out = record["validation"]
-            print(f"epoch {self.n_iter_}: loss {record['loss']:.4f}"
-                  + ("" if held_out is None else f", validation {held_out:.4f}"))
-
-    def _keep(self, record):
-        self.n_iter_ += 1
-        self.loss_curve_.append(record["loss"])
-        if record["validation"] is not None:
-            self.validation_curve_.append(record["validation"])
-
-    def _run(self, X):
-        network = self._trained()
-        return outputs(network, self._scaled(self._read(X, reset=False)))
-
-
-def _moments(values, weights, standardize):
-    """Weighted mean and deviation of every column, (C,); a constant column has deviation 1."""
-    C = values.shape[1]
-    if not (standardize and weights.sum() > 0):
-        return np.zeros(C), np.ones(C)
-    mean = np.average(values, axis=0, weights=weights)
-    deviation = np.sqrt(np.average((values - mean) ** 2, axis=0, weights=weights))
-    # What rounding leaves of a constant column is not a deviation.
-    constant = deviation <= 1e-12 * np.abs(mean)
-    return mean, np.where(constant, 1.0, deviation)
-
-
-class LSTMClassifier(ClassifierMixin, _SequenceEstimator):
-    """Sequences -> classes: an LSTM, its read-out, and softmax cross-entropy.
+class LSTMClassifier(ClassifierMixin, SequenceEstimator):
+    """Sequences -> classes: an LSTM, its read-out, and cross-entropy.
 
     X is a table (n, T), an array (n, T, C), a list of arrays (T_i, C) of different lengths, or a
-    list of strings; y holds n labels. A DataFrame is a table (of one column of strings: a list of
-    them), a Series is a list.
+    list of strings; y holds n labels, or (n, K) zeros and ones for K labels that may come together,
+    or with per_step=True n sequences of labels, one for each step. A DataFrame is a table (of one
+    column of strings: a list of them), a Series is a list; arrays of PyTorch, h5py and xarray are
+    arrays.
+
+    With a held-out part (see validation) the probabilities are calibrated on it: the logits are
+    divided by the one number, `temperature_`, with which its loss is least (Guo et al. 2017).
 
     >>> words = ["aab", "aba", "baa", "a", "xxy", "yx", "yxxy", "xy"]
     >>> model = LSTMClassifier(hidden_size=8, random_state=0).fit(words, list("llllrrrr"))
     >>> model.predict(["abaaba", "yyx"])
     array(['l', 'r'], dtype='<U1')
+    >>> tagger = LSTMClassifier(8, per_step=True, random_state=0)
+    >>> tagger = tagger.fit(words, [[letter in "ax" for letter in word] for word in words])
+    >>> tagger.predict(["abx"])
+    [array([ True, False,  True])]
     """
+
+    _: KW_ONLY
+    class_weight: Mapping[Any, float] | Literal["balanced"] | None = None
+    per_step: bool = False
+
+    _kind = "classes"       # or "labels", that may come together, or "steps"
+    _usual_dropout = 0.3    # of numbers
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        return tags
 
     def partial_fit(self, X: Any, y: ArrayLike, classes: ArrayLike | None = None,
                     sample_weight: ArrayLike | None = None) -> LSTMClassifier:
         """One epoch over X and y, going on from before. The first call must name all `classes`."""
-        resume = hasattr(self, "network_")
+        going_on = hasattr(self, "network_")
         checks.unmasked("classes", classes)
-        if not resume:
+        if self.class_weight == "balanced":
+            raise ValueError("class_weight='balanced' needs all data at once: give partial_fit the "
+                             "weights as a dict")
+        if not going_on:
             if classes is None:
                 raise ValueError("classes must be passed on the first call to partial_fit")
             self.classes_ = np.unique(classes)
         elif classes is not None and not np.array_equal(self.classes_, np.unique(classes)):
             raise ValueError(f"classes must be those of the first call, {self.classes_}, "
                              f"got {np.unique(classes)}")
-        self._classes_given = not resume
+        self._classes_given = not going_on
         try:
-            return self._fit(X, y, sample_weight, 1, resume)
+            return self._fit(X, y, sample_weight, 1, going_on, partial=True)
         finally:
             del self._classes_given
 
-    def predict_proba(self, X: Any) -> Floats:
-        """The probability of every class, (n, number of classes), in the order of `classes_`."""
-        logits = self._run(X)
-        e = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return e / e.sum(axis=1, keepdims=True)
+    def predict_proba(self, X: Any) -> Any:
+        """The probability of every class, (n, number of classes), in the order of `classes_`.
 
-    def predict(self, X: Any) -> Array:
-        """The most probable class of each sequence, (n,)."""
-        best = self._run(X).argmax(axis=1)
-        return self.classes_[best]
+        With per_step a list of arrays (T_i, number of classes).
+        """
+        logits, read = self._run(X)
+        logits = logits / logits.dtype.type(getattr(self, "temperature_", 1.0))
+        if self._kind == "labels":
+            return sigmoid(logits)
+        e = np.exp(logits - logits.max(axis=1, keepdims=True))
+        found = e / e.sum(axis=1, keepdims=True)
+        return read.split(found) if self._kind == "steps" else found
+
+    def predict(self, X: Any) -> Any:
+        """The most probable class of each sequence, (n,).
+
+        After a y of (n, K) that again, with ones where a label is more probable than not; with
+        per_step a list of arrays (T_i,).
+        """
+        logits, read = self._run(X)
+        if self._kind == "labels":
+            return (logits > 0).astype(self._y_dtype)
+        best = self.classes_[logits.argmax(axis=1)]
+        return read.split(best) if self._kind == "steps" else best
 
     def score(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
-        """The share of X that `predict` gives the class y."""
+        """The share of X that `predict` gives the class y: all K labels, and with per_step of steps."""
         checks.unmasked("y", y), checks.unmasked("sample_weight", sample_weight)
-        return super().score(X, y, sample_weight)
+        if not self.per_step:
+            return super().score(X, y, sample_weight)
+        predicted = self.predict(X)
+        lengths = np.array([len(tags) for tags in predicted])
+        right = np.concatenate(predicted) == self._tags(y, lengths)
+        weights = None if sample_weight is None else np.repeat(sample_weight, lengths)
+        return float(np.average(right, weights=weights))
 
-    def _encode_targets(self, y, reset):
-        y = column_or_1d(y, warn=True)
+    def _check_parameters(self):
+        super()._check_parameters()
+        if isinstance(self.class_weight, str):
+            checks.choice("class_weight", self.class_weight, ("balanced",))
+        elif not isinstance(self.class_weight, (Mapping, type(None))):
+            raise TypeError("class_weight must be a dict from class to weight, 'balanced' or None, got "
+                            f"{type(self.class_weight).__name__}")
+
+    def _encode_targets(self, y, lengths, reset):
+        y = of_other_libraries(y)
+        y = y.toarray() if hasattr(y, "toarray") else y     # a sparse matrix of labels
+        kind = "steps" if self.per_step else "classes"
+        if not self.per_step:
+            try:
+                shape = y.shape if hasattr(y, "shape") else np.asarray(y).shape
+            except ValueError:
+                raise ValueError("y must hold a label for each sequence, got lists of different lengths; "
+                                 "for a label per step: per_step=True") from None
+            kind = "labels" if len(shape) == 2 and shape[1] > 1 else kind
+        if reset:
+            self._kind = kind
+        elif self._kind != kind:
+            raise ValueError(f"y must hold {self._kind}, as in the first fit, got {kind}")
+        if kind == "labels":
+            return self._encode_labels(y, lengths, reset)
+        y = self._tags(y, lengths) if kind == "steps" else column_or_1d(y, warn=True)
         if y.dtype.kind == "f":
             assert_all_finite(y, input_name="y")
         if len(kinds := {type(label).__name__ for label in y} if y.dtype == object else ()) > 1:
             raise TypeError("y must hold labels of one type, and one for every sequence; got "
                             + ", ".join(sorted(kinds)))
         check_classification_targets(y)
+        if kind == "classes":
+            check_consistent_length(lengths, y)
         if reset and not getattr(self, "_classes_given", False):
             self.classes_ = np.unique(y)
         unknown = np.setdiff1d(y, self.classes_)
@@ -375,26 +167,111 @@ class LSTMClassifier(ClassifierMixin, _SequenceEstimator):
             raise ValueError(f"y must hold classes out of {self.classes_}, got {unknown}")
         return np.searchsorted(self.classes_, y)
 
+    def _encode_labels(self, y, lengths, reset):
+        y = check_array(y, dtype=None, input_name="y")
+        check_consistent_length(lengths, y)
+        if y.dtype.kind not in "biuf" or not np.isin(y, (0, 1)).all():
+            raise ValueError("y should be a 1d array of labels, or (n, K) of zeros and ones for K labels "
+                             f"that may come together; got an array of shape {y.shape} with other values")
+        classes = np.arange(y.shape[1])
+        if reset and not getattr(self, "_classes_given", False):
+            self.classes_ = classes
+        if not np.array_equal(self.classes_, classes):
+            raise ValueError(f"y must be (n, {len(self.classes_)}), a column for each class of "
+                             f"{self.classes_}, got {y.shape}")
+        if reset:
+            self._y_dtype = y.dtype
+        return y.astype(np.int8)
+
+    def _tags(self, y, lengths):
+        """Labels for every step of all sequences, (steps,)."""
+        check_consistent_length(lengths, y)
+        rows = [np.asarray(of_other_libraries(list(row) if isinstance(row, str) else row)) for row in y]
+        for n, (row, T) in enumerate(zip(rows, lengths)):
+            if row.shape != (T,):
+                raise ValueError(f"y[{n}] must hold a label for each of the {T} steps of X[{n}], got "
+                                 f"{f'{row.size} labels' if row.ndim == 1 else f'shape {row.shape}'}")
+        return np.concatenate([row for row in rows if len(row)] or rows)
+
+    def _weighted(self, targets, weights, lengths):
+        per_class = self._class_weights(targets, np.repeat(weights, lengths) if self._kind == "steps"
+                                        else weights)
+        if self._kind == "steps":
+            return PerStep(targets, per_class[targets], lengths), weights
+        if self._kind == "classes":
+            return targets, weights * per_class[targets]
+        return Weighted(targets, np.where(targets, *per_class) / targets.shape[1]), weights
+
+    def _class_weights(self, targets, weights):
+        """The weight of every class, (number of classes,); of labels (2, K): where they are, are not."""
+        K, many = len(self.classes_), self._kind == "labels"
+        if self.class_weight is None:
+            return np.ones((2, K) if many else K)
+        if isinstance(self.class_weight, Mapping):
+            unknown = [key for key in self.class_weight if key not in self.classes_]
+            if unknown:
+                raise ValueError(f"class_weight must name classes out of {self.classes_}, got {unknown}")
+            found = np.array([checks.number("class_weight", self.class_weight.get(c, 1.0))
+                              for c in self.classes_.tolist()])
+            return np.stack([found, np.ones(K)]) if many else found
+        if many:
+            on = weights @ targets
+            counts = np.stack([on, weights.sum() - on])
+        else:
+            counts = np.bincount(targets, weights, minlength=K)
+        there = counts > 0
+        return np.divide(counts.sum(axis=0), there.sum(axis=0) * counts, out=np.ones_like(counts),
+                         where=there)
+
+    def _strata(self, targets, rows):
+        return targets[rows] if self._kind == "classes" else None
+
     def _n_outputs(self):
         return len(self.classes_)
 
     def _set_up_targets(self, targets, weights):
-        pass
+        self.temperature_ = 1.0
 
     def _scaled_targets(self, targets):
         return targets
 
     def _loss(self, outputs, targets, weights):
-        return softmax_cross_entropy(outputs, targets, mask=weights, reduction="sum")
+        if self._kind == "classes":
+            return softmax_cross_entropy(outputs, targets, mask=weights, reduction="sum")
+        targets, own = targets
+        if self._kind == "steps":
+            return softmax_cross_entropy(outputs, targets, mask=own * weights, reduction="sum")
+        return bce_with_logits(outputs, targets.astype(outputs.dtype), mask=own * weights[:, None],
+                               reduction="sum")
+
+    def _calibrate(self, source):
+        from scipy.optimize import minimize_scalar
+        rows = source.held_out
+        if len(rows) < TRUSTED:
+            return
+        pieces = [rows[at:at + ROWS] for at in range(0, len(rows), ROWS)]
+        logits = []
+        for some in pieces:
+            x, lengths = source.sequences.batch(some)
+            logits.append(self.network_(x, lengths=lengths)[0])
+        weights = source.weights / source.weights[rows].sum()
+
+        def loss(log_temperature):
+            factor = np.exp(-log_temperature)
+            return sum(self._loss(z * z.dtype.type(factor), source.targets[some], weights[some])[0]
+                       for z, some in zip(logits, pieces))
+        limit = np.log(4)       # beyond, too little was held out, or all of it is right
+        self.temperature_ = float(np.exp(minimize_scalar(loss, bounds=(-limit, limit),
+                                                         method="bounded").x))
 
 
-class LSTMRegressor(RegressorMixin, _SequenceEstimator):
+class LSTMRegressor(RegressorMixin, SequenceEstimator):
     """Sequences -> numbers: an LSTM, its read-out, and squared error.
 
     X is a table (n, T), an array (n, T, C), a list of arrays (T_i, C) of different lengths, or a
     list of strings; y is (n,), or (n, K) for K numbers per sequence. Targets are standardized
     for training. A DataFrame is a table (of one column of strings: a list of them), a Series is a
-    list. For time series, see `lstmcore.Forecaster`.
+    list; arrays of PyTorch, h5py and xarray are arrays. For time series, see `lstmcore.Forecaster`.
 
     >>> rng = np.random.default_rng(0)
     >>> X = [rng.standard_normal(n) for n in rng.integers(2, 9, size=60)]
@@ -412,12 +289,11 @@ class LSTMRegressor(RegressorMixin, _SequenceEstimator):
     def partial_fit(self, X: Any, y: ArrayLike,
                     sample_weight: ArrayLike | None = None) -> LSTMRegressor:
         """One epoch over X and y, going on from before; the first call fixes the scaling."""
-        return self._fit(X, y, sample_weight, 1, hasattr(self, "network_"))
+        return self._fit(X, y, sample_weight, 1, hasattr(self, "network_"), partial=True)
 
     def predict(self, X: Any) -> Floats:
         """The numbers of each sequence, shaped as y was: (n,) or (n, K)."""
-        outputs = self._run(X)
-        values = outputs * self._y_scale + self._y_shift
+        values = self._run(X)[0] * self._y_scale + self._y_shift
         return values[:, 0] if self._y_flat else values
 
     def score(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
@@ -425,8 +301,9 @@ class LSTMRegressor(RegressorMixin, _SequenceEstimator):
         checks.unmasked("y", y), checks.unmasked("sample_weight", sample_weight)
         return super().score(X, y, sample_weight)
 
-    def _encode_targets(self, y, reset):
-        y = check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
+    def _encode_targets(self, y, lengths, reset):
+        y = check_array(of_other_libraries(y), ensure_2d=False, dtype=np.float64, input_name="y")
+        check_consistent_length(lengths, y)
         if y.ndim > 2:
             raise ValueError(f"y must be (n,) or (n, K), got {y.shape}")
         flat, targets = y.ndim == 1, y.reshape(len(y), -1)
@@ -437,11 +314,14 @@ class LSTMRegressor(RegressorMixin, _SequenceEstimator):
                              f"first fit, got {targets.shape[1]}")
         return targets
 
+    def _weighted(self, targets, weights, lengths):
+        return targets, weights
+
     def _n_outputs(self):
         return len(self._y_shift)
 
     def _set_up_targets(self, targets, weights):
-        self._y_shift, self._y_scale = _moments(targets, weights, True)
+        self._y_shift, self._y_scale = moments(targets, weights, True)
 
     def _scaled_targets(self, targets):
         return ((targets - self._y_shift) / self._y_scale).astype(self._dtype)
@@ -450,5 +330,11 @@ class LSTMRegressor(RegressorMixin, _SequenceEstimator):
         return mse_loss(outputs, targets, mask=weights / outputs.shape[1], reduction="sum")
 
 
-for _estimator in (LSTMClassifier, LSTMRegressor) if __doc__ else ():       # none under -OO
-    _estimator.__doc__ = _estimator.__doc__.replace("\n\n    >>>", f"\n{PARAMETERS}\n    >>>", 1)
+for _estimator, _own in ((LSTMClassifier, """
+    class_weight : None | "balanced" | dict from class to weight
+        How much a sequence (a step, with per_step; a label that is there) counts beside its
+        sample_weight. "balanced": all classes the same in sum
+    per_step : y has a label for every step, and so has a prediction; pooling has no part in it
+"""), (LSTMRegressor, "\n")) if __doc__ else ():       # none under -OO
+    _said = supervised.PARAMETERS.replace("\n    warm_start :", f"{_own[:-1]}\n    warm_start :", 1)
+    _estimator.__doc__ = _estimator.__doc__.replace("\n\n    >>>", f"\n{_said}\n    >>>", 1)

@@ -19,12 +19,53 @@ from lstmcore._types import Array, Cell, Compute, Dtype, Floats, Ints, Lengths, 
 from lstmcore.layers import (GRU, LSTM, RNN, Dropout, Embedding, LastStep, Linear, MaxOverTime,
                              MeanOverTime, Sequential)
 from lstmcore.losses import linear_cross_entropy
-from lstmcore.module import Module, products
+from lstmcore.module import Module, dropout_mask, products
 
 M = TypeVar("M", bound="Model")
 
 CELLS = {"lstm": LSTM, "gru": GRU, "rnn": RNN}
-POOLING = {"last": LastStep, "mean": MeanOverTime, "max": MaxOverTime}
+
+
+class MeanAndMaxOverTime(Module):
+    """The mean and the maximum of y over each sequence's steps, side by side: (T,B,N) -> (B,2N)."""
+
+    def __init__(self) -> None:
+        self.mean, self.max = MeanOverTime(), MaxOverTime()
+
+    def __call__(self, y: Floats, lengths: Lengths = None) -> Floats:
+        return np.concatenate([self.mean(y, lengths), self.max(y, lengths)], axis=1)
+
+    def backward(self, dout: Floats) -> Floats:
+        """The gradient by what was returned -> the gradient by y, which it has twice."""
+        by_mean, by_max = (np.ascontiguousarray(part) for part in np.split(dout, 2, axis=1))
+        dy = self.mean.backward(by_mean)
+        dy += self.max.backward(by_max)
+        return dy
+
+
+class TokenDropout(Module):
+    """Drops the vectors of whole tokens, (T,B,N), each with probability p, in training mode."""
+
+    _says = ("p",)
+
+    def __init__(self, p: float, *, seed: Seed = None) -> None:
+        self.p, self.rng = p, np.random.default_rng(seed)
+
+    def __call__(self, x: Floats) -> Floats:
+        if not self.training:
+            return x
+        mask = dropout_mask(self.rng, self.p, (*x.shape[:-1], 1), x.dtype)
+        y = x * mask
+        self._keep(y, mask)
+        return y
+
+    def backward(self, dy: Floats | None = None) -> Floats:
+        """The gradient by what was returned -> the gradient by x."""
+        dy, mask = self._take(dy)
+        return dy * mask
+
+
+POOLING = {"last": LastStep, "mean": MeanOverTime, "max": MaxOverTime, "mean+max": MeanAndMaxOverTime}
 
 
 def checked(*, cell: Any, hidden_size: Any, num_layers: Any, embed_size: Any, dropout: Any,
@@ -65,8 +106,9 @@ class Network(Module):
     ----------
     inputs, outputs : V tokens, or C channels; and as many outputs as inputs by default
     embed_size : width of the table of tokens; 0 for channels, and for one-hot rows of tokens
-    pooling : "last", "mean" or "max" of the steps; None for outputs at each step
+    pooling : "last", "mean", "max" or "mean+max" of the steps; None for outputs at each step
     dropout : probability, between layers and before the head; with pooling on embedded tokens too
+    token_dropout : with pooling, probability of whole tokens
     recurrent : what else the layers take; peepholes and forget_bias only an LSTM
     """
 
@@ -74,10 +116,14 @@ class Network(Module):
     input_dropout: Any = None
 
     def __init__(self, inputs: int, outputs: int | None = None, *, cell: Cell, hidden_size: int,
-                 num_layers: int, embed_size: int, dropout: float = 0.0,
-                 pooling: Literal["last", "mean", "max"] | None = None, dtype: Dtype = "float32",
+                 num_layers: int, embed_size: int, dropout: float = 0.0, token_dropout: float = 0.0,
+                 pooling: Literal["last", "mean", "max", "mean+max"] | None = None, dtype: Dtype = "float32",
                  compute: Compute | None = None, n_threads: int | None = None, seed: Seed = None,
                  **recurrent: Any) -> None:
+        self._arguments = dict(
+            recurrent, inputs=inputs, outputs=outputs, cell=cell, hidden_size=hidden_size,
+            num_layers=num_layers, embed_size=embed_size, dropout=dropout, token_dropout=token_dropout,
+            pooling=pooling, dtype=str(np.dtype(dtype)), compute=compute, n_threads=n_threads)
         rng = np.random.default_rng(seed)
         common: dict[str, Any] = dict(dtype=dtype, compute=compute, seed=rng)
         if cell != "lstm":
@@ -89,9 +135,11 @@ class Network(Module):
         if pooling:
             last = {"bidirectional": self.recurrent.bidirectional} if pooling == "last" else {}
             self.pool = POOLING[pooling](**last)
-            self.input_dropout = Dropout(dropout, seed=rng) if dropout else Sequential()
+            drop = [kind(p, seed=rng) for kind, p in ((TokenDropout, token_dropout), (Dropout, dropout)) if p]
+            self.input_dropout = drop[0] if len(drop) == 1 else Sequential(*drop)
         self.dropout = Dropout(dropout, seed=rng) if dropout else None
-        self.head = Linear(hidden_size * self.recurrent.directions, outputs or inputs, **common)
+        width = hidden_size * self.recurrent.directions * (2 if pooling == "mean+max" else 1)
+        self.head = Linear(width, outputs or inputs, **common)
         self.recurrent.n_threads = self.head.n_threads = n_threads
 
     def __call__(self, x: Array, state: Any = None, lengths: Lengths = None) -> tuple[Floats, Any]:
@@ -167,6 +215,31 @@ class Network(Module):
     def _embeds_first(self):
         """Whether the layers read rows of the table; else they look up what each is projected to."""
         return self.embedding is not None and self.input_dropout is not None
+
+    def __repr__(self) -> str:
+        said = vars(self).get("_arguments", {})
+        return f"Network({', '.join(f'{name}={value!r}' for name, value in said.items())})"
+
+    def packed(self) -> dict[str, Any] | None:
+        """What `unpacked` makes this network of: no gradients, no tape, each weight once.
+
+        None of a network that an older lstmcore pickled, which does not say how it was made.
+        """
+        if "_arguments" not in vars(self):
+            return None
+        return {"arguments": self._arguments, "weights": self.state_dict(), "rng": self.rng_state(),
+                "training": self.training, "frozen_in": self.recurrent._frozen_in}
+
+    @classmethod
+    def unpacked(cls, state: Mapping[str, Any], rng: np.random.Generator) -> Network:
+        """The network of which `packed` told, whose layers share rng with whoever else draws from it."""
+        now = rng.bit_generator.state
+        network = cls(**state["arguments"], seed=rng)
+        rng.bit_generator.state = now
+        network.load_state_dict(state["weights"])
+        network.load_rng_state(state["rng"])
+        network.train(state["training"])
+        return network.freeze(state["frozen_in"]) if state["frozen_in"] else network
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         # An estimator of an older pickle calls its layers so.

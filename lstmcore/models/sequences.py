@@ -4,6 +4,8 @@
 ids. Nothing here knows a network.
 """
 
+from typing import Any
+
 import numpy as np
 
 from lstmcore import checks
@@ -34,12 +36,20 @@ class Sequences:
 
         The lengths are None where all are equal.
         """
-        lengths = self.lengths[rows]
-        t = np.arange(lengths.max(initial=0))[:, None]
-        there = t < lengths
+        there, at = self.places(rows)
         x = np.zeros((*there.shape, *self.values.shape[1:]), self.values.dtype)
-        x[there] = self.values[(self._starts[rows] + t)[there]]
-        return x, None if there.all() else lengths
+        x[there] = self.values[at]
+        return x, None if there.all() else self.lengths[rows]
+
+    def places(self, rows):
+        """Which places of a batch of these rows are steps, (T,B) bool, and which of `values` those are."""
+        t = np.arange(self.lengths[rows].max(initial=0))[:, None]
+        there = t < self.lengths[rows]
+        return there, (self._starts[rows] + t)[there]
+
+    def split(self, values):
+        """Something of every step, (steps of all sequences, ...), as an array for each sequence."""
+        return np.split(values, np.cumsum(self.lengths)[:-1])
 
 
 def recognize(X):
@@ -48,7 +58,7 @@ def recognize(X):
     A list of equally long one-dimensional rows is a table, as anywhere in scikit-learn; a table of
     one column that holds strings is text.
     """
-    checks.unmasked("X", X)
+    X = of_other_libraries(checks.unmasked("X", X))
     if isinstance(X, (str, bytes)):
         raise TypeError("X must hold many sequences, got a single string: pass [X]")
     if not (isinstance(X, (list, tuple)) or hasattr(X, "__array__") or hasattr(X, "shape")):
@@ -58,8 +68,6 @@ def recognize(X):
     if isinstance(X, np.ndarray) and not (X.ndim == 1 and X.dtype.kind in "OUT"):
         return ("array" if X.ndim == 3 else "table"), X
     if not isinstance(X, (list, tuple, np.ndarray)):
-        if len(getattr(X, "shape", ())) == 3:       # of other libraries: tensors, datasets
-            return "array", np.asarray(X)
         return "table", X
     if not len(X):
         raise ValueError("X must hold at least one sequence, got none")
@@ -77,6 +85,18 @@ def recognize(X):
     if dimensions == {1} and len({len(x) for x in X}) == 1 or dimensions & {0}:
         return "table", X
     return "list", X
+
+
+def of_other_libraries(a: Any) -> Any:
+    """Tensors (of PyTorch), datasets (h5py) and labelled arrays (xarray) as NumPy arrays.
+
+    What scikit-learn or we look into ourselves stays as it is: tables of pandas, lists, arrays.
+    """
+    if hasattr(a, "detach"):                # np.asarray takes no tensor with a gradient, or on a GPU
+        a = a.detach().cpu()
+    elif isinstance(a, np.ndarray) or hasattr(a, "columns") or hasattr(a, "iloc"):
+        return a
+    return np.asarray(a) if hasattr(a, "shape") and hasattr(a, "__array__") else a
 
 
 def _text_column(X):
@@ -119,7 +139,7 @@ def from_list(X, n_channels, dtype):
 
 def _as_array(n, x):
     try:
-        return np.asarray(x)
+        return np.asarray(of_other_libraries(x))
     except ValueError:
         raise ValueError(f"X[{n}] must be an array (steps, channels), with as many channels in "
                          f"every step; got {str(x):.60}") from None

@@ -27,7 +27,7 @@ OPTIM, VARIANTS, STREAMS, PACKING, KERAS_VARIANTS = (
 NETWORK, SOURCES, TRAINING, TEXT, CORPUS, GENERATION, ESTIMATORS = (
     f"lstmcore/models/{name}.py" for name in ("network", "sources", "training", "text", "corpus",
                                               "generation", "estimators"))
-INSPECT = "lstmcore/inspect.py"
+INSPECT, SUPERVISED = "lstmcore/inspect.py", "lstmcore/models/supervised.py"
 DISK, STATE_DICT, SAFETENSORS, ONNX, GRAPH, OPERATORS, KERAS, DESCRIPTION = (
     f"lstmcore/formats/{name}.py" for name in ("disk", "state_dict", "safetensors", "onnx",
                                                "onnx_graph", "onnx_operators", "keras",
@@ -936,8 +936,8 @@ MUTANTS = [
     ("pooling reads the padding", NETWORK, "y = self.pool(y, lengths)", "y = self.pool(y)"),
     ("the rarest tokens come first", TEXT, "for token, count in counts.most_common()",
      "for token, count in counts.most_common()[::-1]"),
-    ("an unseen token says something", ESTIMATORS, "            table[0] = 0 ", "            0 "),
-    ("an interrupt is forgotten", ESTIMATORS, 'if trainer.run().outcome.startswith("SIG"):',
+    ("an unseen token says something", SUPERVISED, "            table[0] = 0 ", "            0 "),
+    ("an interrupt is forgotten", SUPERVISED, 'if trainer.run().outcome.startswith("SIG"):',
      "if not trainer.run():"),
     ("an old keyword is a stranger", RENAMES, "        if name in new:", "        if 0:"),
     ("an old state keeps its names", RENAMES, "{new.get(name, name): value", "{name: value"),
