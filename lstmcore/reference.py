@@ -345,7 +345,7 @@ def _varied_forward(x, W_ih, W_hh, b, h0, c0, peepholes, v, lengths, reverse, ke
 
 def _varied_backward(tape, dy, dh_n, dc_n):
     """lstm_backward of a `Variant`."""
-    x, W_ih, W_hh, peepholes, _, h0, c0, lengths, reverse, compute, y, gates, c, v, a = tape
+    x, W_ih, W_hh, peepholes, _, h0, c0, lengths, reverse, compute, y, gates, c, v, a, *_ = tape
     T, B, _ = x.shape
     H = W_hh.shape[1]
     p = np.zeros((3, H), x.dtype) if peepholes is None else peepholes
