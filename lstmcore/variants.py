@@ -49,13 +49,15 @@ def activation(name: str, given: Activation) -> tuple[int, float, float]:
 class Variant:
     """In what an LSTM differs from the usual one. What is left out is as ever.
 
-    recurrent_activation : of the gates i, f and o
-    activation : of the candidate g
-    cell_activation : of c before o multiplies it; by default as `activation`
-        Each is "sigmoid", "tanh", "linear", "relu", "softsign", "selu"; or, with numbers that may be left
-        out, ("hard_sigmoid", 1/6, 0.5): alpha x + beta in 0..1; ("tanh", alpha, beta): alpha tanh(beta x);
-        ("linear", alpha, beta); ("leaky_relu", alpha); ("thresholded_relu", alpha): 0 up to alpha;
-        ("elu", alpha, beta): beta x or, below 0, beta alpha (e^x - 1). No number is negative
+    Parameters
+    ----------
+    recurrent_activation : of the gates i, f and o: "sigmoid", "tanh", "linear", "relu", "softsign" or "selu";
+        or, with numbers that may be left out, ("hard_sigmoid", 1/6, 0.5): alpha x + beta in 0..1;
+        ("tanh", alpha, beta): alpha tanh(beta x); ("linear", alpha, beta); ("leaky_relu", alpha);
+        ("thresholded_relu", alpha): 0 up to alpha; ("elu", alpha, beta): beta x or, below 0,
+        beta alpha (e^x - 1). No number is negative
+    activation : of the candidate g, likewise
+    cell_activation : of c before o multiplies it, likewise; by default as `activation`
     clip : limits what goes into the activations of i, f, g, o to -clip..clip
     coupled : f = 1 - i (CIFG; Greff et al. 2017). W and b keep their rows for f, which are not read
     zoneout : z or (z_h, z_c): so much of its last value h, and c, keeps (Krueger et al. 2017): in the mean

@@ -57,7 +57,8 @@ class Forecaster(Model, BaseEstimator):
 
     Attributes
     ----------
-    regressors_ : the fitted LSTMRegressors; regressor_, the first
+    regressors_ : the fitted LSTMRegressors
+    regressor_ : the first of them
     errors_ : with calibration, the absolute errors of its forecasts, (series of every fold, origins,
         steps ahead, D), of logs with a log; NaN where there is no value
 
@@ -98,19 +99,22 @@ class Forecaster(Model, BaseEstimator):
             shards: int | None = None) -> Forecaster:
         """Learn from a series (n,) and, beside it, columns exog (n, K); returns self.
 
+        Parameters
+        ----------
         series : (n,); or (n, D), D series at the same times that are forecast together; or a panel: a
             list of arrays or a dict of them, of any lengths, from which one model learns them all, each
             in its own scale. NaN where a value is missing: it is no target, and the network is told
         exog : columns beside the series; of a panel as many lists, or a dict with the same keys
+        comm, shards : as for `LSTMRegressor.fit`
 
+        Notes
+        -----
         Both may be of pandas. The index then steps through dates, periods or integers; exog must have
         the same. Days of a working week may leave out holidays. Of any other uneven index the time
         from one step to the next is one more column that the network sees.
 
         A forecast sees the exog of the steps that it forecasts: columns known ahead (a calendar, a
         price that is set). What is known only afterwards must be shifted by `horizon` rows first.
-
-        comm, shards : as for `LSTMRegressor.fit`
         """
         self._check_parameters()
         found, keys = panel(series, exog)
@@ -134,6 +138,8 @@ class Forecaster(Model, BaseEstimator):
     def update(self, series: Any, exog: Any = None) -> Forecaster:
         """Take in what came after the series in fit, without training again; returns self.
 
+        Parameters
+        ----------
         series, exog : as in fit, the new values only; of a panel an entry for each of its series, of
             no length where nothing is new
         """
@@ -152,6 +158,8 @@ class Forecaster(Model, BaseEstimator):
         After a pandas Series, a Series again, whose index goes on from there; after a DataFrame a
         DataFrame; of a panel a list or a dict of such.
 
+        Parameters
+        ----------
         exog : (m, K), what is known of the steps to come, if fit was given any; m is `steps`,
             rounded up to a multiple of `horizon`; of a panel one for each series
         index : of pandas, the m times to come, where they cannot be told from the index so far

@@ -185,6 +185,8 @@ class SequenceEstimator(Model, BaseEstimator):
             comm: Any = None, shards: int | None = None) -> Self:
         """Train on sequences X (see the class) and their targets y. Returns self.
 
+        Parameters
+        ----------
         checkpoint : a file to write the run to after every epoch
         resume : a checkpoint to go on from, with the same data and parameters (but more epochs, if
             wanted): the numbers are those of a fit without the break
