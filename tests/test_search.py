@@ -79,7 +79,7 @@ def test_an_interrupted_search_saves_what_runs(run, story):                     
         assert time.monotonic() < end
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 130 and "the same command goes on, in s" in err
     assert "h5-l1  not trained yet" in out and LanguageModel.load("s/h5-l1.safetensors").outcome == "SIGINT"
 
