@@ -135,6 +135,24 @@ def test_one_shard_has_the_bits_of_none():
     assert ranks.bits(plain.network) == ranks.bits(sharded.network)
 
 
+def test_an_optimizer_updates_all_again_after_a_run(monkeypatch):
+    seen = []
+
+    def divide(self, optimizer):
+        optimizer.follow()
+        optimizer.restrict({"head.bias": slice(0, 3)})
+        seen.append(optimizer)
+    monkeypatch.setattr(distributed.Shards, "divide", divide)
+    model = LanguageModel(hidden_size=5, seed=0).fit(ranks.story(100), shards=1, steps=3, progress=False)
+    before = model.network.state_dict()
+    (optimizer,) = seen
+    model.network.train()
+    for g in model.network.gradients().values():
+        g.fill(1)
+    optimizer.step()
+    assert all((p != before[name]).any() for name, p in model.network.parameters().items())
+
+
 def test_shards_change_rounding_alone():
     options = dict(steps=40, seq_length=9, batch_size=12, lr=0.02, progress=False, validation=0.3)
     plain, sharded = (LanguageModel(hidden_size=11, seed=0).fit(ranks.story(), shards=shards, **options)

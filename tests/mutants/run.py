@@ -56,6 +56,7 @@ NOTICE = {
     "lstmcore/recurrent": ((), ("test_variants", "test_recurrent", *CALLS)),
     "lstmcore/files": ((), FILES),
     "lstmcore/formats/": ((), FILES),
+    "lstmcore/models/training": ((), ("test_language_model", "test_estimators", "test_distributed")),
     "lstmcore/models/": ((), ("test_corpus", "test_language_model", "test_commands", "test_estimators",
                               "test_inspect")),
     "lstmcore/inspect": ((), ("test_inspect",)),
