@@ -101,21 +101,18 @@ INLINE void F(varied_backward)(const lstm_weights *w, const lstm_back_row *row, 
     vec i = F(v_load_n)(gates, n), f = F(v_load_n)(gates + H, n);
     vec g = F(v_load_n)(gates + 2 * H, n), o = F(v_load_n)(gates + 3 * H, n);
     vec dc = F(v_load_n)(dc_row, n), c_prev = F(v_load_n)((const R *)row->c_prev + j, n);
-    vec c = v_fma(f, c_prev, i * g), u = F(v_activation)(&v->cell, c), passed = F(v_set1)(0);
+    vec c = v_fma(f, c_prev, i * g), u = F(v_activation)(&v->cell, c), kept = F(v_set1)(0), passed = kept;
     F(gates)
     s;
     if (row->mask) dh = v_fma(F(v_load_n)((const R *)row->mask + j, n), dh, F(v_load_n)((const R *)row->dy_apart + j, n));
+    dh += F(v_load_n)(dh_row, n);
     if (v->zones) {
-        dh += F(v_load_n)(dh_row, n);
-        vec kept = F(zone_of)(row->zone, v->zone_h, j, n) * dh;
-        F(v_store_n)(dh_row, kept, n);
-        dh -= kept;
+        kept = F(zone_of)(row->zone, v->zone_h, j, n) * dh;
         passed = F(zone_of)(row->zone, v->zone_c, H + j, n) * dc;
+        dh -= kept;
         dc -= passed;
-    } else {
-        dh += F(v_load_n)(dh_row, n);
-        F(v_store_n)(dh_row, F(v_set1)(0), n);
     }
+    F(v_store_n)(dh_row, kept, n);
     s.o = dh * u * F(v_clipped_slope)(v, &v->gate, o);
     dc = v_fma(dh * o, F(v_slope)(&v->cell, u), dc);
     if (p) dc = v_fma(F(v_load_n)(p + 2 * H, n), s.o, dc);

@@ -364,24 +364,28 @@ class Shards:
         self._reduction = Reduction(self.processes, gradients, stages, self.count, self.reduction,
                                      self.wire, optim.BLOCK, self._note)
         network.place_gradients(self._reduction.places)
+        # of the blocks that a norm is summed by, which are this process's
+        places = [(name, at) for name, g in gradients.items() for at in range(0, g.size, optim.BLOCK)]
+        mine = self._reduction.mine or {}
+        own = [n for n, (name, at) in enumerate(places)
+               if name in mine and mine[name].start <= at < mine[name].stop]
+        self._blocks = len(places), own, [self._reduction.places[name].reshape(-1)[at:at + optim.BLOCK]
+                                          for name, at in (places[n] for n in own)]
 
     def clip(self, max_norm: float) -> float:
         """`optim.clip_grad_norm` of the network's gradients, with its bits, on every rank."""
-        gradients, mine = self._network.gradients(), self._reduction.mine
-        if mine is None:
-            return optim.clip_grad_norm(gradients, max_norm)
-        places = [(name, at) for name, g in gradients.items() for at in range(0, g.size, optim.BLOCK)]
-        own = [n for n, (name, at) in enumerate(places)
-               if name in mine and mine[name].start <= at < mine[name].stop]
+        if self._reduction.mine is None:
+            return optim.clip_grad_norm(self._network.gradients(), max_norm)
+        from mpi4py import MPI
+
+        count, own, blocks = self._blocks
 
         def to_all(sums):
-            every = np.zeros(len(places))
+            every = np.zeros(count)
             every[own] = sums
             self.processes.comm.Allreduce(MPI.IN_PLACE, every)      # of one number and zeros: no rounding
             return every.tolist()
 
-        from mpi4py import MPI
-        blocks = [gradients[name].reshape(-1)[at:at + optim.BLOCK] for name, at in (places[n] for n in own)]
         norm = optim.joint_norm(blocks, to_all)
         optim.scale_to(blocks, norm, max_norm)
         return norm

@@ -50,7 +50,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lstmcore._types import ArrayLike, Floats, Ints, Lengths
-from lstmcore.variants import Activation, Variant, activation
+from lstmcore.variants import Variant
 
 
 class Tape(NamedTuple):
@@ -282,9 +282,9 @@ def lstm_backward(tape: Tape, dy: Floats, dh_n: Floats | None = None, dc_n: Floa
     return Gradients(dx, dW_ih, dW_hh, db, None if peepholes is None else dp, dh, dc, dW_hr)
 
 
-def activate(given: Activation, x: Floats) -> tuple[Floats, Floats]:
-    """A(x) and A'(x) of an activation by its name, as `Variant` has it."""
-    kind, alpha, beta = activation("activation", given)
+def activate(A: tuple[int, float, float], x: Floats) -> tuple[Floats, Floats]:
+    """A(x) and A'(x) of one of `Variant.activations`."""
+    kind, alpha, beta = A
     low = alpha * np.expm1(np.minimum(x, 0))
     value, slope = [
         lambda: (sigmoid(x), sigmoid(x) * sigmoid(-x)),
@@ -299,11 +299,11 @@ def activate(given: Activation, x: Floats) -> tuple[Floats, Floats]:
     return value.astype(x.dtype), np.broadcast_to(slope, x.shape).astype(x.dtype)
 
 
-def clipped(given: Activation, x: Floats, clip: float | None) -> tuple[Floats, Floats]:
+def clipped(A: tuple[int, float, float], x: Floats, clip: float | None) -> tuple[Floats, Floats]:
     """`activate` of x in -clip..clip; the slope is 0 outside."""
     if clip is None:
-        return activate(given, x)
-    value, slope = activate(given, np.clip(x, -clip, clip))
+        return activate(A, x)
+    value, slope = activate(A, np.clip(x, -clip, clip))
     return value, slope * (abs(x) < clip)
 
 
@@ -320,19 +320,19 @@ def _varied_forward(x, W_ih, W_hh, b, h0, c0, peepholes, v, lengths, reverse, ke
     c0 = np.zeros((B, H), x.dtype) if c0 is None else c0
     p_i, p_f, p_o = np.zeros((3, H), x.dtype) if peepholes is None else peepholes
     mask = np.ones((B, H), x.dtype) if v.h_mask is None else v.h_mask
-    A_c = v.activation if v.cell_activation is None else v.cell_activation
+    A, A_g, A_c = v.activations()
     y, gates, a_all, c_all = (np.zeros((T, B, n), x.dtype) for n in (H, 4 * H, 4 * H, H))
     h, c = h0.copy(), c0.copy()
     for r, t, _ in steps(T, B, lengths, reverse):
         a = product(x[t, r], W_ih.T, compute) + product(h[r] * mask[r], W_hh.T, compute)
         a_i, a_f, a_g, a_o = np.split(a + (0 if b is None else b), 4, axis=1)
         a_i, a_f = a_i + p_i * c[r], a_f + p_f * c[r]
-        i = clipped(v.recurrent_activation, a_i, v.clip)[0]
-        f = 1 - i if v.coupled else clipped(v.recurrent_activation, a_f, v.clip)[0]
-        g = clipped(v.activation, a_g, v.clip)[0]
+        i = clipped(A, a_i, v.clip)[0]
+        f = 1 - i if v.coupled else clipped(A, a_f, v.clip)[0]
+        g = clipped(A_g, a_g, v.clip)[0]
         c_hat = f * c[r] + i * g
         a_o = a_o + p_o * c_hat
-        o = clipped(v.recurrent_activation, a_o, v.clip)[0]
+        o = clipped(A, a_o, v.clip)[0]
         h_hat = o * activate(A_c, c_hat)[0]
         z_h, z_c = zones_of(v, t, r)
         c[r], h[r] = z_c * c[r] + (1 - z_c) * c_hat, z_h * h[r] + (1 - z_h) * h_hat
@@ -350,7 +350,7 @@ def _varied_backward(tape, dy, dh_n, dc_n):
     H = W_hh.shape[1]
     p = np.zeros((3, H), x.dtype) if peepholes is None else peepholes
     mask = np.ones((B, H), x.dtype) if v.h_mask is None else v.h_mask
-    A_c = v.activation if v.cell_activation is None else v.cell_activation
+    A, A_g, A_c = v.activations()
     dx, dW_ih, dW_hh = np.zeros_like(x), np.zeros_like(W_ih), np.zeros_like(W_hh)
     db, dp = np.zeros(len(W_ih), x.dtype), np.zeros_like(p)
     dh = np.zeros_like(h0) if dh_n is None else dh_n.copy()
@@ -363,14 +363,14 @@ def _varied_backward(tape, dy, dh_n, dc_n):
         dh_t, c_hat = dh[r] + dy[t, r], f * c_prev + i * g
         dh_hat, dc_hat = (1 - z_h) * dh_t, (1 - z_c) * dc[r]
         u, slope_u = activate(A_c, c_hat)
-        da_o = dh_hat * u * clipped(v.recurrent_activation, a_o, v.clip)[1]
+        da_o = dh_hat * u * clipped(A, a_o, v.clip)[1]
         dc_hat = dc_hat + dh_hat * o * slope_u + p[2] * da_o
         di, df, dg = dc_hat * g, dc_hat * c_prev, dc_hat * i
         if v.coupled:
             di, df = di - df, 0 * df
-        da_i = di * clipped(v.recurrent_activation, a_i, v.clip)[1]
-        da_f = df * clipped(v.recurrent_activation, a_f, v.clip)[1]
-        da_g = dg * clipped(v.activation, a_g, v.clip)[1]
+        da_i = di * clipped(A, a_i, v.clip)[1]
+        da_f = df * clipped(A, a_f, v.clip)[1]
+        da_g = dg * clipped(A_g, a_g, v.clip)[1]
         da = np.concatenate([da_i, da_f, da_g, da_o], axis=1)
         dc[r] = z_c * dc[r] + dc_hat * f + p[0] * da_i + p[1] * da_f
         dh[r] = z_h * dh_t + product(da, W_hh, compute) * mask[r]
@@ -390,8 +390,7 @@ def norm(v: Floats) -> tuple[Floats, Floats]:
 
 def norm_backward(g: Floats, normed: Floats, scale: Floats) -> Floats:
     """What reaches v, where g reaches norm(v)."""
-    means = (part.mean(axis=1, keepdims=True) for part in (g, g * normed))
-    first, second = means
+    first, second = (part.mean(axis=1, keepdims=True) for part in (g, g * normed))
     return scale * (g - first - normed * second)
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lstmcore.formats import description, disk
+from lstmcore.formats import description, disk, onnx_variants
 from lstmcore.formats.description import below
 from lstmcore.variants import Variant
 
@@ -384,40 +384,12 @@ def _node(graph, kind, x, cells, initial, reverse, option, name):
     if kind == "GRU" and option:
         options["linear_before_reset"] = 1
     if kind == "LSTM":
-        options = _attributes(option, D)
+        options = onnx_variants.written(option, D)
     direction = "bidirectional" if D == 2 else "reverse" if reverse else "forward"
     y, *last = graph.add(kind, *inputs, outputs=3 if kind == "LSTM" else 2, hidden_size=H,
                          direction=direction, name=name.format(""), **options)
     y = graph.add("Transpose", y, perm=[0, 2, 1, 3])
     return graph.add("Reshape", y, graph.ints(0, 0, D * H)), *last
-
-
-def _attributes(variant, D):
-    """What the node of an LSTM says of its variant."""
-    if any(variant.zones()):
-        raise ValueError("ONNX has no LSTM with zoneout")
-    options, names, alphas, betas = {}, [], [], []
-    for kind, alpha, beta in variant.activations():
-        name, *given = {
-            0: ("Sigmoid",), 1: ("Tanh",) if alpha == beta == 1 else ("ScaledTanh", alpha, beta),
-            2: ("Affine", alpha, beta), 3: ("HardSigmoid", alpha, beta),
-            4: ("LeakyRelu", alpha) if alpha else ("Relu",), 5: ("ThresholdedRelu", alpha), 6: ("Softsign",),
-            7: ("Elu", alpha)}[kind]
-        if kind == 7 and beta != 1:
-            raise ValueError("ONNX has no LSTM with the activation 'selu', or 'elu' with a beta")
-        names.append(name)
-        alphas += given[:1]
-        betas += given[1:]
-    if names != ["Sigmoid", "Tanh", "Tanh"]:
-        options["activations"] = names * D
-    for name, values in ("activation_alpha", alphas), ("activation_beta", betas):
-        if values:
-            options[name] = values * D
-    if variant.clip is not None:
-        options["clip"] = float(variant.clip)
-    if variant.coupled:
-        options["input_forget"] = 1
-    return options
 
 
 def _scans(graph, kind, x, cells, initial, reverse, option, name):

@@ -14,7 +14,7 @@ import stat
 
 import numpy as np
 
-from lstmcore.formats import description, disk
+from lstmcore.formats import description, onnx_variants, disk
 from lstmcore.formats.safetensors import widened
 from lstmcore.precision import Quantized
 
@@ -30,12 +30,6 @@ from lstmcore.variants import Variant
 
 GATES = {"LSTM": [0, 2, 3, 1], "GRU": [1, 0, 2], "RNN": [0]}    # ours, as places in ONNX's order
 DEFAULTS = {"LSTM": ["sigmoid", "tanh", "tanh"], "GRU": ["sigmoid", "tanh"], "RNN": ["tanh"]}
-# ONNX's activations of an LSTM: ours, and the usual alpha, or alpha and beta, of those that have them
-ACTIVATIONS = {
-    "sigmoid": ("sigmoid",), "tanh": ("tanh",), "relu": ("relu",), "softsign": ("softsign",),
-    "hardsigmoid": ("hard_sigmoid", 0.2, 0.5), "leakyrelu": ("leaky_relu", 0.01),
-    "thresholdedrelu": ("thresholded_relu", 1.0), "elu": ("elu", 1.0),
-    "affine": ("linear", None, None), "scaledtanh": ("tanh", None, None)}
 QUANTIZED = "com.microsoft.DynamicQuantizeLSTM"
 _FIELDS = {TensorProto.FLOAT: "float_data", TensorProto.DOUBLE: "double_data",
            TensorProto.INT64: "int64_data", TensorProto.UINT32: "uint64_data",
@@ -308,7 +302,7 @@ def _options(node):
     if direction not in ("forward", "reverse", "bidirectional"):
         raise ValueError(f"{node.name} has direction={direction!r:.40}")
     D = 1 + (direction == "bidirectional")
-    variant = _variant(node, a, D) if node.op == "LSTM" else {}
+    variant = onnx_variants.read(node, a, D) if node.op == "LSTM" else {}
     for name in ("clip", "activation_alpha", "activation_beta", "input_forget"):
         # An empty list and input_forget=0 ask for nothing; clip=0 asks for zeros.
         if (value := a.pop(name, None)) or (name == "clip" and value is not None):
@@ -329,42 +323,6 @@ def _options(node):
                          "have")
     return (D, direction == "reverse", layout, wanted[0] if node.op == "RNN" else None,
             reset_after, variant)
-
-
-def _variant(node, a, D):
-    """The attributes of an LSTM node, taken out of `a`, as `lstmcore.LSTM` takes them."""
-    wanted = a.pop("activations", [])
-    if not isinstance(wanted, list) or len(wanted) not in (0, 3 * D):
-        raise ValueError(f"{node.name} must have activations of {3 * D} functions, got {wanted!r:.100}")
-    numbers = [list(a.pop(f"activation_{which}", [])) for which in ("alpha", "beta")]
-    found = []
-    for name in [string(s).lower() for s in wanted]:
-        if name not in ACTIVATIONS:
-            raise ValueError(f"{node.name} asks for the activation {name!r:.40}, lstmcore has "
-                             f"{', '.join(ACTIVATIONS)}")
-        word, *usual = ACTIVATIONS[name]
-        # alpha, and beta, are those of the functions that have one, in their order
-        given = [kept.pop(0) if kept else value for kept, value in zip(numbers, usual)]
-        if None in given:
-            raise ValueError(f"{node.name} has no alpha and beta for {name}")
-        found.append((word, *given) if given else word)
-    if found[:3] != found[3:] and D == 2:
-        raise ValueError(f"{node.name} has other activations in its second direction, {wanted}: a layer "
-                         "of lstmcore has the same in both")
-    if any(numbers):
-        raise ValueError(f"{node.name} has more of activation_alpha or activation_beta than its "
-                         "activations take")
-    variant = dict(zip(("recurrent_activation", "activation", "cell_activation"), found))
-    if (clip := a.pop("clip", None)) is not None:
-        variant["clip"] = clip
-    if (coupled := a.pop("input_forget", 0)) not in (0, 1):
-        raise ValueError(f"{node.name} has input_forget={coupled!r:.40}")
-    if coupled:
-        variant["coupled"] = True
-    try:
-        return {} if Variant(**variant).is_usual() else variant
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{node.name}: {error}") from None
 
 
 def layer_of(node, W, R, B=None, P=None):

@@ -19,8 +19,8 @@ from lstmcore.layers import sigmoid
 from lstmcore.losses import bce_with_logits, mse_loss, softmax_cross_entropy
 from lstmcore.models import supervised
 from lstmcore.models.sequences import of_other_libraries
-from lstmcore.models.sources import ROWS
-from lstmcore.models.supervised import PerStep, SequenceEstimator, Weighted, moments
+from lstmcore.models.sources import ROWS, PerStep
+from lstmcore.models.supervised import SequenceEstimator, Weighted, moments
 
 try:
     from sklearn.base import ClassifierMixin, RegressorMixin

@@ -122,27 +122,38 @@ class Streams:
         return nats / (len(self.held_out) - 1)
 
 
+class PerStep:
+    """Targets (steps of all sequences,) and weights beside them, which a batch has time-major."""
+
+    def __init__(self, targets: Array, weights: Array, lengths: Array) -> None:
+        self._sequences = Sequences(targets, lengths)
+        self._weights = Sequences(weights / max(lengths.mean(), 1), lengths)
+
+    def __getitem__(self, rows: Array) -> tuple[Array, Array]:
+        """Targets (T, B) and weights (T, B), 0 where a sequence has ended."""
+        return self._sequences.batch(rows)[0], self._weights.batch(rows)[0]
+
+
 class Batches:
     """Sequences in shuffled batches, weighted; a set no larger than one batch is taken whole.
 
     sequences : with targets and weights (n, ...), of which `rows` are trained on
-    held_out : the share of the rows to validate by
+    held_out : the rows to validate by
     epochs : how many there will be
     loss : outputs (B, O), targets, weights (B,) -> the loss and the gradient by outputs
     shards : of each batch
+    digest : of the data, for a run that is resumed
     """
 
     unit = "sequences"
     final = 0.0
+    state = None            # between two batches there is none
 
     def __init__(self, sequences: Sequences, targets: Array, weights: Floats, rows: Ints, *,
-                 batch_size: int, held_out: float, epochs: int, rng: np.random.Generator,
-                 loss: Callable[..., tuple[float, Floats]], shards: Shards | None = None) -> None:
-        n = int(np.ceil(held_out * len(rows)))
-        if n == len(rows):
-            raise ValueError(f"validation = {held_out} leaves none of {n} sequences to train on")
-        rows = rng.permutation(rows) if n else rows
-        self.rows, self.held_out = rows[n:], rows[:n]
+                 batch_size: int, held_out: Ints, epochs: int, rng: np.random.Generator,
+                 loss: Callable[..., tuple[float, Floats]], shards: Shards | None = None,
+                 digest: str = "") -> None:
+        self.rows, self.held_out, self.digest = rows, held_out, digest
         self.sequences, self.targets, self.weights = sequences, targets, weights
         self.length, self.size = -(-len(self.rows) // batch_size), len(self.rows)
         self.rng, self._loss, self.steps = rng, loss, epochs * self.length
@@ -183,6 +194,9 @@ class Batches:
         rows = self.held_out
         if not len(rows):
             return None
+        if isinstance(self.targets, PerStep):
+            return sum(self._loss_of(network, rows[at:at + ROWS], self.weights[rows].sum())[0]
+                       for at in range(0, len(rows), ROWS))
         weights = self.weights[rows] / self.weights[rows].sum()
         if self.shards is None:
             found = outputs(network, self.sequences, rows)

@@ -94,24 +94,6 @@ PARAMETERS = """
 """
 
 
-class Examples(Batches):
-    """Batches whose held-out rows were chosen before, and whose targets may be one for every step."""
-
-    state = None            # between two batches there is none
-
-    def __init__(self, *given: Any, held_out_rows: np.ndarray, digest: str, **options: Any) -> None:
-        super().__init__(*given, held_out=0.0, **options)
-        self.held_out, self.digest = held_out_rows, digest
-
-    def validation(self, network: Any) -> float | None:
-        """The mean loss of what is held out, if anything is."""
-        rows = self.held_out
-        if not isinstance(self.targets, PerStep) or not len(rows):
-            return super().validation(network)
-        return sum(self._loss_of(network, rows[at:at + ROWS], self.weights[rows].sum())[0]
-                   for at in range(0, len(rows), ROWS))
-
-
 class Weighted:
     """Targets (n, K) and weights beside them."""
 
@@ -121,18 +103,6 @@ class Weighted:
     def __getitem__(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Those of some rows."""
         return self._targets[rows], self._weights[rows]
-
-
-class PerStep:
-    """Targets (steps of all sequences,) and weights beside them, which a batch has time-major."""
-
-    def __init__(self, targets: np.ndarray, weights: np.ndarray, lengths: np.ndarray) -> None:
-        self._sequences = sequences.Sequences(targets, lengths)
-        self._weights = sequences.Sequences(weights / max(lengths.mean(), 1), lengths)
-
-    def __getitem__(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Targets (T, B) and weights (T, B), 0 where a sequence has ended."""
-        return self._sequences.batch(rows)[0], self._weights.batch(rows)[0]
 
 
 @renames.checked
@@ -422,8 +392,8 @@ class SequenceEstimator(Model, BaseEstimator):
         training, held_out = self._held_out(rows, targets, whole)
         if epochs is None:
             epochs = int(np.clip(np.ceil(UPDATES / -(-len(training) // settings.batch_size)), *EPOCHS))
-        source = Examples(read, targets, weights / weights[rows].mean(), training, epochs=epochs,
-                          batch_size=settings.batch_size, held_out_rows=held_out, rng=self._rng,
+        source = Batches(read, targets, weights / weights[rows].mean(), training, epochs=epochs,
+                          batch_size=settings.batch_size, held_out=held_out, rng=self._rng,
                           loss=self._loss, shards=shards, digest=digest)
         report = self._note if processes.rank == 0 else self._keep
 

@@ -231,7 +231,7 @@ int main(void) {
             check_true(under_test != NULL, "every instruction set has all formats");
             if (strcmp(under_test->isa, lstm_isa(q))) continue;  /* it has the next one's */
             check_table(lstm_isa(q), formats[f]);
-            if (under_test->weight_gradient) check_products(), check_cells();
+            if (under_test->weight_gradient) check_products(), check_cells(), check_norm();
             if (under_test->adam) check_pointwise();
             if (under_test->lower) check_formats();
             printf("%s %s: agrees\n", under_test->isa, under_test->format);

@@ -62,6 +62,7 @@ static inline ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; 
 
 void check_products(void);
 void check_cells(void);
+void check_norm(void);
 void check_pointwise(void);
 void check_formats(void);                 /* below float32; prints what their steps hash to */
 

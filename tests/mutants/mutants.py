@@ -22,8 +22,9 @@ REF, CALLS, ARGUMENTS, TAPES, DENSE_PY, CHECKS, MODULE, LAYERS, LOSSES_PY, THREA
 FILES, PRECISION, RECURRENT, RENAMES, DISTRIBUTED, REDUCTION = (
     f"lstmcore/{name}.py" for name in ("files", "precision", "recurrent", "renames", "distributed",
                                        "reduction"))
-OPTIM, VARIANTS, STREAMS, PACKING, KERAS_VARIANTS = (
-    f"lstmcore/{name}.py" for name in ("optim", "variants", "streams", "packing", "formats/keras_variants"))
+OPTIM, VARIANTS, STREAMS, PACKING, KERAS_VARIANTS, ONNX_VARIANTS = (
+    f"lstmcore/{name}.py" for name in ("optim", "variants", "streams", "packing", "formats/keras_variants",
+                                       "formats/onnx_variants"))
 NETWORK, SOURCES, TRAINING, TEXT, CORPUS, GENERATION, ESTIMATORS = (
     f"lstmcore/models/{name}.py" for name in ("network", "sources", "training", "text", "corpus",
                                               "generation", "estimators"))
@@ -919,8 +920,8 @@ MUTANTS = [
     ("a gate is open when it is shut", INSPECT, "(signals[name] < SHUT)", "(signals[name] > SHUT)"),
     ("batches are never shuffled", SOURCES, "        if self.length > 1:", "        if 0:"),
     ("a batch weighs as much as its sequences", SOURCES, "self.weights[rows] / count", "self.weights[rows]"),
-    ("what is held out is trained on", SOURCES, "self.rows, self.held_out = rows[n:], rows[:n]",
-     "self.rows, self.held_out = rows, rows[:n]"),
+    ("what is held out is trained on", SUPERVISED, "        return rows[n:], rows[:n]\n",
+     "        return rows, rows[:n]\n"),
     ("predictions in the order of lengths", SOURCES, "found[some], _ =", "found[at:at + ROWS], _ ="),
     ("a callback leaves its mode", TRAINING, "        self.network.train()        # whatever",
      "        # whatever"),
@@ -1024,8 +1025,9 @@ MUTANTS = [
     ("locked dropout is drawn for every step", RECURRENT,
      "(1, *x.shape[1:]) if self.locked_dropout else x.shape", "x.shape"),
     ("Keras 2's hard sigmoid", KERAS_VARIANTS, 'given = ("hard_sigmoid", 0.2, 0.5)', "pass"),
-    ("ONNX's alphas in another order", GRAPH, "given = [kept.pop(0) if kept", "given = [kept.pop() if kept"),
-    ("input_forget is forgotten", GRAPH, '        variant["coupled"] = True\n', "        pass\n"),
+    ("ONNX's alphas in another order", ONNX_VARIANTS,
+     "given = [kept.pop(0) if kept", "given = [kept.pop() if kept"),
+    ("input_forget is forgotten", ONNX_VARIANTS, '        variant["coupled"] = True\n', "        pass\n"),
     # layer normalization
     ("norm: the variance without its mean", NORM, "vec d = F(v_load_n)(v + j, VL) - mean;",
      "vec d = F(v_load_n)(v + j, VL);"),
