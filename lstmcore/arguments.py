@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from lstmcore import _products, checks
+from lstmcore import _products, checks, scalars
 from lstmcore._types import ArrayLike, Floats, Ints
 from lstmcore.checks import F32, F64
 from lstmcore.precision import format_of_call
@@ -46,7 +46,7 @@ class TokenIds:
     __slots__ = ("array", "size", "_used")
 
     def __init__(self, ids: ArrayLike, size: int) -> None:
-        self.size, self._used = checks.size("size", size), None
+        self.size, self._used = scalars.size("size", size), None
         own = checks.ids(ids, "token ids", self.size)
         own.flags.writeable = False
         self.array = own[...]       # a view of what is read-only cannot be made writable

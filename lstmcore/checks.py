@@ -6,14 +6,10 @@ indexed by (ids, lengths) comes back as a copy that was checked after copying: w
 caller's array meanwhile changes nothing. No layer is known here.
 """
 
-import math
-import numbers
-
 import numpy as np
 
 from lstmcore import _kernels
-
-F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+from lstmcore.scalars import F32, F64
 
 
 # ---- arrays ------------------------------------------------------------------------------------------
@@ -119,51 +115,3 @@ def lengths(value, T, B):
     if value.size and (value.min() < 0 or value.max() > T):
         raise ValueError(f"lengths must be in 0..T = 0..{T}, got {value.min()}..{value.max()}")
     return value.astype(np.int64, copy=False)
-
-
-# ---- numbers -----------------------------------------------------------------------------------------
-
-def size(name, value, at_least=1):
-    """value as an int; TypeError or ValueError unless it is one that is large enough."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {value}")
-    return int(value)
-
-
-def number(name, value, at_least=0):
-    """value as a float; TypeError or ValueError unless it is a finite number, large enough."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not at_least <= value < math.inf:
-        raise ValueError(f"{name} must be at least {at_least} and finite, got {value}")
-    return float(value)
-
-
-def probability(name, value):
-    """value as a float; TypeError or ValueError unless it is a number in 0..1."""
-    if not 0 <= number(name, value, -math.inf) <= 1:
-        raise ValueError(f"{name} must be in 0..1, got {value}")
-    return float(value)
-
-
-def fraction(name, value):
-    """value as a float; TypeError or ValueError unless it is at least 0 and below 1."""
-    if not 0 <= number(name, value) < 1:
-        raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
-    return float(value)
-
-
-def choice(name, value, choices):
-    """value; ValueError unless it is one of the choices."""
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    return value
-
-
-def float_dtype(dtype):
-    """The numpy dtype that "float32" or "float64" names; TypeError for any other."""
-    if dtype is None or np.dtype(dtype) not in (F32, F64):
-        raise TypeError(f"dtype must be 'float32' or 'float64', got {dtype!r}")
-    return F64 if np.dtype(dtype) == F64 else F32

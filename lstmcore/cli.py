@@ -40,8 +40,8 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     try:
         if args.threads is not None:
-            from lstmcore import checks, set_num_threads
-            set_num_threads(checks.size("threads", args.threads))
+            from lstmcore import scalars, set_num_threads
+            set_num_threads(scalars.size("threads", args.threads))
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *rest, **more: say(f"warning: {message}")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lstmcore import _dense, _kernels, _products, arguments, checks
+from lstmcore import _dense, _kernels, _products, arguments, checks, scalars
 from lstmcore._memory import empty
 from lstmcore._types import ArrayLike, Compute, Floats
 from lstmcore.precision import format_of_call
@@ -104,7 +104,7 @@ def _matrices(x, W, lowered=False):
             raise TypeError(f"{name} must be a 2-D NumPy array, got "
                             f"{getattr(value, 'shape', type(value).__qualname__)}")
     x = checks.floats("x", x)
-    dtype = checks.float_dtype(x.dtype)
+    dtype = scalars.float_dtype(x.dtype)
     if W.shape[1] == 0:
         raise ValueError(f"W must be (O, I) with I >= 1, got {W.shape}")
     return (checks.array(x, "x", "(n, I)", (len(x), W.shape[1]), dtype),
@@ -130,7 +130,7 @@ def cross_entropy(logits: Floats, targets: ArrayLike, weights: Floats, dlogits: 
     if logits.ndim != 2:
         raise ValueError(f"logits must be (n, V), got {logits.shape}")
     n, V = logits.shape
-    dtype = checks.float_dtype(logits.dtype)
+    dtype = scalars.float_dtype(logits.dtype)
     weights = checks.array(weights, "weights", "(n,)", (n,), dtype)
     checks.out("dlogits", dlogits, (n, V), dtype, weights, targets, over=logits)
     logits = checks.array(logits, "logits", "(n, V)", (n, V), dtype)
@@ -199,7 +199,7 @@ def adam_step(p: Floats, g: Floats, m: Floats, v: Floats, *, betas: tuple[float,
     (array([0.9]), array([0.1]), array([0.25]))
     """
     if not _kernels.fit_to_update((p, m, v), (g,)):
-        dtype = checks.float_dtype(checks.floats("p", p).dtype)
+        dtype = scalars.float_dtype(checks.floats("p", p).dtype)
         g = checks.array(g, "g", "as p", np.shape(p), dtype)
         for name, a, others in ("p", p, (g, m, v)), ("m", m, (g, v)), ("v", v, (g,)):
             checks.out(name, a, g.shape, dtype, *others)

@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from lstmcore import checks, optim
+from lstmcore import optim, scalars
 from lstmcore._types import Array, Floats
 from lstmcore.module import Module
 from lstmcore.reduction import Reduction, check_ways
@@ -48,7 +48,7 @@ def share(n: int, comm: Comm) -> slice:
     slice(0, 20, None)
     """
     processes = Processes.of(comm)
-    return _cut(checks.size("n", n, at_least=0), processes.size)[processes.rank]
+    return _cut(scalars.size("n", n, at_least=0), processes.size)[processes.rank]
 
 
 def broadcast(model: Trained, comm: Comm, root: int = 0) -> None:
@@ -332,7 +332,7 @@ class Shards:
         self.processes = Processes.of(processes)
         check_ways(reduction, wire)
         size = self.processes.size
-        self.count = size if reduction == "allreduce" else checks.size("shards", count)
+        self.count = size if reduction == "allreduce" else scalars.size("shards", count)
         if self.count % size:
             raise ValueError(f"shards must be a multiple of the {size} processes, got {self.count}")
         own = self.count // size

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lstmcore import checks, formats, layers
+from lstmcore import formats, layers, scalars
 from lstmcore._types import Path, Precision
 from lstmcore.formats import description
 from lstmcore.module import Module, blank
@@ -85,7 +85,7 @@ def _checked(options):
     if unknown := options.keys() - set(OPTIONS):
         raise TypeError(f"options of load are {', '.join(OPTIONS)}, got {sorted(unknown)}")
     if "dtype" in options:
-        options = {**options, "dtype": checks.float_dtype(options["dtype"])}
+        options = {**options, "dtype": scalars.float_dtype(options["dtype"])}
     return options
 
 

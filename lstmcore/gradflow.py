@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lstmcore import checks, layers
+from lstmcore import checks, layers, scalars
 from lstmcore._types import ArrayLike, Floats, Init, Path
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def compare(hidden_size: int = 64, steps: int = 100, *, forget_biases: Iterable[
     True
     """
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((checks.size("steps", steps), batch_size, input_size))
+    x = rng.standard_normal((scalars.size("steps", steps), batch_size, input_size))
     options = dict(init=init, dtype="float64", seed=seed)
     cases = {"RNN": layers.RNN(input_size, hidden_size, **options)}
     for bias in forget_biases:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lstmcore import checks, dense, functional, renames
+from lstmcore import checks, dense, functional, renames, scalars
 from lstmcore._types import Array, ArrayLike, Bools, Compute, Dtype, Floats, Lengths, Seed
 from lstmcore.module import Module, dropout_mask, products
 from lstmcore.precision import Quantized
@@ -36,9 +36,9 @@ class Embedding(Module):
 
     def __init__(self, vocab_size: int, embed_size: int, *, dtype: Dtype = "float32",
                  seed: Seed = None) -> None:
-        self.vocab_size = checks.size("vocab_size", vocab_size)
-        self.embed_size = checks.size("embed_size", embed_size)
-        self.dtype = checks.float_dtype(dtype)
+        self.vocab_size = scalars.size("vocab_size", vocab_size)
+        self.embed_size = scalars.size("embed_size", embed_size)
+        self.dtype = scalars.float_dtype(dtype)
         rng, shape = np.random.default_rng(seed), (vocab_size, embed_size)
         self._declare("weight", shape, lambda: rng.standard_normal(shape))
 
@@ -89,9 +89,9 @@ class Linear(Module):
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True,
                  dtype: Dtype = "float32", compute: Compute | None = None,
                  seed: Seed = None) -> None:
-        self.in_features = checks.size("in_features", in_features)
-        self.out_features = checks.size("out_features", out_features)
-        self.bias, self.dtype = bool(bias), checks.float_dtype(dtype)
+        self.in_features = scalars.size("in_features", in_features)
+        self.out_features = scalars.size("out_features", out_features)
+        self.bias, self.dtype = bool(bias), scalars.float_dtype(dtype)
         self.compute = products(compute, self.dtype)
         self.n_threads: int | None = None           # handed on to lstmcore.functional
         rng, bound = np.random.default_rng(seed), in_features**-0.5
@@ -158,7 +158,7 @@ class Dropout(Module):
     _says = ("p",)
 
     def __init__(self, p: float = 0.5, *, seed: Seed = None) -> None:
-        self.p = checks.probability("p", p)
+        self.p = scalars.probability("p", p)
         self.rng = np.random.default_rng(seed)
 
     def __call__(self, x: Floats) -> Floats:
@@ -385,7 +385,7 @@ def sequence_mask(lengths: ArrayLike, T: int) -> Bools:
            [1, 0, 0],
            [0, 0, 0]])
     """
-    return _mask(checks.lengths(lengths, checks.size("T", T, 0), np.size(lengths)), T)[:, :, 0]
+    return _mask(checks.lengths(lengths, scalars.size("T", T, 0), np.size(lengths)), T)[:, :, 0]
 
 
 def _mask(lengths, T):

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from lstmcore import _kernels, checks, dense
+from lstmcore import _kernels, checks, dense, scalars
 from lstmcore._types import Array, Floats
 from lstmcore.module import Module
 
@@ -39,8 +39,8 @@ class Optimizer:
     block: int | None = BLOCK       # numbers that `_update` is given at once
 
     def __init__(self, model: Trained, lr: float, weight_decay: float) -> None:
-        self.lr = checks.number("lr", lr)
-        self.weight_decay = checks.number("weight_decay", weight_decay)
+        self.lr = scalars.number("lr", lr)
+        self.weight_decay = scalars.number("weight_decay", weight_decay)
         self.steps = 0
         if isinstance(model, Module):
             model._check_not_frozen("be trained")
@@ -94,8 +94,8 @@ class Optimizer:
                 error = ValueError if given[name].dtype == a.dtype else TypeError
                 raise error(f"{name} must be {a.dtype} {a.shape}, "
                             f"got {given[name].dtype} {given[name].shape}")
-        lr = checks.number("lr", given["lr"].tolist())
-        steps = checks.size("steps", given["steps"].tolist(), at_least=0)
+        lr = scalars.number("lr", given["lr"].tolist())
+        steps = scalars.size("steps", given["steps"].tolist(), at_least=0)
         for name, a in own.items():
             a[...] = given[name]
         self.lr, self.steps = lr, steps
@@ -165,7 +165,7 @@ class SGD(Optimizer):
 
     def __init__(self, model: Trained, lr: float, *, momentum: float = 0.0, nesterov: bool = False,
                  weight_decay: float = 0.0) -> None:
-        self.momentum, self.nesterov = checks.number("momentum", momentum), bool(nesterov)
+        self.momentum, self.nesterov = scalars.number("momentum", momentum), bool(nesterov)
         if nesterov and not momentum:
             raise ValueError("nesterov needs a momentum above 0")
         self.slots = ("velocity",) if momentum else ()
@@ -195,8 +195,8 @@ class RMSprop(Optimizer):
 
     def __init__(self, model: Trained, lr: float = 0.01, *, alpha: float = 0.99, eps: float = 1e-8,
                  centered: bool = False, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
-        self.alpha, self.eps = checks.fraction("alpha", alpha), checks.number("eps", eps)
-        self.momentum, self.centered = checks.number("momentum", momentum), bool(centered)
+        self.alpha, self.eps = scalars.fraction("alpha", alpha), scalars.number("eps", eps)
+        self.momentum, self.centered = scalars.number("momentum", momentum), bool(centered)
         self.slots = ("square", *["mean"] * self.centered, *["velocity"] * (self.momentum > 0))
         super().__init__(model, lr, weight_decay)
 
@@ -229,7 +229,7 @@ class Adagrad(Optimizer):
 
     def __init__(self, model: Trained, lr: float = 0.01, *, eps: float = 1e-10,
                  weight_decay: float = 0.0) -> None:
-        self.eps = checks.number("eps", eps)
+        self.eps = scalars.number("eps", eps)
         super().__init__(model, lr, weight_decay)
 
     def _update(self, p, g, s, r, v):
@@ -255,8 +255,8 @@ class Adam(Optimizer):
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.0) -> None:
         b1, b2 = betas
-        self.betas = checks.fraction("betas[0]", b1), checks.fraction("betas[1]", b2)
-        self.eps = checks.number("eps", eps)
+        self.betas = scalars.fraction("betas[0]", b1), scalars.fraction("betas[1]", b2)
+        self.eps = scalars.number("eps", eps)
         super().__init__(model, lr, weight_decay)
 
     block = None        # a kernel passes over a whole parameter, 5 times as fast as the rules above
@@ -304,7 +304,7 @@ def clip_grad_norm(gradients: Module | Mapping[str, Floats], max_norm: float) ->
     >>> clip_grad_norm(g, 1.0), g["b"].round(3)
     (5.0, array([[0.8]]))
     """
-    max_norm, arrays = checks.number("max_norm", max_norm), _to_be_clipped(gradients)
+    max_norm, arrays = scalars.number("max_norm", max_norm), _to_be_clipped(gradients)
     blocks = [a.reshape(-1)[at:at + BLOCK] for a in arrays for at in range(0, a.size, BLOCK)]
     norm = joint_norm(blocks)
     scale_to(arrays, norm, max_norm)
@@ -339,7 +339,7 @@ def clip_grad_value(gradients: Module | Mapping[str, Floats], max_value: float) 
 
     `gradients` is a model, or what its `gradients()` returns.
     """
-    max_value = checks.number("max_value", max_value)
+    max_value = scalars.number("max_value", max_value)
     for g in _to_be_clipped(gradients):
         np.clip(g, -max_value, max_value, out=g)
 
@@ -355,7 +355,7 @@ def by_name(name: str, model: Trained, **options: Any) -> Optimizer:
     >>> by_name("sgd", ({}, {}), lr=0.1, momentum=0.9).momentum
     0.9
     """
-    return RULES[checks.choice("optimizer", name, RULES)](model, **options)
+    return RULES[scalars.choice("optimizer", name, RULES)](model, **options)
 
 
 class Schedule:
@@ -380,8 +380,8 @@ class Schedule:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state_dict of the same kind of schedule, the learning rate included."""
-        self.base = checks.number("base", state["base"])
-        self.count = checks.size("count", state["count"], at_least=0)
+        self.base = scalars.number("base", state["base"])
+        self.count = scalars.size("count", state["count"], at_least=0)
         self.optimizer.lr = self.lr_at(self.count)
 
 
@@ -397,7 +397,7 @@ class StepDecay(Schedule):
     """
 
     def __init__(self, optimizer: Optimizer, every: int, factor: float, *, start: int = 0) -> None:
-        self.every, self.factor, self.start = checks.size("every", every), float(factor), start
+        self.every, self.factor, self.start = scalars.size("every", every), float(factor), start
         super().__init__(optimizer)
 
     def lr_at(self, n: int) -> float:
@@ -409,7 +409,7 @@ class CosineDecay(Schedule):
     """lr falls from base to `final` in `steps` steps, by half a cosine, and stays there."""
 
     def __init__(self, optimizer: Optimizer, steps: int, *, final: float = 0.0) -> None:
-        self.steps, self.final = checks.size("steps", steps), checks.number("final", final)
+        self.steps, self.final = scalars.size("steps", steps), scalars.number("final", final)
         super().__init__(optimizer)
 
     def lr_at(self, n: int) -> float:
@@ -432,7 +432,7 @@ class WarmUp(Schedule):
     def __init__(self, optimizer: Optimizer, steps: int, *, then: Schedule | None = None) -> None:
         if then is not None and (then.optimizer is not optimizer or not hasattr(then, "lr_at")):
             raise ValueError("then must be a StepDecay or CosineDecay of the same optimizer")
-        self.steps, self.then = checks.size("steps", steps), then
+        self.steps, self.then = scalars.size("steps", steps), then
         super().__init__(optimizer)
 
     def lr_at(self, n: int) -> float:
@@ -444,7 +444,7 @@ class WarmUp(Schedule):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state_dict of the same kind of schedule, the learning rate included."""
         if self.then:
-            self.then.base = checks.number("base", state["base"])
+            self.then.base = scalars.number("base", state["base"])
         super().load_state_dict(state)
 
 
@@ -464,10 +464,10 @@ class Plateau:
 
     def __init__(self, optimizer: Optimizer, *, factor: float = 0.5, patience: int = 0,
                  threshold: float = 1e-4, min_lr: float = 0.0) -> None:
-        self.optimizer, self.factor = optimizer, checks.fraction("factor", factor)
-        self.patience = checks.size("patience", patience, at_least=0)
-        self.threshold = checks.number("threshold", threshold)
-        self.min_lr = checks.number("min_lr", min_lr)
+        self.optimizer, self.factor = optimizer, scalars.fraction("factor", factor)
+        self.patience = scalars.size("patience", patience, at_least=0)
+        self.threshold = scalars.number("threshold", threshold)
+        self.min_lr = scalars.number("min_lr", min_lr)
         self.best: float | None = None
         self.waited = 0
 
@@ -487,9 +487,9 @@ class Plateau:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state_dict of another Plateau, the learning rate included."""
-        lr = checks.number("lr", state["lr"])
+        lr = scalars.number("lr", state["lr"])
         best = None if state["best"] is None else float(state["best"])
-        waited = checks.size("waited", state["waited"], at_least=0)
+        waited = scalars.size("waited", state["waited"], at_least=0)
         self.optimizer.lr, self.best, self.waited = lr, best, waited
 
 

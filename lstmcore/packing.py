@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lstmcore import _forward, _kernels, _products, arguments, checks
+from lstmcore import _forward, _kernels, _products, arguments, checks, scalars
 from lstmcore._recurrence import cell as cell_row  # the row of a cell, by name
 from lstmcore._types import Array, Floats, Precision
 from lstmcore.arguments import Batch, Cell, Room, Weights
@@ -98,7 +98,7 @@ class Step:
                  quantized: Sequence[Quantized | None] | None = None,
                  variant: Variant | None = None, norms: Floats | None = None) -> None:
         row = cell_row(cell)
-        B = checks.size("batch_size", batch_size)
+        B = scalars.size("batch_size", batch_size)
         W_ih = checks.unmasked("W_ih", W_ih)
         x = np.zeros((1, B, *np.shape(W_ih)[1:2]), getattr(W_ih, "dtype", float))
         x, self._sizes = arguments.sizes_of(row, x, W_ih, W_hh, W_hr)

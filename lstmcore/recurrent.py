@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
-from lstmcore import checks, dense, functional
+from lstmcore import checks, dense, functional, scalars
 from lstmcore._types import Array, Compute, Dtype, Floats, Init, Lengths, Seed
 from lstmcore.initializers import initializer
 from lstmcore.module import Module, dropout_mask, products
@@ -84,15 +84,15 @@ class _Recurrent(Module, Generic[State, Trace]):
 
     def _build(self, input_size, hidden_size, num_layers, bias, batch_first, dropout,
                bidirectional, init, dtype, compute, seed, locked_dropout, weight_dropout):
-        self.input_size = checks.size("input_size", input_size)
-        self.hidden_size = checks.size("hidden_size", hidden_size)
-        self.num_layers = checks.size("num_layers", num_layers)
+        self.input_size = scalars.size("input_size", input_size)
+        self.hidden_size = scalars.size("hidden_size", hidden_size)
+        self.num_layers = scalars.size("num_layers", num_layers)
         self.bias, self.batch_first = bool(bias), bool(batch_first)
         self.bidirectional, self.directions = bool(bidirectional), 1 + bool(bidirectional)
-        self.dropout = checks.probability("dropout", dropout)
+        self.dropout = scalars.probability("dropout", dropout)
         self.locked_dropout = bool(locked_dropout)
-        self.weight_dropout = checks.probability("weight_dropout", weight_dropout)
-        self.init, self.dtype = init, checks.float_dtype(dtype)
+        self.weight_dropout = scalars.probability("weight_dropout", weight_dropout)
+        self.init, self.dtype = init, scalars.float_dtype(dtype)
         self.compute = products(compute, self.dtype)
         self.rng = np.random.default_rng(seed)
         self.n_threads: int | None = None           # handed on to lstmcore.functional
@@ -414,14 +414,14 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
                  compute: Compute | None = None, seed: Seed = None) -> None:
         self.recurrent_activation, self.activation = recurrent_activation, activation
         self.cell_activation, self.clip, self.coupled = cell_activation, clip, bool(coupled)
-        self.recurrent_dropout = checks.probability("recurrent_dropout", recurrent_dropout)
+        self.recurrent_dropout = scalars.probability("recurrent_dropout", recurrent_dropout)
         self.zoneout = zoneout if isinstance(zoneout, (int, float)) else tuple(zoneout)
         variant = Variant(recurrent_activation, activation, cell_activation, clip, coupled, zoneout)
         self._variant = None if variant.is_usual() else variant
         self.layer_norm = layer_norm
         self._cell = "lstm_varied" if self._variant else "lstm_norm" if layer_norm else "lstm"
         if layer_norm is not None:
-            checks.choice("layer_norm", layer_norm, ("products",))
+            scalars.choice("layer_norm", layer_norm, ("products",))
             if self._variant or recurrent_dropout or peepholes or proj_size or compute == "bfloat16":
                 raise ValueError("an LSTM with layer_norm has the usual activations, no clip, no coupled "
                                  "gates, no zoneout, no recurrent dropout, no peepholes and no projection, "
@@ -431,9 +431,9 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
                              "zoneout, no recurrent dropout and no coupled gates")
         if peepholes and any(variant.zones()):
             raise ValueError("peepholes cannot look at a c with zoneout: leave out one of them")
-        self.proj_size = checks.size("proj_size", proj_size, at_least=0)
+        self.proj_size = scalars.size("proj_size", proj_size, at_least=0)
         self.peepholes, self.forget_bias = bool(peepholes), float(forget_bias)
-        if self.proj_size > checks.size("hidden_size", hidden_size):
+        if self.proj_size > scalars.size("hidden_size", hidden_size):
             raise ValueError(f"proj_size must be at most hidden_size = {hidden_size}, "
                              f"got {proj_size}")
         self._build(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,

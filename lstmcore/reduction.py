@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from lstmcore import checks
+from lstmcore import scalars
 from lstmcore._types import Array, Floats
 
 REDUCTIONS, WIRES = ("tree", "allreduce"), (None, "bfloat16")
@@ -25,7 +25,7 @@ Node: TypeAlias = tuple[int, int]       # of the tree: the first shard below it,
 
 def check_ways(reduction: Any, wire: Any) -> None:
     """ValueError unless a sum can be formed so."""
-    checks.choice("reduction", reduction, REDUCTIONS)
+    scalars.choice("reduction", reduction, REDUCTIONS)
     if wire not in WIRES:
         raise ValueError(f"wire must be None or 'bfloat16', got {wire!r}")
     if wire and reduction == "allreduce":

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from lstmcore import checks, functional
+from lstmcore import functional, scalars
 from lstmcore._types import Array, Floats
 
 State = TypeVar("State")                        # (h, c) of an LSTM, h of a GRU or RNN
@@ -34,7 +34,7 @@ class Stream(Generic[State]):
         if layer.bidirectional:
             raise ValueError("a bidirectional layer cannot stream: its second half starts at the "
                              "end of the sequence")
-        self.layer, self.batch_size = layer, checks.size("batch_size", batch_size)
+        self.layer, self.batch_size = layer, scalars.size("batch_size", batch_size)
         self._steps = [functional.Step(layer._cell, self.batch_size, n_threads=layer.n_threads,
                                        precision=layer._frozen_in or layer.compute,
                                        quantized=quantized, variant=layer._variant,

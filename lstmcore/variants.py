@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TypeAlias
 
-from lstmcore import checks
+from lstmcore import scalars
 from lstmcore._types import Floats
 
 # A name, or a name with alpha, or with alpha and beta.
@@ -36,10 +36,10 @@ def activation(name: str, given: Activation) -> tuple[int, float, float]:
     (3, 0.2, 0.5)
     """
     word, *numbers = (given,) if isinstance(given, str) else given
-    kind, alpha, beta, most = ACTIVATIONS[checks.choice(name, word, ACTIVATIONS)]
+    kind, alpha, beta, most = ACTIVATIONS[scalars.choice(name, word, ACTIVATIONS)]
     if len(numbers) > most:
         raise ValueError(f"{name} {word!r} takes {most or 'no'} numbers, got {len(numbers)}")
-    alpha, beta = *(checks.number(f"a number of {name}", n) for n in numbers), *(alpha, beta)[len(numbers):]
+    alpha, beta = *(scalars.number(f"a number of {name}", n) for n in numbers), *(alpha, beta)[len(numbers):]
     if kind == ACTIVATIONS["tanh"][0] and not alpha:
         raise ValueError(f"{name} 'tanh' needs an alpha above 0")
     return kind, alpha, beta
@@ -77,7 +77,7 @@ class Variant:
 
     def __post_init__(self) -> None:
         self.activations()
-        if self.clip is not None and not checks.number("clip", self.clip):
+        if self.clip is not None and not scalars.number("clip", self.clip):
             raise ValueError("clip must be above 0, or None for no limit")
         self.zones()
 
@@ -92,7 +92,7 @@ class Variant:
         pair = (self.zoneout,) * 2 if isinstance(self.zoneout, (int, float)) else tuple(self.zoneout)
         if len(pair) != 2:
             raise ValueError(f"zoneout must be z or (z_h, z_c), got {self.zoneout!r}")
-        return tuple(checks.fraction("zoneout", z) for z in pair)
+        return tuple(scalars.fraction("zoneout", z) for z in pair)
 
     def is_usual(self) -> bool:
         """Whether it differs from the usual LSTM in nothing, masks aside."""

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from lstmcore import checks
+from lstmcore import checks, scalars
 
 
 def test_ids_and_lengths_are_copies():
@@ -133,8 +133,8 @@ def test_masks_are_found_in_lists():
 
 
 def test_float_dtype_is_one_of_two_objects():
-    assert checks.float_dtype("f8") is checks.F64
-    assert checks.float_dtype(np.dtype("f4", metadata={"from": "a file"})) is checks.F32
+    assert scalars.float_dtype("f8") is checks.F64
+    assert scalars.float_dtype(np.dtype("f4", metadata={"from": "a file"})) is checks.F32
     for dtype in ">f4", "f2", None, int:
         with pytest.raises(TypeError, match="dtype must be 'float32' or 'float64'"):
-            checks.float_dtype(dtype)
+            scalars.float_dtype(dtype)

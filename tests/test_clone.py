@@ -136,6 +136,7 @@ def test_what_needs_no_kernels_runs_from_a_zip_file(site, tmp_path):
     with zipfile.ZipFile(tmp_path / "lstmcore.zip", "w") as file:
         for path in site.rglob("*.py*"):
             file.write(path, path.relative_to(site))
-    code = "import lstmcore; lstmcore.reference.lstm_forward; print(lstmcore.__file__)"
+    code = ("import lstmcore, numpy as np; a = np.ones((2, 1, 1)); w = np.ones((4, 1))\n"
+            "lstmcore.reference.lstm_forward(a, w, w, np.ones(4), a[0], a[0]); print(lstmcore.__file__)")
     code, said = python("-c", code, cwd=tmp_path, path=[tmp_path / "lstmcore.zip"])
     assert code == 0 and "lstmcore.zip" in said

@@ -14,11 +14,11 @@ import lstmcore
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = {"lstmcore.torch": "torch", "lstmcore.models.estimators": "sklearn",
-         "lstmcore.models.forecasting": "sklearn", "lstmcore.gradflow": "matplotlib",
-         "lstmcore.inspect": "matplotlib", "lstmcore.keras": "keras", "lstmcore.formats.keras": "h5py",
-         "lstmcore.formats.hdf5": "h5py", "lstmcore.formats.onnx": "onnx",
-         "lstmcore.formats.onnx_export": "onnx", "lstmcore.formats.onnx_graph": "onnx",
-         "lstmcore.formats.onnx_operators": "onnx"}
+         "lstmcore.models.supervised": "sklearn", "lstmcore.models.forecasting": "sklearn",
+         "lstmcore.gradflow": "matplotlib", "lstmcore.inspect": "matplotlib", "lstmcore.keras": "keras",
+         "lstmcore.formats.keras": "h5py", "lstmcore.formats.hdf5": "h5py",
+         **{f"lstmcore.formats.onnx{part}": "onnx" for part in ("", "_export", "_graph", "_operators",
+                                                                "_variants")}}
 MODULES = sorted(m.name for m in pkgutil.walk_packages(lstmcore.__path__, "lstmcore.")
                  if not m.name.endswith("__main__") and "-" not in m.name)   # - : PyInstaller's
 
@@ -31,7 +31,8 @@ def test_docstring_examples_run(name, tmp_path, monkeypatch):
     assert doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS).failed == 0
 
 
-SECTION_NEEDS = {"Classify": "sklearn", "Forecast": "sklearn", "Look inside": "matplotlib",
+SECTION_NEEDS = {"Classify": "sklearn", "What y may be": "sklearn", "What happens by itself": "sklearn",
+                 "Forecast": "sklearn", "Look inside": "matplotlib",
                  "See the gradient vanish": "matplotlib", "Files, without": "h5py onnx torch"}
 apart = pytest.mark.skipif(not PAGES[0].exists(),
                            reason="the tests of an installed wheel may lie without README and docs")

@@ -43,7 +43,8 @@ def same(a, b):
 
 def test_formats_know_no_layers_and_arrows_point_down():
     """No module of a floor names one above it; save of a Module asks the package, as users do."""
-    floors = [{"checks", "threads"}, {"precision"}, {"functional", "dense"}, {"formats"}, {"module"},
+    floors = [{"scalars"}, {"checks", "threads"}, {"precision"}, {"functional", "dense"}, {"formats"},
+              {"module"},
               {"recurrent"}, {"stack"}, {"layers"}, {"losses", "optim"},
               {"models", "gradflow", "inspect"}, {"files"}, {"cli"}]
     level = {name: n for n, names in enumerate(floors) for name in names}

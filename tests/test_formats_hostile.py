@@ -359,6 +359,7 @@ def test_small_pickles_that_would_take_long(tmp_path, message, program):
 
 def test_a_configuration_of_many_layers_takes_little(tmp_path):
     """Layers that all read what many others have passed on, and a model with many in a model."""
+    pytest.importorskip("h5py")
     n = 6000
 
     def entry(kind, name, source=None):

@@ -103,10 +103,10 @@ class Talk:
 
     def change(self, name, value):
         """Draw in another way from now on."""
-        from lstmcore import checks
+        from lstmcore import scalars
 
         now = {limit: getattr(self.args, limit) for limit in LIMITS} | {name: value}
-        checks.size("length", now.pop("length"), 0)
+        scalars.size("length", now.pop("length"), 0)
         self.draw = self.generation.drawing(**now, seed=self.args.seed)
         setattr(self.args, name, value)
 

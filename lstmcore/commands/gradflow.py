@@ -19,11 +19,11 @@ def options(p):
 
 def run(args):
     """Print, and draw, the norms of `lstmcore.gradflow.compare`."""
-    from lstmcore import checks, gradflow
+    from lstmcore import gradflow, scalars
 
     if args.out:
         terminal.check_picture(args.out)
-    flows = gradflow.compare(args.hidden_size, args.steps, seed=checks.size("seed", args.seed, 0))
+    flows = gradflow.compare(args.hidden_size, args.steps, seed=scalars.size("seed", args.seed, 0))
     if args.out:
         gradflow.plot(flows, args.out)
         terminal.say(f"saved {args.out}")

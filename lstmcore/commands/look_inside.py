@@ -19,11 +19,11 @@ def options(p):
 
 def run(args):
     """Write the HTML page of `lstmcore.inspect`."""
-    from lstmcore import LanguageModel, checks, inspect
+    from lstmcore import LanguageModel, inspect, scalars
     from lstmcore.formats.disk import check_writable
 
     check_writable(args.out)
-    checks.size("limit", args.limit)
+    scalars.size("limit", args.limit)
     model = LanguageModel.load(args.model).unfreeze()       # of int8: only floats keep gates
     shown = terminal.read_text(args.file, args.encoding)
     name = "standard input" if args.file == "-" else os.path.basename(args.file)

@@ -26,12 +26,12 @@ def options(p):
 
 def run(args):
     """Write text as it is drawn."""
-    from lstmcore import checks
+    from lstmcore import scalars
 
     model = terminal.model_to_use(args)
     prime = terminal.read_text("-") if args.prime == "-" else terminal.argument(args.prime)
     stop = terminal.stops(args)
-    count = checks.size("count", args.count)
+    count = scalars.size("count", args.count)
     if count > 1 and args.width is not None:
         raise ValueError("count must be 1 with --beam, which finds the same text every time")
     for n in range(count):

@@ -58,9 +58,9 @@ def options(p):
 
 def run(args):
     """Search, say who is left after each round, print a table of all."""
-    from lstmcore import checks
+    from lstmcore import scalars
 
-    if checks.number("minutes", args.minutes) == 0:
+    if scalars.number("minutes", args.minutes) == 0:
         raise ValueError("minutes must be above 0, got 0")
     if "-" in args.files:
         raise ValueError("search reads FILE once for each candidate, so it cannot be standard input")
@@ -70,7 +70,7 @@ def run(args):
     if args.plot:
         terminal.check_picture(args.plot)
     cpus = _cpus()
-    jobs = cpus if args.jobs is None else min(checks.size("jobs", args.jobs), cpus)
+    jobs = cpus if args.jobs is None else min(scalars.size("jobs", args.jobs), cpus)
     search = Search(args, [dict(zip(GRID, values)) for values in itertools.product(*map(_values, GRID, (
         getattr(args, name) for name in GRID)))], jobs, cpus)
     ended = search.run()

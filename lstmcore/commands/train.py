@@ -134,7 +134,7 @@ def run(args):
 
 
 def _train(args, processes):
-    from lstmcore import LanguageModel, checks
+    from lstmcore import LanguageModel, scalars
     from lstmcore.formats.disk import check_writable
     from lstmcore.models import curves
     from lstmcore.models.training import Budget, Settings
@@ -169,7 +169,7 @@ def _train(args, processes):
     bar = False if args.json else sys.stderr.isatty() or "lines"
     callbacks = [] if bar is True else [_print_json if args.json else _print_record]
     if args.sample_every is not None:
-        callbacks.append(_Samples(checks.size("sample_every", args.sample_every), args))
+        callbacks.append(_Samples(scalars.size("sample_every", args.sample_every), args))
     Settings(**{name: value for name, value in settings.items() if not isinstance(value, os.PathLike)})
     Budget(**budget)
     if not args.json:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lstmcore import checks, renames
+from lstmcore import checks, renames, scalars
 from lstmcore._types import ArrayLike, Floats
 from lstmcore.layers import sigmoid
 from lstmcore.losses import bce_with_logits, mse_loss, softmax_cross_entropy
@@ -129,7 +129,7 @@ class LSTMClassifier(ClassifierMixin, SequenceEstimator):
     def _check_parameters(self):
         super()._check_parameters()
         if isinstance(self.class_weight, str):
-            checks.choice("class_weight", self.class_weight, ("balanced",))
+            scalars.choice("class_weight", self.class_weight, ("balanced",))
         elif not isinstance(self.class_weight, (Mapping, type(None))):
             raise TypeError("class_weight must be a dict from class to weight, 'balanced' or None, got "
                             f"{type(self.class_weight).__name__}")
@@ -211,7 +211,7 @@ class LSTMClassifier(ClassifierMixin, SequenceEstimator):
             unknown = [key for key in self.class_weight if key not in self.classes_]
             if unknown:
                 raise ValueError(f"class_weight must name classes out of {self.classes_}, got {unknown}")
-            found = np.array([checks.number("class_weight", self.class_weight.get(c, 1.0))
+            found = np.array([scalars.number("class_weight", self.class_weight.get(c, 1.0))
                               for c in self.classes_.tolist()])
             return np.stack([found, np.ones(K)]) if many else found
         if many:

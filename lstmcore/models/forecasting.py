@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lstmcore import checks
+from lstmcore import checks, scalars
 from lstmcore._types import ArrayLike, Path, Precision
 from lstmcore.models.estimators import LSTMRegressor
 from lstmcore.models.network import Model
@@ -179,11 +179,11 @@ class Forecaster(Model, BaseEstimator):
         self._trained()
         if not hasattr(self, "_scores"):
             raise ValueError("predict_interval needs errors to go by: fit with a calibration above 0")
-        if not 0 < checks.number("coverage", coverage) < 1:
+        if not 0 < scalars.number("coverage", coverage) < 1:
             raise ValueError(f"coverage must be between 0 and 1, got {coverage}")
         found = []
         for one, level, times in self._ahead(steps, exog, index):
-            width = self._width(checks.size("steps", steps), coverage) * one.scale
+            width = self._width(scalars.size("steps", steps), coverage) * one.scale
             found.append(tuple(one.like(one.natural(level + sign * width), times) for sign in (-1, 1)))
         return tuple(self._form(found))
 
@@ -292,8 +292,8 @@ class Forecaster(Model, BaseEstimator):
 
     def _check_parameters(self):
         for name in ("window", "horizon", "season", "n_models", "folds"):
-            checks.size(name, getattr(self, name))
-        checks.size("calibration", self.calibration, at_least=0)
+            scalars.size(name, getattr(self, name))
+        scalars.size("calibration", self.calibration, at_least=0)
         if self.transform not in TRANSFORMS:
             raise ValueError(f"transform must be one of {', '.join(map(repr, TRANSFORMS))}, "
                              f"got {self.transform!r}")
@@ -419,7 +419,7 @@ class Forecaster(Model, BaseEstimator):
     def _ahead(self, steps, exog, index):
         """(series, level of the steps to come (steps, D), their index) for each of the panel."""
         self._trained()
-        steps = checks.size("steps", steps)
+        steps = scalars.size("steps", steps)
         whole = -(-steps // self.horizon) * self.horizon
         given = [exog] if self._keys is None else beside("exog", exog, self._keys)
         times = [index] if self._keys is None else beside("index", index, self._keys)

@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 
-from lstmcore import checks
+from lstmcore import scalars
 
 
 def drawing(temperature=1.0, top_k=None, top_p=None, seed=None):
@@ -16,12 +16,12 @@ def drawing(temperature=1.0, top_k=None, top_p=None, seed=None):
     >>> drawing(temperature=0)(np.array([0.1, 3.0, 2.0]))
     1
     """
-    checks.number("temperature", temperature)
+    scalars.number("temperature", temperature)
     if top_k is not None:
-        checks.size("top_k", top_k)
-    if top_p is not None and not 0 < checks.number("top_p", top_p) <= 1:
+        scalars.size("top_k", top_k)
+    if top_p is not None and not 0 < scalars.number("top_p", top_p) <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
-    rng = np.random.default_rng(None if seed is None else checks.size("seed", seed, at_least=0))
+    rng = np.random.default_rng(None if seed is None else scalars.size("seed", seed, at_least=0))
 
     def draw(logits):
         z = logits.astype(np.float64)

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from lstmcore import checks, distributed, formats
+from lstmcore import distributed, formats, scalars
 from lstmcore._types import Cell, Compute, Dtype, Path
 from lstmcore.formats import description, disk, safetensors
 from lstmcore.models import corpus, generation, text
@@ -106,7 +106,7 @@ class LanguageModel(Model):
                  min_count: int | None = None, init_uniform: float | None = None,
                  dtype: Dtype = "float32", compute: Compute | None = None,
                  seed: int | None = 0) -> None:
-        self.level = checks.choice("level", level, text.LEVELS)
+        self.level = scalars.choice("level", level, text.LEVELS)
         if embed_size is None:
             embed_size = 128 if level in ("word", "whitespace") else 64
         if min_count is None:
@@ -116,10 +116,10 @@ class LanguageModel(Model):
             dropout=dropout, peepholes=peepholes, dtype=dtype, compute=compute), **checked_options(
             cell, recurrent_dropout=recurrent_dropout, zoneout=zoneout, weight_dropout=weight_dropout,
             locked_dropout=locked_dropout, layer_norm=layer_norm))
-        self.vocab_size = None if vocab_size is None else checks.size("vocab_size", vocab_size, 2)
-        self.min_count = checks.size("min_count", min_count)
-        self.init_uniform = None if init_uniform is None else checks.number("init_uniform", init_uniform)
-        self.seed = None if seed is None else checks.size("seed", seed, at_least=0)
+        self.vocab_size = None if vocab_size is None else scalars.size("vocab_size", vocab_size, 2)
+        self.min_count = scalars.size("min_count", min_count)
+        self.init_uniform = None if init_uniform is None else scalars.number("init_uniform", init_uniform)
+        self.seed = None if seed is None else scalars.size("seed", seed, at_least=0)
         self.network: Any = None
         self.vocabulary: Any = None
         self.outcome: str | None = None
@@ -189,7 +189,7 @@ class LanguageModel(Model):
         run = None if resume is None else processes.at_root(lambda: self._load_run(resume))
         callbacks = (callbacks,) if callable(callbacks) else tuple(callbacks)
         if isinstance(validation, (int, float)):
-            settings["validation"] = checks.number("validation", validation)
+            settings["validation"] = scalars.number("validation", validation)
         settings = Settings.of({**(run[2]["settings"] if run else {}), **settings})
         shards = settings.divide(processes)
         if run and set(budget.values()) == {None}:
@@ -273,7 +273,7 @@ class LanguageModel(Model):
         draw = generation.drawing(temperature, top_k, top_p, seed)
         writer = generation.Writer(self.network.eval(), self.vocabulary)
         writer.read(prime)
-        return writer.write(checks.size("length", length, 0), draw, generation.check_stop(stop))
+        return writer.write(scalars.size("length", length, 0), draw, generation.check_stop(stop))
 
     def sample(self, prime: str | bytes = "", length: int = 400, *, temperature: float = 1.0,
                top_k: int | None = None, top_p: float | None = None, seed: int | None = None,
@@ -302,7 +302,7 @@ class LanguageModel(Model):
         self._trained()
         prime = generation.ids_of(self.vocabulary, prime)
         return generation.beam_search(self.network.eval(), self.vocabulary, prime,
-                                      checks.size("length", length, 0), checks.size("width", width),
+                                      scalars.size("length", length, 0), scalars.size("width", width),
                                       generation.check_stop(stop))
 
     def save(self, path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from lstmcore import checks
+from lstmcore import scalars
 from lstmcore._types import Array, Cell, Compute, Dtype, Floats, Ints, Lengths, Precision, Seed
 from lstmcore.layers import (GRU, LSTM, RNN, Dropout, Embedding, LastStep, Linear, MaxOverTime,
                              MeanOverTime, Sequential)
@@ -71,15 +71,15 @@ POOLING = {"last": LastStep, "mean": MeanOverTime, "max": MaxOverTime, "mean+max
 def checked(*, cell: Any, hidden_size: Any, num_layers: Any, embed_size: Any, dropout: Any,
             peepholes: Any, dtype: Any, compute: Any) -> dict[str, Any]:
     """What every model lets its user choose, found to be right, by the names of the arguments."""
-    checks.choice("cell", cell, CELLS)
+    scalars.choice("cell", cell, CELLS)
     if peepholes and cell != "lstm":
         raise ValueError(f"peepholes need cell='lstm', got {cell!r}")
-    return dict(cell=cell, hidden_size=checks.size("hidden_size", hidden_size),
-                num_layers=checks.size("num_layers", num_layers),
-                embed_size=checks.size("embed_size", embed_size, at_least=0),
-                dropout=checks.probability("dropout", dropout), peepholes=bool(peepholes),
-                dtype=str(checks.float_dtype(dtype)),
-                compute=products(compute, checks.float_dtype(dtype)))
+    return dict(cell=cell, hidden_size=scalars.size("hidden_size", hidden_size),
+                num_layers=scalars.size("num_layers", num_layers),
+                embed_size=scalars.size("embed_size", embed_size, at_least=0),
+                dropout=scalars.probability("dropout", dropout), peepholes=bool(peepholes),
+                dtype=str(scalars.float_dtype(dtype)),
+                compute=products(compute, scalars.float_dtype(dtype)))
 
 
 # Of a language model, what its layers take beside, and what is usual; the first three are an LSTM's.
@@ -93,9 +93,9 @@ def checked_options(cell: str, **given: Any) -> dict[str, Any]:
         if given[name] and cell != "lstm":
             raise ValueError(f"{name} needs cell='lstm', got {cell!r}")
     for name in ("recurrent_dropout", "zoneout", "weight_dropout"):
-        given[name] = checks.probability(name, given[name])
+        given[name] = scalars.probability(name, given[name])
     if given["layer_norm"] is not None:
-        checks.choice("layer_norm", given["layer_norm"], ("products",))
+        scalars.choice("layer_norm", given["layer_norm"], ("products",))
     return {**given, "locked_dropout": bool(given["locked_dropout"])}
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from lstmcore import checks, distributed, renames
+from lstmcore import checks, distributed, renames, scalars
 from lstmcore._types import ArrayLike, Cell, Compute, Init, Path
 from lstmcore.formats import disk, safetensors
 from lstmcore.models import sequences, text
@@ -246,19 +246,19 @@ class SequenceEstimator(Model, BaseEstimator):
         checked(cell=self.cell, hidden_size=self.hidden_size, num_layers=self.num_layers,
                 embed_size=self.embed_size or 1, dropout=self.dropout or 0.0, peepholes=self.peepholes,
                 dtype=dtype, compute=self.compute)
-        checks.choice("pooling", self.pooling, POOLING)
-        checks.choice("schedule", self.schedule, ("constant", "cosine", "plateau"))
-        checks.size("n_channels", self.n_channels)
+        scalars.choice("pooling", self.pooling, POOLING)
+        scalars.choice("schedule", self.schedule, ("constant", "cosine", "plateau"))
+        scalars.size("n_channels", self.n_channels)
         for name in ("embed_size", "epochs", "min_count"):
             if getattr(self, name) is not None:
-                checks.size(name, getattr(self, name))
-        checks.probability("token_dropout", self.token_dropout or 0.0)
+                scalars.size(name, getattr(self, name))
+        scalars.probability("token_dropout", self.token_dropout or 0.0)
         if isinstance(self.validation, str):
-            checks.choice("validation", self.validation, ("auto",))
+            scalars.choice("validation", self.validation, ("auto",))
         else:
-            checks.fraction("validation", self.validation)
+            scalars.fraction("validation", self.validation)
         if not callable(self.tokenizer):
-            checks.choice("tokenizer", self.tokenizer, ("char", "word"))
+            scalars.choice("tokenizer", self.tokenizer, ("char", "word"))
         self._settings()
 
     def _settings(self, shards=None):

@@ -10,7 +10,7 @@ from collections import Counter
 
 import numpy as np
 
-from lstmcore import checks
+from lstmcore import scalars
 
 LEVELS = ("char", "byte", "word", "whitespace")
 UNKNOWN = {"char": "\ufffd", "word": " <unk>", "whitespace": "<unk>"}   # stands for a token never seen
@@ -58,7 +58,7 @@ class Vocabulary:
     """
 
     def __init__(self, level, tokens=(), unknown=None):
-        self.level = level if callable(level) else checks.choice("level", level, LEVELS)
+        self.level = level if callable(level) else scalars.choice("level", level, LEVELS)
         unknown = unknown or UNKNOWN.get(level)
         self.tokens = list(range(256)) if level == "byte" else [unknown, *tokens]
         self.ids = {token: n for n, token in enumerate(self.tokens)}

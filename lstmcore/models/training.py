@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lstmcore import checks, distributed, optim, renames
+from lstmcore import distributed, optim, renames, scalars
 from lstmcore._types import Array, Floats
 
 SCHEDULES = ("step", "cosine", "plateau", "constant")
@@ -74,20 +74,20 @@ class Settings:
 
     def __post_init__(self):
         for name in ("seq_length", "batch_size"):
-            checks.size(name, getattr(self, name))
+            scalars.size(name, getattr(self, name))
         for name in ("warmup", "decay_after"):
-            checks.size(name, getattr(self, name), at_least=0)
+            scalars.size(name, getattr(self, name), at_least=0)
         for name in ("evaluate_every", "patience", "shards"):
             if getattr(self, name) is not None:
-                checks.size(name, getattr(self, name))
-        checks.choice("optimizer", self.optimizer, optim.RULES)
+                scalars.size(name, getattr(self, name))
+        scalars.choice("optimizer", self.optimizer, optim.RULES)
         distributed.check_ways(self.reduction, self.wire)
         if self.schedule is not None:
-            checks.choice("schedule", self.schedule, SCHEDULES)
+            scalars.choice("schedule", self.schedule, SCHEDULES)
         for name in ("lr", "clip", "weight_decay", "momentum", "decay"):
-            checks.number(name, getattr(self, name))
+            scalars.number(name, getattr(self, name))
         if self.validation is not None:
-            checks.fraction("validation", self.validation)
+            scalars.fraction("validation", self.validation)
 
     def divide(self, processes: distributed.Processes) -> distributed.Shards | None:
         """The shards of a batch that these settings ask for; None for one process and no shards.
@@ -124,7 +124,7 @@ class Budget:
     def __post_init__(self):
         for name, value in vars(self).items():
             if value is not None:
-                checks.number(name, value)
+                scalars.number(name, value)
         if self.epochs is self.minutes is self.steps is None:
             self.epochs = 10
 
