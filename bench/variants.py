@@ -35,6 +35,7 @@ OPTIONS = {  # options of LSTM, as they are written there
     "weight_dropout=0.3": dict(weight_dropout=0.3),
     "peepholes=True": dict(peepholes=True),
     'layer_norm="products"': dict(layer_norm="products"),
+    'layer_norm="gates"': dict(layer_norm="gates"),
 }
 MODELS = {  # of the losses, as options of LanguageModel
     "none of them": {},
@@ -45,6 +46,7 @@ MODELS = {  # of the losses, as options of LanguageModel
     "zoneout=0.1": dict(zoneout=0.1),
     "dropout=0.3, recurrent_dropout=0.2": dict(dropout=0.3, recurrent_dropout=0.2),
     'layer_norm="products"': dict(layer_norm="products"),
+    'layer_norm="gates"': dict(layer_norm="gates"),
 }
 KERAS = ("Keras", "Keras, recurrent_dropout=0.3")
 

@@ -12,6 +12,7 @@
 #include "cell_varied.h"
 #if !BELOW
 #include "cell_norm.h"
+#include "cell_norm_gates.h"
 #endif
 #include "cell_rnn.h"
 #include "cell_gru.h"
@@ -36,7 +37,10 @@ static const lstm_cell F(cells)[] = {
 #if !BELOW
     {.name = "lstm_norm", .gates = 4, .keeps_gates = 1, .has_c = 1, .norm_step = F(norm_step),
      .norm_back_step = F(norm_back_step), .norm_gradient = F(norm_gradient),
-     .norm_inputs = F(norm_inputs)},
+     .norm_inputs = F(norm_inputs), .norms = 10, .moments = 6},
+    {.name = "lstm_norm_gates", .gates = 4, .keeps_gates = 1, .has_c = 1, .norm_step = F(norm_gates_step),
+     .norm_back_step = F(norm_gates_back_step), .norm_gradient = F(norm_gates_gradient), .norms = 6,
+     .moments = 10, .keeps_raw = 1},
 #endif
     {.name = "tanh", .gates = 1, .step = F(tanh_step), .back_step = TRAINED(tanh_back_step)},
     {.name = "relu", .gates = 1, .step = F(relu_step), .back_step = TRAINED(relu_back_step)},

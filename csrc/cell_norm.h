@@ -16,18 +16,30 @@ INLINE R F(lanes_sum)(vec a) {
     return sum;
 }
 
-static F(moments) F(moments_of)(const R *v, ptrdiff_t n) {
+/* A row v, or v + more where there is more. */
+INLINE vec F(v_sum_n)(const R *v, const R *more, ptrdiff_t n) {
+    return more ? F(v_load_n)(v, n) + F(v_load_n)(more, n) : F(v_load_n)(v, n);
+}
+
+INLINE F(moments) F(moments_of)(const R *v, const R *more, ptrdiff_t n) {
     ptrdiff_t whole = n - n % VL, j;
     vec sum = F(v_set1)(0), squares = sum;
-    for (j = 0; j < n; j += VL) sum += F(v_load_n)(v + j, MIN(VL, n - j));
+    for (j = 0; j < n; j += VL) sum += F(v_sum_n)(v + j, more ? more + j : NULL, MIN(VL, n - j));
     R mean = F(lanes_sum)(sum) / (R)n;
     for (j = 0; j < whole; j += VL) {
-        vec d = F(v_load_n)(v + j, VL) - mean;
+        vec d = F(v_sum_n)(v + j, more ? more + j : NULL, VL) - mean;
         squares = v_fma(d, d, squares);
     }
     R total = F(lanes_sum)(squares);
-    for (; j < n; j++) total += (v[j] - mean) * (v[j] - mean);
+    for (; j < n; j++) {
+        R d = v[j] + (more ? more[j] : 0) - mean;
+        total += d * d;
+    }
     return (F(moments)){mean, (R)(1 / sqrt((double)(total / (R)n) + NORM_EPSILON))};
+}
+
+INLINE vec F(v_normed)(const R *v, const R *more, F(moments) m, ptrdiff_t n) {
+    return (F(v_sum_n)(v, more, n) - m.mean) * m.scale;
 }
 
 /* What comes back through norm(v), of which g ∘ gamma reaches it: scale (g ∘ gamma - first - norm(v) second),
@@ -36,24 +48,22 @@ typedef struct {
     R first, second;
 } F(returned);
 
-static F(returned) F(returned_of)(const R *g, const R *gamma, const R *v, F(moments) m, ptrdiff_t n) {
+INLINE F(returned) F(returned_of)(const R *g, const R *gamma, const R *v, const R *more, F(moments) m,
+                                  ptrdiff_t n) {
     vec first = F(v_set1)(0), second = first;
     for (ptrdiff_t j = 0; j < n; j += VL) {
         ptrdiff_t w = MIN(VL, n - j);
         vec product = F(v_load_n)(g + j, w) * F(v_load_n)(gamma + j, w);
         first += product;
-        second = v_fma(product, (F(v_load_n)(v + j, w) - m.mean) * m.scale, second);
+        second = v_fma(product, F(v_normed)(v + j, more ? more + j : NULL, m, w), second);
     }
     return (F(returned)){F(lanes_sum)(first) / (R)n, F(lanes_sum)(second) / (R)n};
 }
 
-INLINE vec F(v_normed)(const R *v, F(moments) m, ptrdiff_t n) {
-    return (F(v_load_n)(v, n) - m.mean) * m.scale;
-}
-
-INLINE vec F(v_returned)(const R *g, const R *gamma, const R *v, F(moments) m, F(returned) r, ptrdiff_t n) {
+INLINE vec F(v_returned)(const R *g, const R *gamma, const R *v, const R *more, F(moments) m, F(returned) r,
+                         ptrdiff_t n) {
     vec product = F(v_load_n)(g, n) * F(v_load_n)(gamma, n);
-    return (product - r.first - F(v_normed)(v, m, n) * r.second) * m.scale;
+    return (product - r.first - F(v_normed)(v, more, m, n) * r.second) * m.scale;
 }
 
 /* The two parts of a step forward: the gates and c; then h.  norms: gamma of x W_ihᵀ (4H) and of h W_hhᵀ
@@ -69,8 +79,8 @@ static void F(norm_step)(const lstm_weights *w, int part, ptrdiff_t n, ptrdiff_t
         if (part == 0) {
             const R *ax = row->ax, *ah = row->ah, *c_prev = row->c_prev;
             F(moments)
-            of_x = F(moments_of)(ax, 4 * H),
-            of_h = F(moments_of)(ah, 4 * H);
+            of_x = F(moments_of)(ax, NULL, 4 * H),
+            of_h = F(moments_of)(ah, NULL, 4 * H);
             if (kept && j0 == 0) kept[0] = of_x, kept[1] = of_h;
             for (ptrdiff_t j = j0; j < j1; j += VL) {
                 ptrdiff_t l = MIN(VL, j1 - j);
@@ -78,8 +88,8 @@ static void F(norm_step)(const lstm_weights *w, int part, ptrdiff_t n, ptrdiff_t
                 for (int k = 0; k < 4; k++) {
                     ptrdiff_t at = k * H + j;
                     a[k] = b ? F(v_load_n)(b + at, l) : F(v_set1)(0);
-                    a[k] = v_fma(F(v_load_n)(norms + at, l), F(v_normed)(ax + at, of_x, l), a[k]);
-                    a[k] = v_fma(F(v_load_n)(norms + 4 * H + at, l), F(v_normed)(ah + at, of_h, l), a[k]);
+                    a[k] = v_fma(F(v_load_n)(norms + at, l), F(v_normed)(ax + at, NULL, of_x, l), a[k]);
+                    a[k] = v_fma(F(v_load_n)(norms + 4 * H + at, l), F(v_normed)(ah + at, NULL, of_h, l), a[k]);
                 }
                 F(gates)
                 s = {F(v_sigmoid)(a[0]), F(v_sigmoid)(a[1]), F(v_tanh)(a[2]), F(v_sigmoid)(a[3])};
@@ -88,11 +98,11 @@ static void F(norm_step)(const lstm_weights *w, int part, ptrdiff_t n, ptrdiff_t
             }
         } else {
             F(moments)
-            of_c = F(moments_of)(c, H);
+            of_c = F(moments_of)(c, NULL, H);
             if (kept && j0 == 0) kept[2] = of_c;
             for (ptrdiff_t j = j0; j < j1; j += VL) {
                 ptrdiff_t l = MIN(VL, j1 - j);
-                vec n_c = v_fma(F(v_load_n)(norms + 8 * H + j, l), F(v_normed)(c + j, of_c, l),
+                vec n_c = v_fma(F(v_load_n)(norms + 8 * H + j, l), F(v_normed)(c + j, NULL, of_c, l),
                                 F(v_load_n)(norms + 9 * H + j, l));
                 F(v_store_n)((R *)row->h + j, F(v_load_n)(gates + 3 * H + j, l) * F(v_tanh)(n_c), l);
             }
@@ -117,12 +127,12 @@ static void F(norm_back_step)(const lstm_weights *w, int part, ptrdiff_t n, ptrd
         of_c = kept[2];
         F(returned)
         back = {0, 0};
-        if (part == 1) back = F(returned_of)(dn, norms + 8 * H, c, of_c, H);
-        if (part == 2) back = F(returned_of)(gates, norms + 4 * H, row->ah, of_h, 4 * H);
+        if (part == 1) back = F(returned_of)(dn, norms + 8 * H, c, NULL, of_c, H);
+        if (part == 2) back = F(returned_of)(gates, norms + 4 * H, row->ah, NULL, of_h, 4 * H);
         for (ptrdiff_t j = j0; j < j1; j += VL) {
             ptrdiff_t l = MIN(VL, j1 - j);
             if (part == 0) {
-                vec n_c = v_fma(F(v_load_n)(norms + 8 * H + j, l), F(v_normed)(c + j, of_c, l),
+                vec n_c = v_fma(F(v_load_n)(norms + 8 * H + j, l), F(v_normed)(c + j, NULL, of_c, l),
                                 F(v_load_n)(norms + 9 * H + j, l));
                 vec o = F(v_load_n)(gates + 3 * H + j, l), t = F(v_tanh)(n_c);
                 vec dh = F(v_load_n)((const R *)row->dy + j, l);
@@ -132,7 +142,7 @@ static void F(norm_back_step)(const lstm_weights *w, int part, ptrdiff_t n, ptrd
                 vec i = F(v_load_n)(gates + j, l), f = F(v_load_n)(gates + H + j, l);
                 vec g = F(v_load_n)(gates + 2 * H + j, l);
                 vec dc = F(v_load_n)((R *)row->dc + j, l) +
-                         F(v_returned)(dn + j, norms + 8 * H + j, c + j, of_c, back, l);
+                         F(v_returned)(dn + j, norms + 8 * H + j, c + j, NULL, of_c, back, l);
                 vec c_prev = F(v_load_n)((const R *)row->c_prev + j, l);
                 F(v_store_n)(gates + j, dc * g * (i * (1 - i)), l);
                 F(v_store_n)(gates + H + j, dc * c_prev * (f * (1 - f)), l);
@@ -140,7 +150,7 @@ static void F(norm_back_step)(const lstm_weights *w, int part, ptrdiff_t n, ptrd
                 F(v_store_n)((R *)row->dc + j, dc * f, l);
             } else {
                 for (ptrdiff_t at = j; at < 4 * H; at += H)
-                    F(v_store_n)((R *)row->dah + at, F(v_returned)(gates + at, norms + 4 * H + at, (const R *)row->ah + at, of_h, back, l), l);
+                    F(v_store_n)((R *)row->dah + at, F(v_returned)(gates + at, norms + 4 * H + at, (const R *)row->ah + at, NULL, of_h, back, l), l);
             }
         }
     }
@@ -159,11 +169,11 @@ static void F(norm_gradient)(ptrdiff_t n, ptrdiff_t H, ptrdiff_t j0, ptrdiff_t j
             const R *ah = (const R *)tokens[k].ah + j;
             for (int q = 0; q < 4; q++) {
                 vec d = F(v_load_n)(da + q * H, l);
-                sums[q] = v_fma(d, F(v_normed)(ax + q * H, m[0], l), sums[q]);
-                sums[4 + q] = v_fma(d, F(v_normed)(ah + q * H, m[1], l), sums[4 + q]);
+                sums[q] = v_fma(d, F(v_normed)(ax + q * H, NULL, m[0], l), sums[q]);
+                sums[4 + q] = v_fma(d, F(v_normed)(ah + q * H, NULL, m[1], l), sums[4 + q]);
             }
             vec dn = F(v_load_n)((const R *)tokens[k].dn + j, l);
-            sums[8] = v_fma(dn, F(v_normed)((const R *)tokens[k].c + j, m[2], l), sums[8]);
+            sums[8] = v_fma(dn, F(v_normed)((const R *)tokens[k].raw + j, NULL, m[2], l), sums[8]);
             sums[9] += dn;
         }
         for (int q = 0; q < 10; q++) F(v_store_n)((R *)dnorms + q * H + j, sums[q], l);
@@ -177,10 +187,10 @@ static void F(norm_inputs)(ptrdiff_t n, ptrdiff_t H, const lstm_normed *tokens, 
         F(moments)
         of_x = *(const F(moments) *)tokens[k].moments;
         F(returned)
-        back = F(returned_of)(tokens[k].da, norms, ax, of_x, 4 * H);
+        back = F(returned_of)(tokens[k].da, norms, ax, NULL, of_x, 4 * H);
         for (ptrdiff_t j = 0; j < 4 * H; j += VL) {
             ptrdiff_t l = MIN(VL, 4 * H - j);
-            F(v_store_n)(ax + j, F(v_returned)((const R *)tokens[k].da + j, (const R *)norms + j, ax + j, of_x, back, l), l);
+            F(v_store_n)(ax + j, F(v_returned)((const R *)tokens[k].da + j, (const R *)norms + j, ax + j, NULL, of_x, back, l), l);
         }
     }
 }

@@ -55,7 +55,7 @@ typedef struct {
     const void *peepholes; /* (3, H) or NULL; of cells that have them */
     int no_tape;         /* 1 if nobody asks for the gates: whether they are written is the cell's affair */
     const lstm_variant *variant; /* of cells that have some */
-    const void *norms;   /* (10, H) of cells that normalize: gamma of x W_ihᵀ, of h W_hhᵀ, of c, beta of c */
+    const void *norms;   /* (rows, H) of cells that normalize, which say what they are */
 } lstm_weights;
 
 /* Where one sequence's forward step lives. */
@@ -72,7 +72,8 @@ typedef struct {
     const void *mask;    /* (H)   what the next step's product sees of h, or NULL for all */
     const void *zone;    /* (2, H) what h and c keep of their last values, or NULL */
     const void *ax, *ah; /* (4H) each, of cells that normalize: x_t W_ihᵀ and h_{t-1} W_hhᵀ */
-    void *moments;       /* (6)   out: mean and scale of ax, ah and c, or NULL */
+    void *raw;           /* (H)   out: c_t before it is normalized, of cells whose c goes on normalized */
+    void *moments;       /* out: pairs of mean and scale of what is normalized, or NULL */
 } lstm_row;
 
 /* Where one sequence's backward step lives. */
@@ -92,17 +93,17 @@ typedef struct {
     const void *mask;    /* (H)   as forward; then dy is a row of zeros, and the product is ∂L/∂(h ∘ mask) */
     const void *dy_apart; /* (H)  what reaches h_t from above, with a mask */
     const void *zone;    /* (2, H) as forward */
-    const void *ah;      /* (4H)  as forward */
-    void *dah;           /* (4H)  out: what reaches it */
+    const void *ax, *ah; /* (4H)  as forward */
+    void *dah;           /* (4H)  out: what reaches ah */
     void *dn;            /* (H)   out: what reaches the normalized c */
-    const void *moments; /* (6)   as forward */
+    const void *raw, *moments; /* as forward */
 } lstm_back_row;
 
 /* What a token's step has left to the gradients of `norms`, which lstm_weights has. */
 typedef struct {
     const void *da;
     void *ax;            /* out of norm_inputs: what reaches it */
-    const void *ah, *c, *dn, *moments;
+    const void *ah, *raw, *dn, *moments; /* raw: c before it is normalized */
 } lstm_normed;
 
 /* A cell: everything that a plan asks of it. */
@@ -136,8 +137,12 @@ typedef struct {
     void (*later_back_step)(const lstm_weights *w, int descending, ptrdiff_t n, ptrdiff_t j0,
                             ptrdiff_t j1, const lstm_back_row *rows);
 
+    int norms, moments;  /* of cells that normalize, rows of `norms` and numbers of `moments`, else 0 */
+    int keeps_raw;       /* whether its c goes on normalized, and the tape keeps what it was before too */
+
     /* Of cells that normalize, in the place of step and back_step: `part` counts the parts of a step,
-       between which all units are waited for; then what has no recurrence. NULL elsewhere. */
+       between which all units are waited for; then what has no recurrence. NULL elsewhere; norm_inputs
+       also where the same reaches x W_ihᵀ as h W_hhᵀ. */
     void (*norm_step)(const lstm_weights *w, int part, ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1,
                       const lstm_row *rows);
     void (*norm_back_step)(const lstm_weights *w, int part, ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1,

@@ -61,10 +61,10 @@ cdef struct Backward:
     char *dm                       # (B, H)
     # of cells that normalize
     lstm_normed *normed            # (tokens), in the order of steps
-    const void **dax               # rows of ax, which become its gradient
+    const void **dax               # rows of ax, which become its gradient, or of dah, which is the same
     char *dah                      # (tokens, G)
     char *dn                       # (tokens, H)
-    char *dnorms                   # (10, H)
+    char *dnorms                   # as norms
 
 
 cdef void lay_out(Plan *plan, Arena *arena) noexcept nogil:
@@ -163,11 +163,12 @@ cdef void list_tokens(Backward *f, int me, int team) noexcept nogil:
                     f.x_rows[k + r] = f.dtable + p.ids[at] * p.G * p.item
                 f.da[k + r], f.da_of_h[k + r] = p.gates + token * p.G * p.item, fed_by_h(f, token)
                 if p.norms != NULL:
-                    f.dax[k + r] = p.ax + token * p.G * p.item
-                    f.normed[k + r].da, f.normed[k + r].ax = f.da[k + r], <void *>f.dax[k + r]
+                    f.dax[k + r] = (f.dah if p.cell.norm_inputs == NULL else p.ax) + token * p.G * p.item
+                    f.normed[k + r].da, f.normed[k + r].ax = f.da[k + r], p.ax + token * p.G * p.item
                     f.normed[k + r].ah = p.ah + token * p.G * p.item
-                    f.normed[k + r].moments = p.moments + token * 6 * p.item
-                    f.normed[k + r].c, f.normed[k + r].dn = p.c + token * row_c, f.dn + token * row_c
+                    f.normed[k + r].moments = p.moments + token * p.cell.moments * p.item
+                    f.normed[k + r].raw = (p.raw if p.cell.keeps_raw else p.c) + token * row_c
+                    f.normed[k + r].dn = f.dn + token * row_c
                 f.h_prev[k + r] = h_before(p, s, r) if p.mask == NULL else h_seen(p, s, r)
                 if p.cell.has_c:
                     f.c_rows[k + r] = p.c + token * row_c
@@ -253,8 +254,10 @@ cdef inline void place_row(const Backward *f, Py_ssize_t s, Py_ssize_t r, bint g
         if p.mask != NULL:
             row.dy, row.dy_apart = p.shared.zeros, row.dy
     if p.norms != NULL:
-        row.ah, row.dah = p.ah + token * p.G * p.item, f.dah + token * p.G * p.item
-        row.dn, row.moments = f.dn + token * p.H * p.item, p.moments + token * 6 * p.item
+        row.ax, row.ah = p.ax + token * p.G * p.item, p.ah + token * p.G * p.item
+        row.dah, row.dn = f.dah + token * p.G * p.item, f.dn + token * p.H * p.item
+        row.moments = p.moments + token * p.cell.moments * p.item
+        row.raw = p.raw + token * p.H * p.item if p.cell.keeps_raw else NULL
     if not p.cell.keeps_gates:
         row.h = p.y + at * row_h
     if p.cell.reads_h:
@@ -369,9 +372,10 @@ cdef void norm_gradients(Backward *f, const Part *share) noexcept nogil:
     while k < p.steps.tokens:
         n = min(<Py_ssize_t>NORM_BLOCK, p.steps.tokens - k)
         p.cell.norm_gradient(n, p.H, j0, j1, f.normed + k, f.dnorms)
-        wait(&p.shared.barriers[0], share.parts)
-        unit_range(n, 1, share.part, share.parts, &k0, &k1)
-        p.cell.norm_inputs(k1 - k0, p.H, f.normed + k + k0, p.norms)
+        if p.cell.norm_inputs != NULL:
+            wait(&p.shared.barriers[0], share.parts)
+            unit_range(n, 1, share.part, share.parts, &k0, &k1)
+            p.cell.norm_inputs(k1 - k0, p.H, f.normed + k + k0, p.norms)
         k += n
     wait(&p.shared.barriers[0], share.parts)
 

@@ -61,6 +61,7 @@ cdef void lay_out(Plan *plan, Arena *arena) noexcept nogil:
     if p.norms != NULL and not f.keep:
         p.ax = take(arena, f.chunk * B * p.G * p.item)
         p.ah = take(arena, B * p.G * p.item)
+        p.raw = take(arena, B * p.H * p.item) if p.cell.keeps_raw else NULL
 
 
 cdef inline Py_ssize_t low_bytes(const Problem *p) noexcept nogil:
@@ -151,7 +152,8 @@ cdef inline void place_row(const Forward *f, Py_ssize_t s, Py_ssize_t s0, Py_ssi
     if p.norms != NULL:
         row.ax = gates_at(f, p.ax, s, s0, r)
         row.ah = p.ah + (p.steps.start[s] + r if f.keep else r) * p.G * p.item
-        row.moments = p.moments + (p.steps.start[s] + r) * 6 * p.item if f.keep else NULL
+        row.moments = p.moments + (p.steps.start[s] + r) * p.cell.moments * p.item if f.keep else NULL
+        row.raw = p.raw + (p.steps.start[s] + r if f.keep else r) * p.H * p.item if p.cell.keeps_raw else NULL
     if p.cell.has_c:
         row.c = p.c + (p.steps.start[s] + r) * p.H * p.item if f.keep \
             else f.c_n + p.steps.order[r] * p.H * p.item

@@ -52,6 +52,7 @@ cdef extern from "lstm.h" nogil:
         const void *zone
         const void *ax
         const void *ah
+        void *raw
         void *moments
     ctypedef struct lstm_back_row:
         const void *da_next
@@ -67,15 +68,17 @@ cdef extern from "lstm.h" nogil:
         const void *mask
         const void *dy_apart
         const void *zone
+        const void *ax
         const void *ah
         void *dah
         void *dn
+        const void *raw
         const void *moments
     ctypedef struct lstm_normed:
         const void *da
         void *ax
         const void *ah
-        const void *c
+        const void *raw
         const void *dn
         const void *moments
     ctypedef struct lstm_cell:
@@ -87,6 +90,9 @@ cdef extern from "lstm.h" nogil:
         bint has_c
         bint reads_h
         bint varies
+        int norms
+        int moments
+        bint keeps_raw
         void (*step)(const lstm_weights *w, bint descending, Py_ssize_t n, Py_ssize_t j0,
                      Py_ssize_t j1, const lstm_row *rows) noexcept nogil
         void (*back_step)(const lstm_weights *w, bint descending, Py_ssize_t n, Py_ssize_t j0,

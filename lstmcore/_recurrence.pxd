@@ -37,10 +37,11 @@ cdef struct Problem:               # one layer in one direction; the arrays are 
     const char *zone               # (T, B, 2, H): what h and c keep, or NULL
     char *m                        # (tokens, H): h ∘ mask, with a mask
     const char *m0                 # (B, H): h0 ∘ mask
-    const char *norms              # (10, H) of cells that normalize, else NULL
+    const char *norms              # (rows, H) of cells that normalize, else NULL
     char *ax                       # (tokens, G): x W_ihᵀ of those; without a tape, of a chunk
     char *ah                       # (tokens, G): h W_hhᵀ; without a tape (B, G)
-    char *moments                  # (tokens, 6), or NULL
+    char *moments                  # (tokens, the cell's), or NULL
+    char *raw                      # (tokens, H): c before it is normalized; without a tape (B, H)
     Steps steps
     const char *x
     const int64_t *ids             # (T, B): token ids in place of x

@@ -35,8 +35,8 @@ from lstmcore._products cimport Engine, Plan, Widths
 
 cnp.import_array()
 
-Cell = namedtuple("Cell", "name gates fed heard later turn keeps_gates has_c reads_h varies normalizes "
-                          "has_projection has_peepholes",
+Cell = namedtuple("Cell", "name gates fed heard later turn keeps_gates has_c reads_h varies norms moments "
+                          "keeps_raw has_projection has_peepholes",
                   module=__name__)  # which a compiled module's frame does not tell
 cells = {}                         # name -> Cell, of those that were asked for
 
@@ -53,8 +53,8 @@ def cell(name):
         fed = row.gates - row.apart
         cells[name] = Cell(name, row.gates, fed, fed - row.later, bool(row.later),
                            (fed - row.apart) % fed, bool(row.keeps_gates), bool(row.has_c),
-                           bool(row.reads_h), bool(row.varies), row.norm_step != NULL, row.output != NULL,
-                           row.peephole_gradient != NULL)
+                           bool(row.reads_h), bool(row.varies), row.norms, row.moments,
+                           bool(row.keeps_raw), row.output != NULL, row.peephole_gradient != NULL)
     return cells[name]
 
 
@@ -62,7 +62,7 @@ cdef int fill_problem(Problem *p, Engine e, cell, weights, batch, tape) except -
     """From named arrays, all C-contiguous, of one dtype, found to fit one another; T, B >= 1.
 
     weights: W_ih, W_hh, W_hr, peepholes, norms; batch: x, h0, c0, order, lengths, reverse; tape: y, gates,
-    c, m, ax, ah, moments.
+    c, m, ax, ah, moments, raw.
     order and lengths (int64) are sorted by length, longest first, or None. x may be token ids (T, B),
     int64.
     """
@@ -84,7 +84,7 @@ cdef int fill_problem(Problem *p, Engine e, cell, weights, batch, tape) except -
     if cell.varies:
         fill_variant(p, batch.variant, tape.m)
     p.norms, p.ax, p.ah = address(weights.norms), address(tape.ax), address(tape.ah)
-    p.moments = address(tape.moments)
+    p.moments, p.raw = address(tape.moments), address(tape.raw)
     steps.T, steps.B = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1)
     steps.ragged, steps.reverse = batch.order is not None, batch.reverse
     steps.count, steps.tokens = steps.T, steps.T * steps.B

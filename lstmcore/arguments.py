@@ -21,13 +21,13 @@ from lstmcore.variants import Variant
 
 _SERIAL_WORK = 1_000_000  # multiply-adds that are done before a second thread pays: about 20 µs
 
-Cell: TypeAlias = Literal["lstm", "lstm_varied", "lstm_norm", "tanh", "relu", "gru", "gru_before"]
+Cell: TypeAlias = Literal["lstm", "lstm_varied", "lstm_norm", "lstm_norm_gates", "tanh", "relu", "gru", "gru_before"]
 
 # What goes to the plans, by name.
 Sizes = namedtuple("Sizes", "T B I H K dtype")
 Weights = namedtuple("Weights", "W_ih W_hh b peepholes W_hr format norms", defaults=[None])
 Batch = namedtuple("Batch", "x h0 c0 order lengths reverse table variant", defaults=[None])
-Room = namedtuple("Room", "y h_n c_n gates c m ax ah moments", defaults=[None] * 4)
+Room = namedtuple("Room", "y h_n c_n gates c m ax ah moments raw", defaults=[None] * 5)
 Upstream = namedtuple("Upstream", "dy dy_last dm0")
 Varied = namedtuple("Varied", "gate candidate cell clip coupled zones mask zone m0")
 
@@ -197,14 +197,15 @@ def weights_of(cell, sizes, W_ih, W_hh, b=None, peepholes=None, W_hr=None, looke
         format or format_of_call(None, dtype))
 
 
-def norms_of(norms, sizes, weights):
-    """The gammas and beta (10, H) of a cell that normalizes, which has no other options."""
+def norms_of(cell, norms, sizes, weights):
+    """The gammas and betas of a cell that normalizes, which has no other options."""
     if weights.peepholes is not None or weights.W_hr is not None:
         raise ValueError("an LSTM with norms has neither peepholes nor a projection")
     if weights.format not in ("float32", "float64"):
         raise ValueError(f"an LSTM with norms computes in float32 or float64, not in {weights.format}: its "
                          "means are sums over a row")
-    return weights._replace(norms=checks.array(norms, "norms", "(10, H)", (10, sizes.H), sizes.dtype))
+    return weights._replace(norms=checks.array(norms, "norms", "(10, H), or (6, H) where gates are normalized,",
+                                              (cell.norms, sizes.H), sizes.dtype))
 
 
 def found(value, name, letters, shape, dtype):

@@ -24,6 +24,7 @@ from lstmcore._types import Path, Precision
 from lstmcore.formats import description
 from lstmcore.module import Module, blank
 from lstmcore.precision import Quantized
+from lstmcore.variants import LAYER_NORMS
 
 OPTIONS = (*description.OPTIONS, "dtype", "activation", "recurrent_activation")
 
@@ -395,8 +396,11 @@ def _build(found, dtype, **options):
     options.update(first.variant)
     if first.kind == "LSTM":
         options["peepholes"] = "weight_peephole" in names
-        if ("weight_layernorm" in names) != (options.get("layer_norm") is not None):
-            raise ValueError(f"{first.name} must have weight_layernorm if and only if it says layer_norm")
+        normed, found = options.get("layer_norm"), len(names.get("weight_layernorm", ()))
+        rows = 0 if normed is None else LAYER_NORMS.get(normed, (None, found))[1]
+        if found != rows:
+            raise ValueError(f"{first.name} must have weight_layernorm of {rows} rows for layer_norm="
+                             f"{normed!r}, got {found}")
         options["proj_size"] = first.output_size if "weight_hr" in names else 0
     elif first.kind == "GRU":
         options["reset_after"] = first.reset_after

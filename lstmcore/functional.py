@@ -45,19 +45,20 @@ def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, l
         raise ValueError("weights packed as int8 are for inference: keep_tape must be False")
     weights = arguments.weights_of(cell, sizes, W_ih, W_hh, b, peepholes, W_hr, looked_up, format)
     if norms is not None:
-        weights = arguments.norms_of(norms, sizes, weights)
+        weights = arguments.norms_of(cell, norms, sizes, weights)
     if h0 is not None or c0 is not None:
         h0, c0 = arguments.states_of(cell, sizes, h0, c0, ("h0", "c0"), W_hr is not None)
     order, lengths = (None, None) if lengths is None else arguments.order_of(lengths, T, B)
     tokens = T * B if order is None else int(lengths.sum())
     y = empty((T, B, K), dtype) if order is None else np.zeros((T, B, K), dtype)
     h_n, c_n = np.empty((B, K), dtype), np.empty((B, H), dtype) if cell.has_c else None
-    gates = c = ax = ah = moments = None
+    gates = c = ax = ah = moments = raw = None
     if keep_tape and cell.keeps_gates:
         gates = empty((tokens, cell.gates * H), dtype)
-        if cell.normalizes:
+        if cell.norms:
             ax, ah = (empty((tokens, cell.gates * H), dtype) for _ in range(2))
-            moments = np.empty((tokens, 6), dtype)
+            moments = np.empty((tokens, cell.moments), dtype)
+            raw = empty((tokens, H), dtype) if cell.keeps_raw else None
         c = empty((tokens, H), dtype) if cell.has_c else None
     m = None
     if variant is not None:
@@ -68,17 +69,17 @@ def _run_forward(name, x, W_ih, W_hh, b, h0, c0, *, peepholes=None, W_hr=None, l
     if tokens:
         run = batch
         if looked_up:
-            ids, table = arguments.look_up(cell, x, weights.W_ih, None if cell.normalizes else weights.b,
+            ids, table = arguments.look_up(cell, x, weights.W_ih, None if cell.norms else weights.b,
                                            packed and packed.quantized)
             run = batch._replace(x=ids, table=table)
         turned = weights._replace(b=arguments.turn(cell, weights.b)) if cell.turn else weights
-        _forward.run(cell, turned, run, Room(y, h_n, c_n, gates, c, m, ax, ah, moments),
+        _forward.run(cell, turned, run, Room(y, h_n, c_n, gates, c, m, ax, ah, moments, raw),
                      packed=packed, n_threads=n_threads)
     else:
         for final, initial in (h_n, h0), (c_n, c0):
             if final is not None:
                 final[...] = 0 if initial is None else initial
-    return y, h_n, c_n, (cell, sizes, weights, batch, tokens, y), (gates, c, m, ax, ah, moments)
+    return y, h_n, c_n, (cell, sizes, weights, batch, tokens, y), (gates, c, m, ax, ah, moments, raw)
 
 
 def _run_backward(kind, of, tape, dy, dh_n, dc_n, n_threads):
@@ -88,7 +89,7 @@ def _run_backward(kind, of, tape, dy, dh_n, dc_n, n_threads):
     dy, dh_n, dc_n = _checked_upstream(tape, dy, dh_n, dc_n)
     if n_threads is not None:
         resolve(n_threads)
-    gates, c, m, ax, ah, moments = tape.take()
+    gates, c, m, ax, ah, moments, raw = tape.take()
     cell, sizes, weights, batch, y = tape.cell, tape.sizes, tape.weights, tape.batch, tape.y
     T, B, I, H, K, dtype = sizes
     looked_up = isinstance(batch.x, TokenIds)
@@ -106,12 +107,12 @@ def _run_backward(kind, of, tape, dy, dh_n, dc_n, n_threads):
         np.zeros((B, K), dtype) if dh_n is None else np.array(dh_n),
         None if not cell.has_c else np.zeros((B, H), dtype) if dc_n is None else np.array(dc_n),
         None if weights.W_hr is None else np.empty((K, H), dtype),
-        None if weights.norms is None else np.zeros((10, H), dtype))
+        None if weights.norms is None else np.zeros_like(weights.norms))
     if tokens:
         if looked_up:
             batch = batch._replace(x=batch.x.array)
         dm0 = None if m is None else np.zeros((B, K), dtype)
-        _backward.run(cell, weights, batch, Room(y, None, None, gates, c, m, ax, ah, moments),
+        _backward.run(cell, weights, batch, Room(y, None, None, gates, c, m, ax, ah, moments, raw),
                       Upstream(dy, None if cell.reads_h else _last_dy(batch, dy, dh_n), dm0), g,
                       dtable=dtable,
                       n_threads=arguments.threads_for(n_threads, tokens, G, K if looked_up else I + K))
@@ -221,9 +222,11 @@ def lstm_forward(x: Array, W_ih: Floats, W_hh: Floats, b: Floats | None = None,
         default the dtype of the arrays, or what `packed` is of
     variant : a `Variant`: other activations, clipping, f = 1 - i, zoneout, recurrent dropout; without
         projection. `packed` is then of "lstm_varied"
-    norms : (10, H), optional: layer normalization (Ba et al. 2016) of x W_ihᵀ and h W_hhᵀ, by the gammas
-        in rows 0 to 3 and 4 to 7, and of c where h is made of it, by gamma and beta in rows 8 and 9; in
-        float32 and float64, with no other option. `packed` is then of "lstm_norm"
+    norms : optional, in float32 and float64, with no other option. (10, H): layer normalization (Ba et
+        al. 2016) of x W_ihᵀ and h W_hhᵀ, by the gammas in rows 0 to 3 and 4 to 7, and of c where h is
+        made of it, by gamma and beta in rows 8 and 9; `packed` is then of "lstm_norm". (6, H): of each
+        gate's x W_ihᵀ + h W_hhᵀ, by the gammas in rows 0 to 3, and of c, which goes on normalized, by
+        gamma and beta in rows 4 and 5; `packed` is then of "lstm_norm_gates"
 
     Returns
     -------
@@ -261,7 +264,9 @@ def _name_of(variant, norms):
     """The cell of an LSTM."""
     if variant is not None and norms is not None:
         raise ValueError("an LSTM with norms has no variant")
-    return "lstm" if variant is norms is None else "lstm_varied" if norms is None else "lstm_norm"
+    if norms is not None:
+        return "lstm_norm_gates" if np.shape(norms)[:1] == (6,) else "lstm_norm"
+    return "lstm" if variant is None else "lstm_varied"
 
 
 def lstm_backward(tape: Tape, dy: Floats, dh_n: Floats | None = None, dc_n: Floats | None = None, *,

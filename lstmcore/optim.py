@@ -20,8 +20,9 @@ from lstmcore import _kernels, checks, dense, scalars
 from lstmcore._types import Array, Floats
 from lstmcore.module import Module
 
-# What an optimizer changes: a Module, or its parameters and gradients by name.
-Trained: TypeAlias = Module | tuple[Mapping[str, Floats], Mapping[str, Floats]]
+# What an optimizer changes: a Module, parameters and gradients by name, or an array and its gradient.
+Trained: TypeAlias = (Module | tuple[Mapping[str, Floats], Mapping[str, Floats]]
+                      | tuple[Floats, Floats])
 
 BLOCK = 32768   # numbers: six blocks of float32, 768 KB, stay in a second-level cache
 
@@ -29,10 +30,10 @@ BLOCK = 32768   # numbers: six blocks of float32, 768 KB, stay in a second-level
 class Optimizer:
     """What all update rules share: the walk over the parameters, and the state.
 
-    `model` is a Module, or a pair (parameters, gradients) of dicts with the same names, whose
-    arrays must stay in their place, unfrozen, for every step; `lr` may be changed between steps. A
-    rule names the arrays it keeps per parameter in `slots`, and
-    updates one block of one parameter in `_update(p, g, s, r, *slots)`, with s and r to write on.
+    `model` is a Module, or a pair (parameters, gradients) of dicts with the same names or of two
+    arrays; the arrays must stay in their place, unfrozen, for every step; `lr` may be changed between
+    steps. A rule names the arrays it keeps per parameter in `slots`, and updates one block of one
+    parameter in `_update(p, g, s, r, *slots)`, with s and r to write on.
     """
 
     slots: tuple[str, ...] = ()
@@ -161,6 +162,10 @@ class SGD(Optimizer):
     >>> from lstmcore import Linear
     >>> optimizer = SGD(Linear(3, 2, seed=0), lr=0.1, momentum=0.9)
     >>> optimizer.step()
+    >>> w, dw = np.array([0.0]), np.array([2.0])        # or arrays of one's own
+    >>> SGD((w, dw), lr=0.1).step()
+    >>> w
+    array([-0.2])
     """
 
     def __init__(self, model: Trained, lr: float, *, momentum: float = 0.0, nesterov: bool = False,
@@ -294,10 +299,10 @@ def _follow(average, new, keep, r):
     average += r
 
 
-def clip_grad_norm(gradients: Module | Mapping[str, Floats], max_norm: float) -> float:
+def clip_grad_norm(gradients: Module | Mapping[str, Floats] | Floats, max_norm: float) -> float:
     """Scale gradients in place so that their joint 2-norm is at most max_norm; the norm before.
 
-    `gradients` is a model, or what its `gradients()` returns. A norm that is not finite is returned
+    `gradients` is a model, or what its `gradients()` returns, or one array. A norm that is not finite is returned
     and nothing scaled. The sums are cut in fixed blocks: the same bits for any number of threads.
 
     >>> g = {"a": np.array([3.0, 0.0]), "b": np.array([[4.0]])}
@@ -334,10 +339,10 @@ def scale_to(arrays: Sequence[Floats], norm: float, max_norm: float) -> None:
             g *= max_norm / norm
 
 
-def clip_grad_value(gradients: Module | Mapping[str, Floats], max_value: float) -> None:
+def clip_grad_value(gradients: Module | Mapping[str, Floats] | Floats, max_value: float) -> None:
     """Limit every number of the gradients to -max_value..max_value, in place.
 
-    `gradients` is a model, or what its `gradients()` returns.
+    `gradients` is a model, or what its `gradients()` returns, or one array.
     """
     max_value = scalars.number("max_value", max_value)
     for g in _to_be_clipped(gradients):
@@ -512,8 +517,17 @@ def _parameters_and_gradients(model):
 
 def _both(model):
     if isinstance(model, tuple) and len(model) == 2:
-        return model
-    return model.parameters(), model.gradients()
+        arrays = [isinstance(each, np.ndarray) for each in model]
+        if all(arrays):
+            return {"p": model[0]}, {"p": model[1]}
+        if not any(arrays) and all(isinstance(each, Mapping) for each in model):
+            return model
+    elif isinstance(model, Module):
+        return model.parameters(), model.gradients()
+    got = f"({', '.join(type(each).__name__ for each in model)})" if isinstance(model, tuple) else \
+        type(model).__name__
+    raise TypeError("an optimizer needs a Module, or a pair (parameters, gradients) of dicts of arrays "
+                    f"or of two arrays, got {got}")
 
 
 def _pairs(model):
@@ -525,8 +539,12 @@ def _pairs(model):
 
 
 def _to_be_clipped(gradients):
-    """The arrays of a Module, or of a dict, found fit to be changed in place."""
+    """The arrays of a Module, or of a dict, or one, found fit to be changed in place."""
     named = gradients.gradients() if isinstance(gradients, Module) else gradients
+    named = {"p": named} if isinstance(named, np.ndarray) else named
+    if not isinstance(named, Mapping):
+        raise TypeError("clipping needs a Module, a dict of arrays or an array, "
+                        f"got {type(gradients).__name__}")
     for name, g in named.items():
         _check_float_array(f"gradient {name}", g)
         if not g.flags.writeable:

@@ -111,10 +111,10 @@ class Step:
             raise ValueError(f"a {cell} cell takes {'a' if row.varies else 'no'} variant")
         if variant is not None and (variant.h_mask is not None or variant.zone_masks is not None):
             raise ValueError("a step has no masks: they are for training")
-        if (norms is None) == row.normalizes:
-            raise ValueError(f"a {cell} cell takes {'its' if row.normalizes else 'no'} norms")
+        if (norms is None) == bool(row.norms):
+            raise ValueError(f"a {cell} cell takes {'its' if row.norms else 'no'} norms")
         if norms is not None:
-            weights = arguments.norms_of(norms, self._sizes, weights)
+            weights = arguments.norms_of(row, norms, self._sizes, weights)
         self._cell, self._quantized, self._variant = row, None, variant and arguments.variant_of(
             variant, self._sizes, None, peepholes is not None, False)
         if weights.format == "int8":
@@ -197,5 +197,5 @@ class Step:
         if self._table is None:
             W_ih = self._quantized[0].floats() if self._quantized else self._weights.W_ih
             self._table = arguments.project(self._cell, W_ih.T,
-                                            None if self._cell.normalizes else self._weights.b)
+                                            None if self._cell.norms else self._weights.b)
         return x_t, self._table

@@ -20,7 +20,7 @@ from lstmcore._types import Array, Compute, Dtype, Floats, Init, Lengths, Seed
 from lstmcore.initializers import initializer
 from lstmcore.module import Module, dropout_mask, products
 from lstmcore.streams import State, Stream
-from lstmcore.variants import Activation, Variant
+from lstmcore.variants import LAYER_NORMS, Activation, Variant
 
 
 class LSTMTrace(NamedTuple):
@@ -366,8 +366,10 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
         orthogonal for the recurrence, zeros for bias and peepholes
     dtype : "float32" or "float64", of the weights and of all that is given and returned
     recurrent_activation, activation, cell_activation, clip, coupled : as of `Variant`
-    layer_norm : "products": x W_ihᵀ, h W_hhᵀ and c are normalized over their units (Ba et al. 2016), in
-        float32 and float64, with no other of these options but the last two
+    layer_norm : in float32 and float64, with no other of these options but the last two. "products":
+        x W_ihᵀ, h W_hhᵀ and, where h is made of it, c are normalized over their units (Ba et al. 2016).
+        "gates": x W_ihᵀ + h W_hhᵀ is, gate by gate, and c, which goes on normalized (TensorFlow's
+        LayerNormBasicLSTMCell)
     zoneout : z, or (z_h, z_c): in training, the probability of a number of h, and of c, to keep its last
         value; afterwards the mean of that (Krueger et al. 2017)
     recurrent_dropout : probability to drop a number of h where it enters the next step's product, drawn
@@ -383,7 +385,8 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
     Its parameters in layer 0 (`_l1` and so on above it, `_reverse` added in the second direction):
     weight_ih_l0 (4H, I), weight_hh_l0 (4H, P) and bias_l0 (4H,), their rows ordered i, f, g, o;
     weight_peephole_l0 (3, H), ordered i, f, o; weight_hr_l0 (P, H); weight_layernorm_l0 (10, H): the gammas
-    of i, f, g, o for x W_ihᵀ, those for h W_hhᵀ, gamma and beta of c.
+    of i, f, g, o for x W_ihᵀ, those for h W_hhᵀ, gamma and beta of c; or (6, H): the gammas of the gates,
+    gamma and beta of c.
 
     >>> m = LSTM(3, 5, num_layers=2, seed=0)
     >>> x = np.random.default_rng(1).standard_normal((7, 4, 3), dtype="float32")
@@ -407,7 +410,7 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
                  forget_bias: float = 1.0, recurrent_activation: Activation = "sigmoid",
                  activation: Activation = "tanh", cell_activation: Activation | None = None,
                  clip: float | None = None, coupled: bool = False,
-                 layer_norm: Literal["products"] | None = None,
+                 layer_norm: Literal["products", "gates"] | None = None,
                  zoneout: float | tuple[float, float] = 0.0, recurrent_dropout: float = 0.0,
                  weight_dropout: float = 0.0, locked_dropout: bool = False,
                  init: Init = "uniform", dtype: Dtype = "float32",
@@ -419,9 +422,9 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
         variant = Variant(recurrent_activation, activation, cell_activation, clip, coupled, zoneout)
         self._variant = None if variant.is_usual() else variant
         self.layer_norm = layer_norm
-        self._cell = "lstm_varied" if self._variant else "lstm_norm" if layer_norm else "lstm"
+        self._cell = "lstm_varied" if self._variant else "lstm"
         if layer_norm is not None:
-            scalars.choice("layer_norm", layer_norm, ("products",))
+            self._cell, _ = LAYER_NORMS[scalars.choice("layer_norm", layer_norm, LAYER_NORMS)]
             if self._variant or recurrent_dropout or peepholes or proj_size or compute == "bfloat16":
                 raise ValueError("an LSTM with layer_norm has the usual activations, no clip, no coupled "
                                  "gates, no zoneout, no recurrent dropout, no peepholes and no projection, "
@@ -441,7 +444,7 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
         for weights in self._weights if self.bias else ():
             weights["b"][hidden_size:2 * hidden_size] += self.forget_bias
         for weights in self._weights if layer_norm else ():
-            weights["norms"][:9], weights["norms"][9] = 1, 0
+            weights["norms"][:-1], weights["norms"][-1] = 1, 0
 
     def _drawn(self, variant, x):
         (T, B), H = x.shape[:2], self.hidden_size
@@ -449,8 +452,7 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
         if self.recurrent_dropout:
             masks["h_mask"] = dropout_mask(self.rng, self.recurrent_dropout, (B, H), self.dtype)
         if variant is not None and any(z := variant.zones()):
-            kept = self.rng.random((T, B, 2, H), np.float32) < np.array(z, np.float32)[:, None]
-            masks["zone_masks"] = kept.astype(self.dtype)
+            masks["zone_masks"] = _zone_masks(self.rng, z, T, B, H, self.dtype)
         return dataclasses.replace(variant or Variant(), **masks) if masks else variant
 
     @property
@@ -464,7 +466,7 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
         if self.proj_size:
             shapes["W_hr"] = P, H
         if self.layer_norm:
-            shapes["norms"] = 10, H
+            shapes["norms"] = LAYER_NORMS[self.layer_norm][1], H
         return shapes
 
     def _format(self, precision):
@@ -487,6 +489,19 @@ class LSTM(_Recurrent[Pair, LSTMTrace]):
     def _traced(self, y, tape):
         gates = np.split(tape.gates, 4, axis=2)
         return LSTMTrace(*(self._swap(a.copy()) for a in (*gates, tape.c, y)))
+
+
+def _zone_masks(rng, zones, T, B, H, dtype):
+    """1 where h, and c, keep their last value, else 0, (T, B, 2, H).
+
+    Four of them for each number that is drawn, so probabilities are multiples of 2^-16: drawn one by one
+    they were a sixth of a training step at 512 units. z is below 1.
+    """
+    drawn = rng.integers(0, 1 << 64, (T * B * H + 1) // 2, np.uint64).view(np.uint16)
+    drawn, masks = drawn[:T * B * 2 * H].reshape(T, B, 2, H), np.empty((T, B, 2, H), dtype)
+    for k, z in enumerate(zones):
+        np.less(drawn[:, :, k], np.uint16(z * 65536), out=masks[:, :, k])
+    return masks
 
 
 class GRU(_Recurrent[Floats, GRUTrace]):

@@ -32,6 +32,11 @@ With layer normalization of the two products and of c (Ba, Kiros and Hinton 2016
     a_t = γ_x ∘ norm(x_t W_ihᵀ) + γ_h ∘ norm(h_{t-1} W_hhᵀ) + b       norms: γ_x, γ_h (4H), γ_c, β_c (H)
     h_t = o_t ∘ tanh(γ_c ∘ norm(c_t) + β_c)
 
+or of each gate's sum and of c, which then goes on normalized (TensorFlow's LayerNormBasicLSTMCell):
+
+    a_t = γ ∘ norm(x_t W_ihᵀ + h_{t-1} W_hhᵀ) + b, gate by gate       norms: γ (4H), γ_c, β_c (H)
+    c_t = γ_c ∘ norm(f_t ∘ c_{t-1} + i_t ∘ g_t) + β_c                 h_t = o_t ∘ tanh(c_t)
+
 `compute` names the number format of the operands of every product, forward and backward: None (as
 they are), "bfloat16", or "int8" (forward only). All else, and so c, gates, bias and every sum, stays
 in the dtype of x. Backward takes rounding for the identity.
@@ -226,7 +231,8 @@ def lstm_forward(x: Floats, W_ih: Floats, W_hh: Floats, b: Floats | None = None,
                  ) -> tuple[Floats, tuple[Floats, Floats], Tape | Any]:
     """x (T,B,I), W_ih (4H,I), W_hh (4H,P) -> y (T,B,P), (h_n (B,P), c_n (B,H)), tape."""
     if norms is not None:
-        return _normed_forward(x, W_ih, W_hh, b, h0, c0, norms, lengths, reverse, keep_tape, compute)
+        forward = _normed_forward if len(norms) == 10 else _gates_normed_forward
+        return forward(x, W_ih, W_hh, b, h0, c0, norms, lengths, reverse, keep_tape, compute)
     if variant is not None:
         return _varied_forward(x, W_ih, W_hh, b, h0, c0, peepholes, variant, lengths, reverse, keep_tape,
                               compute)
@@ -254,7 +260,8 @@ def lstm_backward(tape: Tape, dy: Floats, dh_n: Floats | None = None, dc_n: Floa
     if tape.variant is not None:
         return _varied_backward(tape, dy, dh_n, dc_n)
     if tape.norms is not None:
-        return _normed_backward(tape, dy, dh_n, dc_n)
+        backward = _normed_backward if len(tape.norms) == 10 else _gates_normed_backward
+        return backward(tape, dy, dh_n, dc_n)
     T, B, _ = x.shape
     p = np.zeros((3, c.shape[2]), x.dtype) if peepholes is None else peepholes
     dx, dW_ih, dW_hh = np.zeros_like(x), np.zeros_like(W_ih), np.zeros_like(W_hh)
@@ -448,6 +455,62 @@ def _normed_backward(tape, dy, dh_n, dc_n):
         dnorms[:4] += (da * x_hat).sum(axis=0).reshape(4, H)
         dnorms[4:8] += (da * h_hat).sum(axis=0).reshape(4, H)
         dnorms[8:] += np.stack([dn * c_hat, dn]).sum(axis=1)
+    return Gradients(dx, dW_ih, dW_hh, db, None, dh, dc, None, dnorms)
+
+
+def _gates_normed_forward(x, W_ih, W_hh, b, h0, c0, norms, lengths, reverse, keep_tape, compute):
+    """lstm_forward with each gate normalized over its units, and a c that goes on normalized."""
+    T, B, _ = x.shape
+    H = W_hh.shape[1]
+    h0 = np.zeros((B, H), x.dtype) if h0 is None else h0
+    c0 = np.zeros((B, H), x.dtype) if c0 is None else c0
+    gamma, (gamma_c, beta_c) = norms[:4].ravel(), norms[4:]
+    y, gates, s_all, c_all, raw_all, scales = (np.zeros((T, B, n), x.dtype) for n in (
+        H, 4 * H, 4 * H, H, H, 5))
+    h, c, p = h0.copy(), c0.copy(), np.zeros((3, H), x.dtype)
+    for r, t, _ in steps(T, B, lengths, reverse):
+        s = product(x[t, r], W_ih.T, compute) + product(h[r], W_hh.T, compute)
+        s_hat, s_scales = zip(*(norm(s_k) for s_k in np.split(s, 4, axis=1)))
+        s_hat = np.concatenate(s_hat, axis=1)
+        gates[t, r], raw, _ = cell_forward(gamma * s_hat + (0 if b is None else b), c[r], p)
+        raw_hat, raw_scale = norm(raw)
+        c_all[t, r] = c[r] = gamma_c * raw_hat + beta_c
+        y[t, r] = h[r] = gates[t, r, 3 * H:] * np.tanh(c[r])
+        s_all[t, r], raw_all[t, r] = s_hat, raw_hat
+        scales[t, r] = np.concatenate([*s_scales, raw_scale], axis=1)
+    tape = Tape(x, W_ih, W_hh, None, None, h0, c0, lengths, reverse, compute, y, gates, c_all, norms=norms,
+                normed=(s_all, raw_all, scales))
+    return y, (h, c), tape if keep_tape else None
+
+
+def _gates_normed_backward(tape, dy, dh_n, dc_n):
+    """lstm_backward with each gate normalized over its units, and a c that goes on normalized."""
+    x, W_ih, W_hh, _, _, h0, c0, lengths, reverse, compute, y, gates, c, *_ = tape
+    T, B, _ = x.shape
+    H, norms, (s_all, raw_all, scales) = W_hh.shape[1], tape.norms, tape.normed
+    gamma, gamma_c = norms[:4].ravel(), norms[4]
+    dx, dW_ih, dW_hh, dnorms = (np.zeros_like(a) for a in (x, W_ih, W_hh, norms))
+    db = np.zeros(4 * H, x.dtype)
+    dh, dc = (np.zeros((B, H), x.dtype) if d is None else d.copy() for d in (dh_n, dc_n))
+    for r, t, t_prev in reversed(list(steps(T, B, lengths, reverse))):
+        h_prev, c_prev = (h0[r], c0[r]) if t_prev is None else (y[t_prev, r], c[t_prev, r])
+        i, f, g, o = np.split(gates[t, r], 4, axis=1)
+        *s_scales, raw_scale = np.split(scales[t, r], 5, axis=1)
+        dh_t, tanh_c = dh[r] + dy[t, r], np.tanh(c[t, r])
+        dn = dc[r] + dh_t * o * (1 - tanh_c**2)
+        draw = norm_backward(dn * gamma_c, raw_all[t, r], raw_scale)
+        da = np.concatenate([draw * g * i * (1 - i), draw * c_prev * f * (1 - f), draw * i * (1 - g**2),
+                             dh_t * tanh_c * o * (1 - o)], axis=1)
+        dc[r] = draw * f
+        ds = np.concatenate([norm_backward(d, s_hat, scale) for d, s_hat, scale in zip(
+            np.split(da * gamma, 4, axis=1), np.split(s_all[t, r], 4, axis=1), s_scales)], axis=1)
+        dh[r] = product(ds, W_hh, compute)
+        dx[t, r] = product(ds, W_ih, compute)
+        dW_ih += product(ds.T, x[t, r], compute)
+        dW_hh += product(ds.T, h_prev, compute)
+        db += da.sum(axis=0)
+        dnorms[:4] += (da * s_all[t, r]).sum(axis=0).reshape(4, H)
+        dnorms[4:] += np.stack([dn * raw_all[t, r], dn]).sum(axis=1)
     return Gradients(dx, dW_ih, dW_hh, db, None, dh, dc, None, dnorms)
 
 

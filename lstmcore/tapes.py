@@ -53,7 +53,7 @@ class _Tape:
         if W_hr is not None:
             kept.append(("W_hr", W_hr, (K, H)))
         if norms is not None:
-            kept.append(("norms", norms, (10, H)))
+            kept.append(("norms", norms, (self.cell.norms, H)))
         if (variant := self.batch.variant) is not None:
             kept += [(name, a, shape) for name, a, shape in (
                 ("h_mask", variant.mask, (B, H)), ("zone_masks", variant.zone, (T, B, 2, H)),
@@ -100,12 +100,12 @@ class _GateTape(_Tape):
     def _kept(self):
         N, H = self.tokens, self.sizes.H
         G = self.cell.gates * H
-        names = "raw_gates", "raw_c", "h ∘ mask", "ax", "ah", "moments"
-        named = zip(names, (G, H, H, G, G, 6), self._raw())
+        names = "raw_gates", "raw_c", "h ∘ mask", "ax", "ah", "moments", "c before it is normalized"
+        named = zip(names, (G, H, H, G, G, self.cell.moments, H), self._raw())
         return [(name, a, (N, width)) for name, width, a in named if a is not None]
 
     def _raw(self):
-        return self.raw_gates, self.raw_c, *(self.more or (None,) * 4)
+        return self.raw_gates, self.raw_c, *(self.more or (None,) * 5)
 
     def take(self) -> tuple[Floats | None, ...]:
         """What it keeps: the tape is used now; an error if it was before."""
@@ -173,7 +173,7 @@ class RNNTape(_Tape):
 
     def take(self) -> tuple[None, ...]:
         """Nothing, as often as it is asked for."""
-        return (None,) * 6
+        return (None,) * 7
 
     def again(self) -> RNNTape:
         """This tape, which any number of backward passes may read."""

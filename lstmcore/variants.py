@@ -45,6 +45,10 @@ def activation(name: str, given: Activation) -> tuple[int, float, float]:
     return kind, alpha, beta
 
 
+# What `layer_norm` names: a cell, and the rows of its gammas and betas.
+LAYER_NORMS = {"products": ("lstm_norm", 10), "gates": ("lstm_norm_gates", 6)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """In what an LSTM differs from the usual one. What is left out is as ever.

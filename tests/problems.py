@@ -41,8 +41,9 @@ def variant_of(said, T, B, H, dtype, seed):
 
 
 def lstm_problem(T, B, I, H, *, P=None, bias=True, states=True, peepholes=False, lengths=None,
-                 reverse=False, variant=None, norms=False, dtype="float64", seed=0):
-    """An LSTM problem: `inputs` (arrays), `options`, `upstream` gradients. variant: a key of VARIANTS.
+                 reverse=False, variant=None, norms=0, dtype="float64", seed=0):
+    """An LSTM problem: `inputs` (arrays), `options`, `upstream` gradients. variant: a key of VARIANTS; norms: how
+    many rows of them, 10 or 6.
 
     lengths="ragged" draws them from 0..T in no order; where B allows, one is 0 and one is T.
     """
@@ -55,7 +56,7 @@ def lstm_problem(T, B, I, H, *, P=None, bias=True, states=True, peepholes=False,
         peepholes=draw(3, H, scale=0.7) if peepholes else None,
         W_hr=draw(P, H, scale=1.5 / np.sqrt(H + 1)) if projected else None)
     if norms:
-        inputs["norms"] = draw(10, H)
+        inputs["norms"] = draw(norms, H)
     upstream = dict(dy=draw(T, B, P), dh_n=draw(B, P), dc_n=draw(B, H))
     options = dict(lengths=_lengths(lengths, T, B, seed), reverse=reverse)
     if variant is not None:

@@ -50,9 +50,12 @@ LSTM_OPTIONS = {
     **{f"variant: {name}": dict(variant=name, lengths="ragged", reverse=name == "all",
                                 peepholes="zone" not in name and name != "all") for name in VARIANTS},
     "variant without states": dict(variant="recurrent dropout", states=False),
-    "layer norm": dict(norms=True),
-    "layer norm, ragged": dict(norms=True, lengths="ragged", states=False),
-    "layer norm, ragged reverse, no bias": dict(norms=True, lengths="ragged", reverse=True, bias=False),
+    "layer norm": dict(norms=10),
+    "layer norm of gates": dict(norms=6),
+    "layer norm of gates, ragged": dict(norms=6, lengths="ragged", states=False),
+    "layer norm of gates, ragged reverse, no bias": dict(norms=6, lengths="ragged", reverse=True, bias=False),
+    "layer norm, ragged": dict(norms=10, lengths="ragged", states=False),
+    "layer norm, ragged reverse, no bias": dict(norms=10, lengths="ragged", reverse=True, bias=False),
 }
 SHAPE_FOR_OPTIONS = (6, 9, 5, 21)
 

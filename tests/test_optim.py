@@ -149,6 +149,18 @@ def test_a_module_is_trained_in_place():
     assert (weight == before - 0.25 * 4).all()
 
 
+def test_an_array_and_its_gradient_are_a_model():
+    for rule, options in RULES.values():
+        named, w, dw = ({"p": np.ones(3)}, {"p": np.array([0.5, -1, 2])}), np.ones(3), np.array([0.5, -1, 2])
+        for model in (named, (w, dw)):
+            optimizer = rule(model, **options)
+            optimizer.step(), optimizer.step()
+        assert w.tobytes() == named[0]["p"].tobytes() and w[0] != 1
+    assert clip_grad_norm(dw, 1.0) == np.sqrt(5.25) and np.allclose(np.linalg.norm(dw), 1)
+    clip_grad_value(dw, 0.1)
+    assert abs(dw).max() == 0.1
+
+
 def test_every_rule_finds_a_minimum():
     target = np.random.default_rng(0).standard_normal(20)
     for rule, options in RULES.values():
@@ -314,6 +326,11 @@ def pair(**change):
     (lambda: WarmUp(plain(), 3, then=CosineDecay(plain(), 3)), ValueError, "then must be"),
     (lambda: Plateau(plain(), factor=1.5), ValueError, "factor must be at least 0 and below 1"),
     (lambda: Adam(Linear(2, 2), lr="fast"), TypeError, "lr must be a number, got 'fast'"),
+    *((lambda model=model: SGD(model, 0.1), TypeError, f"needs a Module, or a pair .* got {got}")
+      for model, got in ((np.zeros(3), "ndarray"), (pair()[0], "dict"), ((np.zeros(3), {}), r"\(ndarray, dict"),
+                         ([np.zeros(3)], "list"), ((1, 2), r"\(int, int\)"), (None, "NoneType"))),
+    (lambda: clip_grad_norm([np.ones(3)], 1.0), TypeError, "needs a Module, a dict of arrays or an array, "
+                                                          "got list"),
 ])
 def test_errors_say_what_was_expected(call, error, words):
     with pytest.raises(error, match=words):

@@ -22,8 +22,10 @@ LSTM_CASES = {
     "ragged reverse": dict(T=5, B=6, I=2, H=3, peepholes=True, lengths="ragged", reverse=True),
     "projected": dict(T=4, B=3, I=2, H=5, P=4),
     "everything": dict(T=5, B=6, I=4, H=3, P=2, peepholes=True, lengths="ragged", reverse=True),
-    "layer norm": dict(T=4, B=3, I=5, H=6, norms=True),
-    "layer norm, ragged reverse": dict(T=5, B=6, I=3, H=4, norms=True, lengths="ragged", reverse=True),
+    "layer norm": dict(T=4, B=3, I=5, H=6, norms=10),
+    "layer norm of gates": dict(T=4, B=3, I=5, H=6, norms=6),
+    "layer norm of gates, ragged reverse": dict(T=5, B=6, I=3, H=4, norms=6, lengths="ragged", reverse=True),
+    "layer norm, ragged reverse": dict(T=5, B=6, I=3, H=4, norms=10, lengths="ragged", reverse=True),
     **{name: dict(T=5, B=6, I=3, H=4, variant=name, lengths="ragged", reverse=name == "all",
                   peepholes="zone" not in name and name != "all") for name in VARIANTS},
 }

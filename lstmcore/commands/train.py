@@ -58,7 +58,8 @@ def options(p):
     g.add_argument("--weight-dropout", type=float, metavar="P", help="of W_hh (default: 0)")
     g.add_argument("--locked-dropout", action="store_true", default=None,
                    help="dropout between layers is one mask for a sequence")
-    g.add_argument("--layer-norm", choices=("products",), help="normalize the products of an LSTM and c")
+    g.add_argument("--layer-norm", choices=("products", "gates"),
+                   help="normalize the products of an LSTM and c, or its gates and c")
     g.add_argument("--vocab-size", "--vocab", type=int, metavar="N",
                    help="keep the N most frequent tokens")
     g.add_argument("--min-count", type=int, metavar="N",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lstmcore.precision import Quantized
-from lstmcore.variants import Variant
+from lstmcore.variants import LAYER_NORMS, Variant
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 _A = {"GRU": "a GRU", "RNN": "an RNN"}
@@ -45,7 +45,7 @@ class Layer(NamedTuple):
 
     directions: one or two dicts of arrays, named and shaped as an LSTM's parameters without their
     `_l0`: weight_ih (4H, I), weight_hh (4H, P), and where there are any bias (4H,),
-    weight_peephole (3, H), weight_hr (P, H), weight_layernorm (10, H); rows ordered i, f, g, o. For an
+    weight_peephole (3, H), weight_hr (P, H), weight_layernorm (10 or 6, H); rows ordered i, f, g, o. For an
     RNN H rows; for a GRU 3H, ordered r, z, n, and with reset_after a bias (4H,), its last b_hn.
     """
 
@@ -181,6 +181,9 @@ def checked(layer, nonlinearity=None, reset_after=None):
     shapes = {"weight_ih": (rows * H, first["weight_ih"].shape[-1]), "weight_hh": (rows * H, P),
               "bias": (rows * H,), "weight_peephole": (3, H), "weight_hr": (P, H),
               "weight_layernorm": (10, H)}
+    for _, n in LAYER_NORMS.values():       # which of them it is, the layer's own words say, and `LSTM` checks
+        if len(first.get("weight_layernorm", ())) == n:
+            shapes["weight_layernorm"] = n, H
     if layer.kind != "LSTM" and set(WEIGHTS[3:]) & first.keys():
         raise ValueError(f"{layer.name} has the shape of {_A[layer.kind]} and the weights "
                          f"{sorted(first)}")
@@ -298,7 +301,7 @@ def parts(description, arrays):
     layers = from_torch_names("", group(arrays)[""])
     said = description.get("nonlinearity"), description.get("reset_after")
     variant = {name: description[name] for name in (*COMPUTED, NORMED, *DRAWN) if name in description}
-    return [(description, [checked(layer, *said)._replace(variant=variant) for layer in layers], False)]
+    return [(description, [checked(layer._replace(variant=variant), *said) for layer in layers], False)]
 
 
 def below(prefix, arrays):

@@ -94,7 +94,7 @@ class LanguageModel(Model):
     zoneout: float
     weight_dropout: float
     locked_dropout: bool
-    layer_norm: Literal["products"] | None
+    layer_norm: Literal["products", "gates"] | None
     dtype: Dtype
     compute: Compute | None
 
@@ -102,7 +102,7 @@ class LanguageModel(Model):
                  hidden_size: int = 256, num_layers: int = 2, embed_size: int | None = None,
                  dropout: float = 0.0, peepholes: bool = False, recurrent_dropout: float = 0.0,
                  zoneout: float = 0.0, weight_dropout: float = 0.0, locked_dropout: bool = False,
-                 layer_norm: Literal["products"] | None = None, vocab_size: int | None = None,
+                 layer_norm: Literal["products", "gates"] | None = None, vocab_size: int | None = None,
                  min_count: int | None = None, init_uniform: float | None = None,
                  dtype: Dtype = "float32", compute: Compute | None = None,
                  seed: int | None = 0) -> None:

@@ -20,6 +20,7 @@ from lstmcore.layers import (GRU, LSTM, RNN, Dropout, Embedding, LastStep, Linea
                              MeanOverTime, Sequential)
 from lstmcore.losses import linear_cross_entropy
 from lstmcore.module import Module, dropout_mask, products
+from lstmcore.variants import LAYER_NORMS
 
 M = TypeVar("M", bound="Model")
 
@@ -95,7 +96,7 @@ def checked_options(cell: str, **given: Any) -> dict[str, Any]:
     for name in ("recurrent_dropout", "zoneout", "weight_dropout"):
         given[name] = scalars.probability(name, given[name])
     if given["layer_norm"] is not None:
-        scalars.choice("layer_norm", given["layer_norm"], ("products",))
+        scalars.choice("layer_norm", given["layer_norm"], LAYER_NORMS)
     return {**given, "locked_dropout": bool(given["locked_dropout"])}
 
 

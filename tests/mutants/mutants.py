@@ -7,9 +7,9 @@ A mutant is (name, file, text, wrong text). The text must be found exactly once 
 SIMD, ACT, TILE, PANELS, PRODUCTS_H, STEP, LSTM, RNN, LOSS, OPTIMIZER = (
     f"csrc/{name}.h" for name in ("simd", "activations", "tile", "panels", "products", "step",
                                   "cell_lstm", "cell_rnn", "loss", "optimizer"))
-GRU, VARIED, NORM, FLOAT, BF16, INT8, PACK_FLOATS, AMX = (
-    f"csrc/{name}.h" for name in ("cell_gru", "cell_varied", "cell_norm", "format_float", "format_bfloat16",
-                                  "format_int8", "pack_floats", "amx"))
+GRU, VARIED, NORM, NORM_GATES, FLOAT, BF16, INT8, PACK_FLOATS, AMX = (
+    f"csrc/{name}.h" for name in ("cell_gru", "cell_varied", "cell_norm", "cell_norm_gates", "format_float",
+                                  "format_bfloat16", "format_int8", "pack_floats", "amx"))
 DISPATCH, TEAM = "csrc/dispatch.c", "csrc/team.c"
 KERNELS, GRID, MEMORY, PRODUCTS, RECURRENCE, FORWARD, BACKWARD, DENSE, BLAS = (
     f"lstmcore/_{name}.pyx" for name in ("kernels", "grid", "memory", "products", "recurrence",
@@ -1029,15 +1029,15 @@ MUTANTS = [
      "given = [kept.pop(0) if kept", "given = [kept.pop() if kept"),
     ("input_forget is forgotten", ONNX_VARIANTS, '        variant["coupled"] = True\n', "        pass\n"),
     # layer normalization
-    ("norm: the variance without its mean", NORM, "vec d = F(v_load_n)(v + j, VL) - mean;",
+    ("norm: the variance without its mean", NORM, "vec d = F(v_sum_n)(v + j, more ? more + j : NULL, VL) - mean;",
      "vec d = F(v_load_n)(v + j, VL);"),
-    ("norm: the last units have no variance", NORM, "for (; j < n; j++) total +=", "for (; 0;) total +="),
+    ("norm: the last units have no variance", NORM, "for (; j < n; j++) {", "for (; 0;) {"),
     ("norm: no epsilon", NORM, "+ NORM_EPSILON)", "+ 0)"),
     ("norm: gamma of x for h", NORM,
      "v_fma(F(v_load_n)(norms + 4 * H + at, l), F(v_normed)(ah",
      "v_fma(F(v_load_n)(norms + at, l), F(v_normed)(ah"),
     ("norm: c is not normalized", NORM,
-     "F(v_normed)(c + j, of_c, l),\n                                F(v_load_n)(norms + 9 * H + j, l));\n"
+     "F(v_normed)(c + j, NULL, of_c, l),\n                                F(v_load_n)(norms + 9 * H + j, l));\n"
      "                F(v_store_n)((R *)row->h",
      "F(v_load_n)(c + j, l),\n                                F(v_load_n)(norms + 9 * H + j, l));\n"
      "                F(v_store_n)((R *)row->h"),
@@ -1045,7 +1045,7 @@ MUTANTS = [
     ("norm: the second mean is dropped", NORM, "second = v_fma(product,",
      "second = v_fma(F(v_set1)(0),"),
     ("norm: dc of the next step alone", NORM,
-     "F(v_returned)(dn + j, norms + 8 * H + j, c + j, of_c, back, l);", "F(v_set1)(0);"),
+     "F(v_returned)(dn + j, norms + 8 * H + j, c + j, NULL, of_c, back, l);", "F(v_set1)(0);"),
     ("norm: the gradient of norms begins anew", NORM,
      "sums[q] = F(v_load_n)((const R *)dnorms + q * H + j, l);", "sums[q] = F(v_set1)(0);"),
     ("norm: the bias is normalized", FORWARD, "START_BIAS if f.b != NULL and p.norms == NULL else",
@@ -1055,6 +1055,21 @@ MUTANTS = [
     ("norm: dx of da", BACKWARD, "f.da_of_h + k0 if p.norms == NULL else f.dax + k0", "f.da_of_h + k0"),
     ("norm: nobody waits for c", FORWARD, "p.cell.norm_step(&w, 0, n, j0, j1, rows)\n    wait(m.barrier, "
      "m.slab.parts)", "p.cell.norm_step(&w, 0, n, j0, j1, rows)"),
+    ("norm: a gate's mean is of x alone", NORM, "sum += F(v_sum_n)(v + j, more ? more + j : NULL, MIN",
+     "sum += F(v_sum_n)(v + j, NULL, MIN"),
+    ("norm: gates of one mean", NORM_GATES, "F(moments_of)(ax + k * H, ah + k * H, H)",
+     "F(moments_of)(ax, ah, H)"),
+    ("norm: c goes on as it was made", NORM_GATES, "F(v_store_n)(c + j, n_c, l);",
+     "F(v_store_n)(c + j, F(v_load_n)(raw + j, l), l);"),
+    ("norm: moments of the others", NORM_GATES, "if (kept && j0 == 0) kept[F(of_raw)] = m;",
+     "if (kept && j0 == 0) kept[0] = m;"),
+    ("norm: dc does not reach the normalized c", NORM_GATES, "F(v_load_n)(dc + j, l)), l);",
+     "F(v_set1)(0)), l);"),
+    ("norm: one gate comes back for all", NORM_GATES, "m[k], back[k], l)", "m[k], back[0], l)"),
+    ("norm: beta of c is gamma's", NORM_GATES, "sums[5] += dn;", "sums[5] += dn * dn;"),
+    ("norm: dx of da, where gates are normalized", BACKWARD,
+     "(f.dah if p.cell.norm_inputs == NULL else p.ax) + token", "(p.gates if p.cell.norm_inputs == NULL else p.ax) + token"),
+    ("norm: norms of another kind", CALLS, 'np.shape(norms)[:1] == (6,)', 'np.shape(norms)[:1] == (7,)'),
     ("norm: a table has the bias", RECURRENT, 'b = None if "norms" in w else w.get("b")', 'b = w.get("b")'),
     ("norm: an int8 LSTM", RECURRENT, "if self.layer_norm and format not in", "if False and format not in"),
     # several processes
