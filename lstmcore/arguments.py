@@ -21,7 +21,8 @@ from lstmcore.variants import Variant
 
 _SERIAL_WORK = 1_000_000  # multiply-adds that are done before a second thread pays: about 20 µs
 
-Cell: TypeAlias = Literal["lstm", "lstm_varied", "lstm_norm", "lstm_norm_gates", "tanh", "relu", "gru", "gru_before"]
+Cell: TypeAlias = Literal["lstm", "lstm_varied", "lstm_norm", "lstm_norm_gates", "tanh", "relu", "gru",
+                          "gru_before"]
 
 # What goes to the plans, by name.
 Sizes = namedtuple("Sizes", "T B I H K dtype")
@@ -204,8 +205,8 @@ def norms_of(cell, norms, sizes, weights):
     if weights.format not in ("float32", "float64"):
         raise ValueError(f"an LSTM with norms computes in float32 or float64, not in {weights.format}: its "
                          "means are sums over a row")
-    return weights._replace(norms=checks.array(norms, "norms", "(10, H), or (6, H) where gates are normalized,",
-                                              (cell.norms, sizes.H), sizes.dtype))
+    letters = "(10, H), or (6, H) where gates are normalized,"
+    return weights._replace(norms=checks.array(norms, "norms", letters, (cell.norms, sizes.H), sizes.dtype))
 
 
 def found(value, name, letters, shape, dtype):

@@ -396,11 +396,11 @@ def _build(found, dtype, **options):
     options.update(first.variant)
     if first.kind == "LSTM":
         options["peepholes"] = "weight_peephole" in names
-        normed, found = options.get("layer_norm"), len(names.get("weight_layernorm", ()))
-        rows = 0 if normed is None else LAYER_NORMS.get(normed, (None, found))[1]
-        if found != rows:
-            raise ValueError(f"{first.name} must have weight_layernorm of {rows} rows for layer_norm="
-                             f"{normed!r}, got {found}")
+        normed, rows = options.get("layer_norm"), sum(np.shape(names.get("weight_layernorm"))[:1])
+        expected = 0 if normed is None else LAYER_NORMS.get(normed, (None, rows))[1]
+        if rows != expected:
+            raise ValueError(f"{first.name} must have weight_layernorm of {expected} rows for layer_norm="
+                             f"{normed!r}, got {rows}")
         options["proj_size"] = first.output_size if "weight_hr" in names else 0
     elif first.kind == "GRU":
         options["reset_after"] = first.reset_after

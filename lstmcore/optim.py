@@ -302,8 +302,8 @@ def _follow(average, new, keep, r):
 def clip_grad_norm(gradients: Module | Mapping[str, Floats] | Floats, max_norm: float) -> float:
     """Scale gradients in place so that their joint 2-norm is at most max_norm; the norm before.
 
-    `gradients` is a model, or what its `gradients()` returns, or one array. A norm that is not finite is returned
-    and nothing scaled. The sums are cut in fixed blocks: the same bits for any number of threads.
+    `gradients` is a model, or what its `gradients()` returns, or one array. A norm that is not finite is
+    returned and nothing scaled. The sums are cut in fixed blocks: the same bits for any number of threads.
 
     >>> g = {"a": np.array([3.0, 0.0]), "b": np.array([[4.0]])}
     >>> clip_grad_norm(g, 1.0), g["b"].round(3)

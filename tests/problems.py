@@ -42,8 +42,8 @@ def variant_of(said, T, B, H, dtype, seed):
 
 def lstm_problem(T, B, I, H, *, P=None, bias=True, states=True, peepholes=False, lengths=None,
                  reverse=False, variant=None, norms=0, dtype="float64", seed=0):
-    """An LSTM problem: `inputs` (arrays), `options`, `upstream` gradients. variant: a key of VARIANTS; norms: how
-    many rows of them, 10 or 6.
+    """An LSTM problem: `inputs` (arrays), `options`, `upstream` gradients. variant: a key of VARIANTS;
+    norms: how many rows of them, 10 or 6.
 
     lengths="ragged" draws them from 0..T in no order; where B allows, one is 0 and one is T.
     """

@@ -327,8 +327,9 @@ def pair(**change):
     (lambda: Plateau(plain(), factor=1.5), ValueError, "factor must be at least 0 and below 1"),
     (lambda: Adam(Linear(2, 2), lr="fast"), TypeError, "lr must be a number, got 'fast'"),
     *((lambda model=model: SGD(model, 0.1), TypeError, f"needs a Module, or a pair .* got {got}")
-      for model, got in ((np.zeros(3), "ndarray"), (pair()[0], "dict"), ((np.zeros(3), {}), r"\(ndarray, dict"),
-                         ([np.zeros(3)], "list"), ((1, 2), r"\(int, int\)"), (None, "NoneType"))),
+      for model, got in ((np.zeros(3), "ndarray"), (pair()[0], "dict"),
+                         ((np.zeros(3), {}), r"\(ndarray, dict"), ([np.zeros(3)], "list"),
+                         ((1, 2), r"\(int, int\)"), (None, "NoneType"))),
     (lambda: clip_grad_norm([np.ones(3)], 1.0), TypeError, "needs a Module, a dict of arrays or an array, "
                                                           "got list"),
 ])

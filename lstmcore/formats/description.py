@@ -181,8 +181,8 @@ def checked(layer, nonlinearity=None, reset_after=None):
     shapes = {"weight_ih": (rows * H, first["weight_ih"].shape[-1]), "weight_hh": (rows * H, P),
               "bias": (rows * H,), "weight_peephole": (3, H), "weight_hr": (P, H),
               "weight_layernorm": (10, H)}
-    for _, n in LAYER_NORMS.values():       # which of them it is, the layer's own words say, and `LSTM` checks
-        if len(first.get("weight_layernorm", ())) == n:
+    for _, n in LAYER_NORMS.values():       # which of them it is, the layer's own words say
+        if np.shape(first.get("weight_layernorm"))[:1] == (n,):
             shapes["weight_layernorm"] = n, H
     if layer.kind != "LSTM" and set(WEIGHTS[3:]) & first.keys():
         raise ValueError(f"{layer.name} has the shape of {_A[layer.kind]} and the weights "

@@ -1020,8 +1020,9 @@ MUTANTS = [
     ("variants: numbers in another order", VARIANTS, "*(alpha, beta)[len(numbers):]",
      "*(beta, alpha)[len(numbers):]"),
     ("dropped weights learn", RECURRENT, "np.multiply(g.dW_hh, dropped, out=g.dW_hh)", "pass"),
-    ("zoneout is drawn for all units alike", RECURRENT, "self.rng.random((T, B, 2, H), np.float32)",
-     "self.rng.random((T, B, 2, 1), np.float32).repeat(H, 3)"),
+    ("zoneout is drawn for all units alike", RECURRENT, "np.less(drawn[:, :, k], np",
+     "np.less(drawn[:, :, k, :1], np"),
+    ("zoneout's four numbers of one draw overlap", RECURRENT, ".view(np.uint16)", ".view(np.uint16)[::4].repeat(4)"),
     ("locked dropout is drawn for every step", RECURRENT,
      "(1, *x.shape[1:]) if self.locked_dropout else x.shape", "x.shape"),
     ("Keras 2's hard sigmoid", KERAS_VARIANTS, 'given = ("hard_sigmoid", 0.2, 0.5)', "pass"),
@@ -1029,7 +1030,8 @@ MUTANTS = [
      "given = [kept.pop(0) if kept", "given = [kept.pop() if kept"),
     ("input_forget is forgotten", ONNX_VARIANTS, '        variant["coupled"] = True\n', "        pass\n"),
     # layer normalization
-    ("norm: the variance without its mean", NORM, "vec d = F(v_sum_n)(v + j, more ? more + j : NULL, VL) - mean;",
+    ("norm: the variance without its mean", NORM,
+     "vec d = F(v_sum_n)(v + j, more ? more + j : NULL, VL) - mean;",
      "vec d = F(v_load_n)(v + j, VL);"),
     ("norm: the last units have no variance", NORM, "for (; j < n; j++) {", "for (; 0;) {"),
     ("norm: no epsilon", NORM, "+ NORM_EPSILON)", "+ 0)"),
@@ -1037,7 +1039,8 @@ MUTANTS = [
      "v_fma(F(v_load_n)(norms + 4 * H + at, l), F(v_normed)(ah",
      "v_fma(F(v_load_n)(norms + at, l), F(v_normed)(ah"),
     ("norm: c is not normalized", NORM,
-     "F(v_normed)(c + j, NULL, of_c, l),\n                                F(v_load_n)(norms + 9 * H + j, l));\n"
+     "F(v_normed)(c + j, NULL, of_c, l),\n                                "
+     "F(v_load_n)(norms + 9 * H + j, l));\n"
      "                F(v_store_n)((R *)row->h",
      "F(v_load_n)(c + j, l),\n                                F(v_load_n)(norms + 9 * H + j, l));\n"
      "                F(v_store_n)((R *)row->h"),
@@ -1068,7 +1071,8 @@ MUTANTS = [
     ("norm: one gate comes back for all", NORM_GATES, "m[k], back[k], l)", "m[k], back[0], l)"),
     ("norm: beta of c is gamma's", NORM_GATES, "sums[5] += dn;", "sums[5] += dn * dn;"),
     ("norm: dx of da, where gates are normalized", BACKWARD,
-     "(f.dah if p.cell.norm_inputs == NULL else p.ax) + token", "(p.gates if p.cell.norm_inputs == NULL else p.ax) + token"),
+     "(f.dah if p.cell.norm_inputs == NULL else p.ax) + token",
+     "(p.gates if p.cell.norm_inputs == NULL else p.ax) + token"),
     ("norm: norms of another kind", CALLS, 'np.shape(norms)[:1] == (6,)', 'np.shape(norms)[:1] == (7,)'),
     ("norm: a table has the bias", RECURRENT, 'b = None if "norms" in w else w.get("b")', 'b = w.get("b")'),
     ("norm: an int8 LSTM", RECURRENT, "if self.layer_norm and format not in", "if False and format not in"),
