@@ -12,7 +12,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from bench import accuracy, distributed, record, report, search, serving, torch_dropin, variants
+from bench import (accuracy, distributed, record, report, search, serving, story, torch_dropin,
+                   variants)
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -24,6 +25,7 @@ TABLES = {  # name in a page -> the text
     "torch": lambda: torch_dropin.table(record.read(RESULTS / "torch_dropin.json")),
     **{f"distributed-{name}": partial(distributed.table, name)
        for name in ("runs", "trace", "links", "check", "scale", "losses")},
+    "story": lambda: story.page_block(json.loads((RESULTS / "story.json").read_text())),
     "variants": lambda: variants.table(json.loads((RESULTS / "variants.json").read_text())),
     "variants-losses": lambda: variants.losses_table(json.loads((RESULTS / "variants.json").read_text())),
     **{f"accuracy-{name}": partial(accuracy.page_table, name) for name in accuracy.TABLES},

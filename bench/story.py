@@ -68,7 +68,7 @@ def written(kind, path):
     model = LanguageModel("char", hidden_size=HIDDEN, num_layers=1, seed=0)
     model.fit(text, minutes=MINUTES, progress=False)
     prime = "\n"
-    return {"kind": kind, "characters": len(text), "loss": min(h["val_loss"] for h in model.history),
+    return {"kind": kind, "characters": len(text), "loss": min(point["validation"] for point in model.history),
             "sample": model.sample(prime, length=700, temperature=0.6, seed=0)}
 
 

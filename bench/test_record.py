@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import cases, compare, distributed, pages, record, report, serving
+from bench import cases, compare, distributed, pages, record, report, serving, story
 from bench.record import Contest, Library, Record, Timing, Versus
 
 TINY, SMALL = (replace(cases.CASES[name], weights="trained") for name in ("tiny", "small"))
@@ -182,3 +182,16 @@ def test_every_program_starts(name):
     done = subprocess.run([sys.executable, "-m", f"bench.{name}", "--help"], cwd=Path(__file__).parents[1],
                           capture_output=True, text=True)
     assert done.returncode == 0 or "No module named 'sklearn'" in done.stderr, done.stderr
+
+
+def test_the_notebook_is_the_page_and_has_run():
+    notebook = json.loads(story.NOTEBOOK.read_text(encoding="utf-8"))
+    found = [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
+    assert found == story.cells(story.PAGE.read_text(encoding="utf-8"))
+    shown = 0
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["execution_count"], cell["source"]
+            shown += any("image/png" in output.get("data", {}) for output in cell["outputs"])
+            assert not any(output["output_type"] == "error" for output in cell["outputs"])
+    assert shown == sum(source == "figure" for _, source in found) == len(list(story.PICTURES.glob("*.png")))

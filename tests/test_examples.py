@@ -34,6 +34,7 @@ def test_docstring_examples_run(name, tmp_path, monkeypatch):
 SECTION_NEEDS = {"Classify": "sklearn", "What y may be": "sklearn", "What happens by itself": "sklearn",
                  "Forecast": "sklearn", "Look inside": "matplotlib",
                  "See the gradient vanish": "matplotlib", "Files, without": "h5py onnx torch"}
+PAGE_NEEDS = {"story.md": "matplotlib sklearn"}
 apart = pytest.mark.skipif(not PAGES[0].exists(),
                            reason="the tests of an installed wheel may lie without README and docs")
 
@@ -42,6 +43,8 @@ apart = pytest.mark.skipif(not PAGES[0].exists(),
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_examples_of_a_page_run(page, tmp_path, monkeypatch):
     """Section by section, each with the names of those before it, where its extras are there."""
+    for need in PAGE_NEEDS.get(page.name, "").split():
+        pytest.importorskip(need)
     monkeypatch.chdir(tmp_path)
     names, runner = {}, doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     text = page.read_text(encoding="utf-8")
