@@ -28,19 +28,23 @@ PARTS = re.compile(r"^```python\n(.*?)^```\n|^!\[.*?\]\(pictures/(.*?)\)\n|^<!--
 
 
 def cells(text):
-    """("markdown" or "code", source) of the page, in order; a picture is the figure that was drawn last.
+    """("markdown" or "code", source) of the page, in order; a cell ends where the page shows an answer.
 
-    Figures are shown where the page shows them, not where they are made.
+    A picture is the figure that was drawn last; those of pyplot show themselves.
     """
-    found, at, is_first = [], 0, True
+    found, at = [], 0
     for part in PARTS.finditer(text):
         found.append(("markdown", text[at:part.start()].strip()))
         at = part.end()
         if part[1]:
-            source = "".join(example.source for example in doctest.DocTestParser().get_examples(part[1]))
-            found.append(("code", source.rstrip() + ("\n_ = plt.ioff()" if is_first else "")))
-            is_first = False
-        elif part[2]:
+            source = ""
+            for example in doctest.DocTestParser().get_examples(part[1]):
+                source += example.source
+                if example.want:
+                    found.append(("code", source.rstrip()))
+                    source = ""
+            found.append(("code", source.rstrip()))
+        elif part[2] and "plt.subplots" not in source:
             found.append(("code", "figure"))
     found.append(("markdown", text[at:].strip()))
     return [(kind, source) for kind, source in found if source]
