@@ -118,6 +118,8 @@ def test_masks_are_drawn_for_a_sequence_or_a_step():
             kept = variant.zone.mean(axis=(0, 1, 3))
             assert np.allclose(kept, (0.1, 0.2), atol=0.01) and set(np.unique(variant.zone)) == {0, 1}
             assert (variant.zone[0] != variant.zone[1]).any()
+            neighbors = (variant.zone[..., 1:] * variant.zone[..., :-1]).mean(axis=(0, 1, 3))
+            assert np.allclose(neighbors, (0.01, 0.04), atol=0.005)
         elif option == "recurrent_dropout":
             assert variant.mask.shape == (50, 30) and abs((variant.mask == 0).mean() - 0.3) < 0.03
             assert abs(variant.mask.max() - 1 / 0.7) < 1e-4
