@@ -48,6 +48,7 @@ NOTICE = {
     "lstmcore/precision": ((), ("test_precision", "test_below_float32")),
     "lstmcore/threads": ((), ("test_threads",)),
     "lstmcore/checks": ((), ("test_checks", *CALLS)),
+    "lstmcore/arguments": ((), ("test_kernels", *CALLS)),
     "lstmcore/dense": ((), ("test_losses", "test_optim", *CALLS)),
     "lstmcore/module": ((), ("test_layers", *CALLS)),
     "lstmcore/layers": ((), ("test_layers", *CALLS)),
