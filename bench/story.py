@@ -71,9 +71,9 @@ def written(kind, path):
     text = corpus.decode(Path(path).read_bytes())
     model = LanguageModel("char", hidden_size=HIDDEN, num_layers=1, seed=0)
     model.fit(text, minutes=MINUTES, progress=False)
-    prime = "\n"
-    return {"kind": kind, "characters": len(text), "loss": min(point["validation"] for point in model.history),
-            "sample": model.sample(prime, length=700, temperature=0.6, seed=0)}
+    return {"kind": kind, "characters": len(text),
+            "loss": min(point["validation"] for point in model.history),
+            "sample": model.sample("\n", length=700, temperature=0.6, seed=0)}
 
 
 def page_block(found):
