@@ -49,6 +49,7 @@ NOTICE = {
     "lstmcore/threads": ((), ("test_threads",)),
     "lstmcore/checks": ((), ("test_checks", *CALLS)),
     "lstmcore/arguments": ((), ("test_kernels", *CALLS)),
+    "lstmcore/functional": ((), ("test_kernels", *CALLS)),
     "lstmcore/dense": ((), ("test_losses", "test_optim", *CALLS)),
     "lstmcore/module": ((), ("test_layers", *CALLS)),
     "lstmcore/layers": ((), ("test_layers", *CALLS)),
