@@ -66,6 +66,23 @@ INLINE vec F(v_returned)(const R *g, const R *gamma, const R *v, const R *more, 
     return (product - r.first - F(v_normed)(v, more, m, n) * r.second) * m.scale;
 }
 
+/* The gates of a, kept, and f ∘ c_{t-1} + i ∘ g of l units, where the rows begin with them. */
+INLINE vec F(gates_to_c)(const vec *a, R *gates, const R *c_prev, ptrdiff_t H, ptrdiff_t l) {
+    F(gates)
+    s = {F(v_sigmoid)(a[0]), F(v_sigmoid)(a[1]), F(v_tanh)(a[2]), F(v_sigmoid)(a[3])};
+    F(gates_store)(gates, &s, H, l);
+    return v_fma(s.f, F(v_load_n)(c_prev, l), s.i * s.g);
+}
+
+/* Back from dc, which reaches that sum: da_i, da_f, da_g in the place of the gates, and dc_{t-1}. */
+INLINE void F(c_to_gates)(vec dc, R *gates, const R *c_prev, R *dc_prev, ptrdiff_t H, ptrdiff_t l) {
+    vec i = F(v_load_n)(gates, l), f = F(v_load_n)(gates + H, l), g = F(v_load_n)(gates + 2 * H, l);
+    F(v_store_n)(gates, dc * g * (i * (1 - i)), l);
+    F(v_store_n)(gates + H, dc * F(v_load_n)(c_prev, l) * (f * (1 - f)), l);
+    F(v_store_n)(gates + 2 * H, dc * i * v_fma(-g, g, F(v_set1)(1)), l);
+    F(v_store_n)(dc_prev, dc * f, l);
+}
+
 /* The two parts of a step forward: the gates and c; then h.  norms: gamma of x W_ihᵀ (4H) and of h W_hhᵀ
    (4H), gamma and beta of c (H). */
 static void F(norm_step)(const lstm_weights *w, int part, ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1,
@@ -91,10 +108,7 @@ static void F(norm_step)(const lstm_weights *w, int part, ptrdiff_t n, ptrdiff_t
                     a[k] = v_fma(F(v_load_n)(norms + at, l), F(v_normed)(ax + at, NULL, of_x, l), a[k]);
                     a[k] = v_fma(F(v_load_n)(norms + 4 * H + at, l), F(v_normed)(ah + at, NULL, of_h, l), a[k]);
                 }
-                F(gates)
-                s = {F(v_sigmoid)(a[0]), F(v_sigmoid)(a[1]), F(v_tanh)(a[2]), F(v_sigmoid)(a[3])};
-                F(v_store_n)(c + j, v_fma(s.f, F(v_load_n)(c_prev + j, l), s.i * s.g), l);
-                F(gates_store)(gates + j, &s, H, l);
+                F(v_store_n)(c + j, F(gates_to_c)(a, gates + j, c_prev + j, H, l), l);
             }
         } else {
             F(moments)
@@ -139,15 +153,9 @@ static void F(norm_back_step)(const lstm_weights *w, int part, ptrdiff_t n, ptrd
                 F(v_store_n)(gates + 3 * H + j, dh * t * (o * (1 - o)), l);
                 F(v_store_n)(dn + j, dh * o * v_fma(-t, t, F(v_set1)(1)), l);
             } else if (part == 1) {
-                vec i = F(v_load_n)(gates + j, l), f = F(v_load_n)(gates + H + j, l);
-                vec g = F(v_load_n)(gates + 2 * H + j, l);
                 vec dc = F(v_load_n)((R *)row->dc + j, l) +
                          F(v_returned)(dn + j, norms + 8 * H + j, c + j, NULL, of_c, back, l);
-                vec c_prev = F(v_load_n)((const R *)row->c_prev + j, l);
-                F(v_store_n)(gates + j, dc * g * (i * (1 - i)), l);
-                F(v_store_n)(gates + H + j, dc * c_prev * (f * (1 - f)), l);
-                F(v_store_n)(gates + 2 * H + j, dc * i * v_fma(-g, g, F(v_set1)(1)), l);
-                F(v_store_n)((R *)row->dc + j, dc * f, l);
+                F(c_to_gates)(dc, gates + j, (const R *)row->c_prev + j, (R *)row->dc + j, H, l);
             } else {
                 for (ptrdiff_t at = j; at < 4 * H; at += H)
                     F(v_store_n)((R *)row->dah + at, F(v_returned)(gates + at, norms + 4 * H + at, (const R *)row->ah + at, NULL, of_h, back, l), l);

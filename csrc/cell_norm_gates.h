@@ -1,6 +1,6 @@
 /* cell_norm_gates.h: the LSTM whose gates are normalized, each over its units, and whose c goes on normalized
    (as TensorFlow's LayerNormBasicLSTMCell), in the letters of lstmcore/reference.py.  In parts, as in
-   cell_norm.h, whose means it takes.  s = x W_ihᵀ + h W_hhᵀ; norms: gamma of each gate (4H), gamma and beta
+   cell_norm.h, whose means and gates it takes.  s = x W_ihᵀ + h W_hhᵀ; norms: gamma of each gate (4H), gamma and beta
    of c (H). */
 
 /* Four gates' moments, then those of ĉ. */
@@ -29,10 +29,7 @@ static void F(norm_gates_step)(const lstm_weights *w, int part, ptrdiff_t n, ptr
                     a[k] = b ? F(v_load_n)(b + at, l) : F(v_set1)(0);
                     a[k] = v_fma(F(v_load_n)(norms + at, l), F(v_normed)(ax + at, ah + at, m[k], l), a[k]);
                 }
-                F(gates)
-                g = {F(v_sigmoid)(a[0]), F(v_sigmoid)(a[1]), F(v_tanh)(a[2]), F(v_sigmoid)(a[3])};
-                F(v_store_n)(raw + j, v_fma(g.f, F(v_load_n)(c_prev + j, l), g.i * g.g), l);
-                F(gates_store)(gates + j, &g, H, l);
+                F(v_store_n)(raw + j, F(gates_to_c)(a, gates + j, c_prev + j, H, l), l);
             }
         } else {
             F(moments)
@@ -73,13 +70,8 @@ static void F(norm_gates_back_step)(const lstm_weights *w, int part, ptrdiff_t n
                 F(v_store_n)(gates + 3 * H + j, dh * t * (o * (1 - o)), l);
                 F(v_store_n)(dn + j, v_fma(dh * o, v_fma(-t, t, F(v_set1)(1)), F(v_load_n)(dc + j, l)), l);
             } else if (part == 1) {
-                vec i = F(v_load_n)(gates + j, l), f = F(v_load_n)(gates + H + j, l);
-                vec g = F(v_load_n)(gates + 2 * H + j, l);
                 vec draw = F(v_returned)(dn + j, norms + 4 * H + j, raw + j, NULL, m[F(of_raw)], back[0], l);
-                F(v_store_n)(gates + j, draw * g * (i * (1 - i)), l);
-                F(v_store_n)(gates + H + j, draw * F(v_load_n)(c_prev + j, l) * (f * (1 - f)), l);
-                F(v_store_n)(gates + 2 * H + j, draw * i * v_fma(-g, g, F(v_set1)(1)), l);
-                F(v_store_n)(dc + j, draw * f, l);
+                F(c_to_gates)(draw, gates + j, c_prev + j, dc + j, H, l);
             } else {
                 for (int k = 0; k < 4; k++) {
                     ptrdiff_t at = k * H + j;

@@ -21,7 +21,7 @@ from lstmcore.precision import Quantized, format_of_call
 from lstmcore.reference import Gradients, GRUGradients, RNNGradients
 from lstmcore.tapes import GRUTape, RNNTape, Tape
 from lstmcore.threads import get_num_threads, resolve
-from lstmcore.variants import Variant
+from lstmcore.variants import LAYER_NORMS, Variant
 
 __all__ = ["lstm_forward", "lstm_backward", "gru_forward", "gru_backward", "rnn_forward", "rnn_backward",
            "pack", "Quantized", "Step", "Variant", "Gradients", "GRUGradients", "RNNGradients", "Tape",
@@ -264,8 +264,9 @@ def _name_of(variant, norms):
     """The cell of an LSTM."""
     if variant is not None and norms is not None:
         raise ValueError("an LSTM with norms has no variant")
-    if norms is not None:
-        return "lstm_norm_gates" if np.shape(norms)[:1] == (6,) else "lstm_norm"
+    if norms is not None:       # the cell says what is wrong with those that are of none
+        named = {rows: cell for cell, rows in LAYER_NORMS.values()}
+        return named.get(sum(np.shape(norms)[:1]), "lstm_norm")
     return "lstm" if variant is None else "lstm_varied"
 
 

@@ -401,6 +401,13 @@ def norm_backward(g: Floats, normed: Floats, scale: Floats) -> Floats:
     return scale * (g - first - normed * second)
 
 
+def gates_backward(gates: Floats, c_prev: Floats, dc: Floats, do_: Floats) -> tuple[Floats, Floats]:
+    """dc of c = f ∘ c_prev + i ∘ g, and do -> da (n, 4H), dc_prev (n, H)."""
+    i, f, g, o = np.split(gates, 4, axis=1)
+    return np.concatenate([dc * g * i * (1 - i), dc * c_prev * f * (1 - f), dc * i * (1 - g**2),
+                           do_ * o * (1 - o)], axis=1), dc * f
+
+
 def _normed_forward(x, W_ih, W_hh, b, h0, c0, norms, lengths, reverse, keep_tape, compute):
     """lstm_forward with layer normalization."""
     T, B, _ = x.shape
@@ -436,15 +443,13 @@ def _normed_backward(tape, dy, dh_n, dc_n):
     dh, dc = (np.zeros((B, H), x.dtype) if d is None else d.copy() for d in (dh_n, dc_n))
     for r, t, t_prev in reversed(list(steps(T, B, lengths, reverse))):
         h_prev, c_prev = (h0[r], c0[r]) if t_prev is None else (y[t_prev, r], c[t_prev, r])
-        i, f, g, o = np.split(gates[t, r], 4, axis=1)
+        o = gates[t, r, 3 * H:]
         x_hat, h_hat, c_hat = x_all[t, r], h_all[t, r], c_all[t, r]
         x_scale, h_scale, c_scale = np.split(scales[t, r], 3, axis=1)
         dh_t, tanh_n = dh[r] + dy[t, r], np.tanh(gamma_c * c_hat + beta_c)
         dn = dh_t * o * (1 - tanh_n**2)
         dc_t = dc[r] + norm_backward(dn * gamma_c, c_hat, c_scale)
-        da = np.concatenate([dc_t * g * i * (1 - i), dc_t * c_prev * f * (1 - f), dc_t * i * (1 - g**2),
-                             dh_t * tanh_n * o * (1 - o)], axis=1)
-        dc[r] = dc_t * f
+        da, dc[r] = gates_backward(gates[t, r], c_prev, dc_t, dh_t * tanh_n)
         dax, dah = (norm_backward(da * gamma, normed, scale) for gamma, normed, scale in (
             (gamma_x, x_hat, x_scale), (gamma_h, h_hat, h_scale)))
         dh[r] = product(dah, W_hh, compute)
@@ -494,14 +499,12 @@ def _gates_normed_backward(tape, dy, dh_n, dc_n):
     dh, dc = (np.zeros((B, H), x.dtype) if d is None else d.copy() for d in (dh_n, dc_n))
     for r, t, t_prev in reversed(list(steps(T, B, lengths, reverse))):
         h_prev, c_prev = (h0[r], c0[r]) if t_prev is None else (y[t_prev, r], c[t_prev, r])
-        i, f, g, o = np.split(gates[t, r], 4, axis=1)
+        o = gates[t, r, 3 * H:]
         *s_scales, raw_scale = np.split(scales[t, r], 5, axis=1)
         dh_t, tanh_c = dh[r] + dy[t, r], np.tanh(c[t, r])
         dn = dc[r] + dh_t * o * (1 - tanh_c**2)
         draw = norm_backward(dn * gamma_c, raw_all[t, r], raw_scale)
-        da = np.concatenate([draw * g * i * (1 - i), draw * c_prev * f * (1 - f), draw * i * (1 - g**2),
-                             dh_t * tanh_c * o * (1 - o)], axis=1)
-        dc[r] = draw * f
+        da, dc[r] = gates_backward(gates[t, r], c_prev, draw, dh_t * tanh_c)
         ds = np.concatenate([norm_backward(d, s_hat, scale) for d, s_hat, scale in zip(
             np.split(da * gamma, 4, axis=1), np.split(s_all[t, r], 4, axis=1), s_scales)], axis=1)
         dh[r] = product(ds, W_hh, compute)
