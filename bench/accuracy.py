@@ -307,17 +307,19 @@ def said_of(block):
 
 
 def series(options):
-    """title -> (values, steps to forecast, stretches, season, transform, order of an ARIMA)."""
+    """name -> (title, values, steps to forecast, stretches, season, transform, order of an ARIMA, what a
+    Forecaster is told): where the season is one of the calendar, that; else no more than a window."""
     import statsmodels.datasets
-    found = {}
+    found, monthly = {}, dict(window=24, horizon=12, season=12)
     if options.airline:
         rows = Path(options.airline).read_text().split()[1:]
         found["airline"] = ("Airline passengers, 24 months", [float(row.split(",")[-1]) for row in rows],
-                            24, 3, 12, "log", ((2, 1, 1), (0, 1, 1, 12)))
+                            24, 3, 12, "log", ((2, 1, 1), (0, 1, 1, 12)), dict(monthly, transform="log"))
     spots = statsmodels.datasets.sunspots.load_pandas().data["SUNACTIVITY"]
-    found["sunspots"] = ("sunspots, 11 years", spots, 11, 3, 11, None, ((9, 0, 0), (0, 0, 0, 0)))
+    found["sunspots"] = ("sunspots, 11 years", spots, 11, 3, 11, None, ((9, 0, 0), (0, 0, 0, 0)),
+                         dict(window=22))
     co2 = statsmodels.datasets.co2.load_pandas().data["co2"].resample("MS").mean()
-    found["co2"] = ("CO2 on Mauna Loa, 24 months", co2, 24, 2, 12, None, ((2, 1, 1), (0, 1, 1, 12)))
+    found["co2"] = ("CO2 on Mauna Loa, 24 months", co2, 24, 2, 12, None, ((2, 1, 1), (0, 1, 1, 12)), monthly)
     return {name: one for name, one in found.items() if not options.only or name in options.only}
 
 
@@ -354,7 +356,7 @@ def classical(values, steps, season, transform, order):
 def measure_forecasts(options, say):
     """A record of every series: mean absolute errors on each stretch, coverage of 80 % intervals."""
     warnings.simplefilter("ignore")     # of what the others' optimizers say
-    for title, values, steps, stretches, season, transform, order in series(options).values():
+    for title, values, steps, stretches, season, transform, order, told in series(options).values():
         values = np.asarray(values, float)
         figures, covered = {}, []
         for stretch in range(1 if options.quick else stretches):
@@ -367,10 +369,8 @@ def measure_forecasts(options, say):
                 figures.setdefault(name, []).append([error(forecast)])
             runs, hits = [], []
             for seed in range(options.seeds):
-                model = lstmcore.Forecaster(
-                    window=2 * season, horizon=season, season=season, transform=transform,
-                    calibration=steps, folds=2 if end - steps > 9 * season else 1,
-                    random_state=seed).fit(past)
+                model = lstmcore.Forecaster(**told, calibration=steps, random_state=seed,
+                                            folds=2 if end - steps > 9 * season else 1).fit(past)
                 runs.append(error(model.predict(steps)))
                 lower, upper = model.predict_interval(steps, coverage=0.8)
                 there = ~np.isnan(actual)
@@ -380,8 +380,8 @@ def measure_forecasts(options, say):
             say(f"{title}, stretch {stretch}: " + ", ".join(
                 f"{name} {statistics.mean(runs[-1]):.4g}" for name, runs in figures.items())
                 + f"; covered {statistics.mean(hits):.2f}")
-        yield dict(name=title, steps=steps, season=season, transform=transform or "none", figures=figures,
-                   covered=covered)
+        setting = ", ".join(f"{key}={value!r}" for key, value in told.items())
+        yield dict(name=title, setting=setting, steps=steps, figures=figures, covered=covered)
 
 
 def forecasts_table(record):
@@ -392,7 +392,7 @@ def forecasts_table(record):
             runs = stretches[0]     # of the last stretch, one for each seed
             covered = [statistics.mean(hits) for hits in task["covered"]] if name == "Forecaster" else None
             rows.append([
-                task["name"] if n == 0 else "", name, len(runs) if name == "Forecaster" else "",
+                task["name"] if n == 0 else "", f"{name}({task['setting']})" if covered else name, len(runs) if name == "Forecaster" else "",
                 spread(runs, 2),
                 f"{statistics.mean(statistics.mean(runs) for runs in stretches):.2f}",
                 f"{covered[0]:.2f}; {statistics.mean(covered):.2f}" if covered else ""])
