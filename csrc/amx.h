@@ -8,7 +8,7 @@
    Left rows lie at equal distances, and the memory of rows up to a multiple of 16 can be read: what comes
    of rows that are none is written to places that nobody reads.
 
-   The format has said what multiplies: DOT. */
+   The format has said what multiplies, DOT, and when it is worth it, BY_TILES. */
 
 static const struct {
     uint8_t palette, start, none[14];
@@ -16,8 +16,10 @@ static const struct {
     uint8_t rows[16];
 } F(tile_shapes) = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-#define TILES_BEGIN _tile_loadconfig(&F(tile_shapes));
-#define TILES_END _tile_release();
+#define TILES_BEGIN(n, K) \
+    if (BY_TILES(n, K)) _tile_loadconfig(&F(tile_shapes));
+#define TILES_END(n, K) \
+    if (BY_TILES(n, K)) _tile_release();
 #define IN_ORDER __asm__ volatile("" ::: "memory")  /* the compiler does not see what tiles read and write */
 
 /* The two sides of a product: left rows, `a_row` bytes from one to the next and `a_block` from a block to
@@ -170,13 +172,13 @@ INLINE void F(packed_tile)(int nv, ptrdiff_t K, const LEFT *a, const PACKED *pan
 static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, const PACKED *panel,
                      const PACKED *next, F(row4) *acc) {
     F(row4) sums[GROUP];
+    if (!BY_TILES(n, K)) {
+        F(register_group)(n, K, nv, a, panel, next, acc);
+        return;
+    }
     for (ptrdiff_t k0 = 0; k0 < K; k0 += KC) {
         ptrdiff_t kn = MIN(KC, K - k0);
         const PACKED *block = F(block_at)(panel, nv, k0);
-        if (n == 1) {  /* which is faster by registers: a tile of AMX takes the time of two */
-            F(tiles)[1][nv](k0, kn, a, panel, (uintptr_t)next, acc);
-            continue;
-        }
         sides s = F(sides_of)(n, a, kn, block + 64 * nv, nv);
         s.a += (HEAD + k0 / STEP) * (ptrdiff_t)sizeof(LEFT);
         F(times_long)(n, nv, 1, &s, (const char *)block, 0, sums);

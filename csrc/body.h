@@ -101,6 +101,7 @@ static const lstm_kernels F(kernels) = {
 #undef TILES_BEGIN
 #undef TILES_END
 #undef DOT
+#undef BY_TILES
 #undef IN_ORDER
 #undef JOINS
 #undef PACKED

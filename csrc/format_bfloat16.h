@@ -162,6 +162,7 @@ INLINE void F(pack_left)(ptrdiff_t K, R *A) {
 #ifdef ISA_AMX
 
 #define DOT(sums, left, panel) _tile_dpbf16ps(sums, left, panel);
+#define BY_TILES(n, K) 1
 
 #else
 

@@ -56,23 +56,17 @@ static void F(pack)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, ptrdiff_t
     }
 }
 
-#ifdef ISA_AMX
-#include "amx.h"        /* its F(group) */
-#else
-
-#define TILES_BEGIN     /* in a kernel, around all that multiplies */
-#define TILES_END
-
-/* acc[r] += a[r] · panel for n <= GROUP rows, in tiles of nearly equal height.  Meanwhile the tiles
+#if ROWS > 0
+/* acc[r] += a[r] · panel for n <= GROUP rows, in register tiles of nearly equal height.  Meanwhile they
    fetch the next panel, a line per k: its first use by the first tile of the next group would wait for
    the third-level cache (6 % of inference at (35,20,650,650)).  The sums lie on the stack, 12 KB. */
-static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, const PACKED *panel,
-                     const PACKED *next, F(row4) *acc) {
+static void F(register_group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, const PACKED *panel,
+                              const PACKED *next, F(row4) *acc) {
     uintptr_t ahead = (uintptr_t)next;
     TILE_MODE_BEGIN
     for (ptrdiff_t k = 0; k < K; k += KC) {
         ptrdiff_t kn = MIN(KC, K - k);
-        for (ptrdiff_t r = 0, tiles = (n + MR - 1) / MR; tiles > 0; tiles--) {
+        for (ptrdiff_t r = 0, tiles = (n + ROWS - 1) / ROWS; tiles > 0; tiles--) {
             ptrdiff_t mr = (n - r + tiles - 1) / tiles;
             F(tiles)[mr][nv](k, kn, a + r, panel, ahead, acc + r);
             r += mr;
@@ -80,6 +74,19 @@ static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, con
         }
     }
     TILE_MODE_END
+}
+#endif
+
+#ifdef ISA_AMX
+#include "amx.h"        /* its F(group) */
+#else
+
+#define TILES_BEGIN(n, K)       /* in a kernel, around all that multiplies n rows of up to K numbers */
+#define TILES_END(n, K)
+
+INLINE void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, const PACKED *panel,
+                     const PACKED *next, F(row4) *acc) {
+    F(register_group)(n, K, nv, a, panel, next, acc);
 }
 
 #endif

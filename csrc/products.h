@@ -10,7 +10,7 @@ static void F(gemm)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, const lst
     const ptrdiff_t n = rows->n, K = w->K;
     const int gates = w->gates, start = rows->start;
     if (n == 0) return;
-    TILES_BEGIN
+    TILES_BEGIN(n, K)
     ptrdiff_t size = F(group_size)(n, K);
     for (ptrdiff_t p = 0; p < F(n_panels)(gates, j0, j1); p++) {
         F(panel) g = F(panel_at)(gates, p, w->N, j0, j1);
@@ -31,7 +31,7 @@ static void F(gemm)(const lstm_operand *w, ptrdiff_t j0, ptrdiff_t j1, const lst
                     F(v_store_n)((R *)C[r] + g.col + v * g.stride, acc[r][v], F(lanes)(&g, v));
         }
     }
-    TILES_END
+    TILES_END(n, K)
 }
 
 #if TRAINS
@@ -101,7 +101,7 @@ static void F(weight_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t m1, const vo
     PACKED *panel = work;
     R *A = (R *)((char *)work + 4 * F(vector_bytes)(KW)), *db = db_;
     for (ptrdiff_t m = m0; db && !add && m < m1; m++) db[m] = 0;
-    TILES_BEGIN
+    TILES_BEGIN(MR, KW)
     for (ptrdiff_t k0 = 0; k0 < K; k0 += KW) {
         ptrdiff_t kn = MIN(KW, K - k0);
         F(pack_gradient)(kn, m0, M, da + k0, A, db);
@@ -123,7 +123,7 @@ static void F(weight_gradient)(ptrdiff_t K, ptrdiff_t m0, ptrdiff_t m1, const vo
             }
         }
     }
-    TILES_END
+    TILES_END(MR, KW)
 }
 
 static void F(add_rows)(ptrdiff_t n, ptrdiff_t j0, ptrdiff_t j1, const void *const *a,

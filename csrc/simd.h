@@ -64,8 +64,6 @@
     (((v) / NEIGHBORS(nv) * ((K) / (numbers)) * NEIGHBORS(nv) +                                      \
       (k) / (16 * (numbers)) * 16 * NEIGHBORS(nv) + (v) % NEIGHBORS(nv) * 16 + (k) / (numbers) % 16) * \
      VL * (ptrdiff_t)sizeof(R) / (ptrdiff_t)sizeof(PACKED))
-#undef ROWS
-#define ROWS 1          /* and of a register tile, for a row alone */
 #else
 #define MR ROWS
 #endif
@@ -142,6 +140,18 @@ INLINE vec F(v_interleave)(vec a, vec b, const int half) {
     return __builtin_shuffle(a, b, pick);
 #endif
 }
+/* a[by], a[by + 1], ... and then from a[0] on */
+INLINE vec F(v_rotate)(vec a, const int by) {
+#ifdef __clang__
+    vec out;
+    for (int l = 0; l < VL; l++) out[l] = a[(l + by) % VL];
+    return out;
+#else
+    ivec pick;
+    for (int l = 0; l < VL; l++) pick[l] = (l + by) % VL;
+    return __builtin_shuffle(a, pick);
+#endif
+}
 INLINE vec F(v_from_bits)(bits a) { return (vec)a; }
 INLINE bits F(v_bits)(vec a) { return (bits)a; }
 #else
@@ -150,6 +160,7 @@ INLINE vec F(v_load)(const R *p) { return *p; }
 INLINE void F(v_store)(R *p, vec a) { *p = a; }
 INLINE vec F(v_select)(int mask, vec a, vec b) { return mask ? a : b; }
 INLINE vec F(v_interleave)(vec a, vec b, int half) { return half ? b : a; }
+INLINE vec F(v_rotate)(vec a, int by) { return by ? a : a; }
 INLINE vec F(v_abs)(vec a) { return (vec)fabs(a); }
 INLINE vec F(v_copysign)(vec a, vec s) { return (vec)copysign(a, s); }
 INLINE vec F(v_from_bits)(bits a) { vec v; memcpy(&v, &a, sizeof v); return v; }

@@ -32,7 +32,7 @@ static void CELL(step)(const lstm_weights *weights, int descending, ptrdiff_t n,
     const lstm_weights w = *weights;  /* a copy, which no store can change */
     ptrdiff_t panels = F(n_panels)(GATES, j0, j1);
     if (n == 0) return;
-    TILES_BEGIN
+    TILES_BEGIN(n, MAX(w.I, w.K))
     ptrdiff_t size = F(group_size)(n, w.I + w.K);
     for (ptrdiff_t q = 0; q < panels; q++) {
         ptrdiff_t p = descending ? panels - 1 - q : q, next = descending ? MAX(p - 1, 0) : p + 1;
@@ -61,7 +61,7 @@ static void CELL(step)(const lstm_weights *weights, int descending, ptrdiff_t n,
                 }
         }
     }
-    TILES_END
+    TILES_END(n, MAX(w.I, w.K))
 }
 
 #if TRAINS
@@ -72,7 +72,7 @@ static void CELL(back_step)(const lstm_weights *weights, int descending, ptrdiff
     const lstm_weights w = *weights;
     ptrdiff_t panels = F(n_panels)(1, j0, j1);
     if (n == 0) return;
-    TILES_BEGIN
+    TILES_BEGIN(n, w.K)
     ptrdiff_t size = F(group_size)(n, w.K);
     for (ptrdiff_t q = 0; q < panels; q++) {
         ptrdiff_t p = descending ? panels - 1 - q : q, next = descending ? MAX(p - 1, 0) : p + 1;
@@ -96,7 +96,7 @@ static void CELL(back_step)(const lstm_weights *weights, int descending, ptrdiff
                 }
         }
     }
-    TILES_END
+    TILES_END(n, w.K)
 }
 
 #endif
