@@ -92,8 +92,11 @@ cdef void tile_multiply(const lstm_kernels *k, const Operand *w, const Part *min
 
 
 cdef Py_ssize_t lowered_stride(const lstm_kernels *k, Py_ssize_t K) noexcept nogil:
-    """Bytes from a lowered row to the next; 0 where rows are taken as they are."""
-    return padded(k.lowered_bytes(K)) if k.lower != NULL else 0
+    """Bytes from a lowered row to the next; 0 where rows are taken as they are.
+
+    An odd number of cache lines: rows a power of two apart share few sets of the first-level cache.
+    """
+    return padded(k.lowered_bytes(K)) | 64 if k.lower != NULL else 0
 
 
 cdef void tile_add_up(const lstm_kernels *k, const Sums *sums, const Part *mine) noexcept nogil:
