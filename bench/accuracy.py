@@ -145,10 +145,10 @@ def tasks(options):
             pooling="mean", **both)
     if options.text:
         path, name = options.text
-        makers["text"] = lambda: language("char", name, texts.load(path, "char"), steps)
+        makers["text"] = lambda: language("char", name, Path(path).read_text(encoding="utf-8"), steps)
     makers["char"] = lambda: language("char", "Python's documentation", texts.default_text(), steps)
     if options.text:
-        makers["words"] = lambda: language("word", name, texts.load(path, "char"), steps // 2,
+        makers["words"] = lambda: language("word", name, Path(path).read_text(encoding="utf-8"), steps // 2,
                                            vocab_size=2000)
     if options.mnist1d:
         makers["mnist1d"] = lambda: classifier(
