@@ -25,7 +25,7 @@ import numpy as np
 import lstmcore
 from bench.record import machine
 from bench.report import table
-from lstmcore.models import text as texts
+from lstmcore.models.corpus import default_text
 
 RESULTS = Path(__file__).parent / "results"
 FORMATS = {  # format -> (compute of training, precision of inference or None, heading)
@@ -146,7 +146,7 @@ def tasks(options):
     if options.text:
         path, name = options.text
         makers["text"] = lambda: language("char", name, Path(path).read_text(encoding="utf-8"), steps)
-    makers["char"] = lambda: language("char", "Python's documentation", texts.default_text(), steps)
+    makers["char"] = lambda: language("char", "Python's documentation", default_text(), steps)
     if options.text:
         makers["words"] = lambda: language("word", name, Path(path).read_text(encoding="utf-8"), steps // 2,
                                            vocab_size=2000)
@@ -158,7 +158,7 @@ def tasks(options):
         makers["names"] = lambda: classifier(
             "surnames", lines(options.names, 0.2), 1 if few else 10, hidden_size=128,
             pooling="max", **both)
-    makers["word"] = lambda: language("word", "Python's documentation", texts.default_text(),
+    makers["word"] = lambda: language("word", "Python's documentation", default_text(),
                                       steps // 2, vocab_size=2000)
     makers["adding"] = lambda: adding(50, 500, 2) if few else adding(50, 10_000, 40)
     if options.reviews:
@@ -391,8 +391,9 @@ def forecasts_table(record):
         for n, (name, stretches) in enumerate(task["figures"].items()):
             runs = stretches[0]     # of the last stretch, one for each seed
             covered = [statistics.mean(hits) for hits in task["covered"]] if name == "Forecaster" else None
+            said = f"{name}({task['setting']})" if covered else name
             rows.append([
-                task["name"] if n == 0 else "", f"{name}({task['setting']})" if covered else name, len(runs) if name == "Forecaster" else "",
+                task["name"] if n == 0 else "", said, len(runs) if name == "Forecaster" else "",
                 spread(runs, 2),
                 f"{statistics.mean(statistics.mean(runs) for runs in stretches):.2f}",
                 f"{covered[0]:.2f}; {statistics.mean(covered):.2f}" if covered else ""])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import cases, compare, distributed, pages, record, report, serving, story
+from bench import accuracy, cases, compare, distributed, pages, record, report, serving, story
 from bench.record import Contest, Library, Record, Timing, Versus
 
 TINY, SMALL = (replace(cases.CASES[name], weights="trained") for name in ("tiny", "small"))
@@ -174,6 +174,18 @@ def test_serving_record_has_every_server_right(tmp_path):
         assert [(row["clients"], row["requests"]) for row in rows] == [(1, 20), (3, 20)]
         assert all(0 < row["p50"] <= row["p99"] < 1 for row in rows)
     assert "| 3 | lstmcore int8 |" in serving.table(found)
+
+
+def test_accuracy_of_formats_is_measured(monkeypatch, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat\n" * 400)
+    out = tmp_path / "accuracy.json"
+    monkeypatch.setattr("sys.argv", ["accuracy", "--quick", "--seeds", "1", "--only", "text", "words", "char",
+                                     "--text", str(text), "cats", "--out", str(out)])
+    accuracy.main()
+    found = json.loads(out.read_text())
+    assert [len(task["figures"]) for task in found["tasks"]] == [len(accuracy.FORMATS)] * 3
+    assert "cats" in accuracy.formats_table(found) and str(tmp_path) not in found["command"]
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in Path(__file__).parent.glob("*.py")
