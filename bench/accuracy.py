@@ -144,11 +144,11 @@ def tasks(options):
             "Japanese vowels", ts(options.vowels, 1 / 3), 2 if few else 60, hidden_size=64,
             pooling="mean", **both)
     if options.text:
-        path, name = options.text
-        makers["text"] = lambda: language("char", name, Path(path).read_text(encoding="utf-8"), steps)
+        path, name = Path(options.text[0]), options.text[1]
+        makers["text"] = lambda: language("char", name, path.read_text(encoding="utf-8"), steps)
     makers["char"] = lambda: language("char", "Python's documentation", default_text(), steps)
     if options.text:
-        makers["words"] = lambda: language("word", name, Path(path).read_text(encoding="utf-8"), steps // 2,
+        makers["words"] = lambda: language("word", name, path.read_text(encoding="utf-8"), steps // 2,
                                            vocab_size=2000)
     if options.mnist1d:
         makers["mnist1d"] = lambda: classifier(
@@ -307,19 +307,19 @@ def said_of(block):
 
 
 def series(options):
-    """name -> (title, values, steps to forecast, stretches, season, transform, order of an ARIMA, what a
-    Forecaster is told): where the season is one of the calendar, that; else no more than a window."""
+    """name -> (title, values, steps to forecast, stretches, season, order of an ARIMA, what a Forecaster is
+    told): where the season is one of the calendar, that; else no more than a window."""
     import statsmodels.datasets
     found, monthly = {}, dict(window=24, horizon=12, season=12)
     if options.airline:
         rows = Path(options.airline).read_text().split()[1:]
         found["airline"] = ("Airline passengers, 24 months", [float(row.split(",")[-1]) for row in rows],
-                            24, 3, 12, "log", ((2, 1, 1), (0, 1, 1, 12)), dict(monthly, transform="log"))
+                            24, 3, 12, ((2, 1, 1), (0, 1, 1, 12)), dict(monthly, transform="log"))
     spots = statsmodels.datasets.sunspots.load_pandas().data["SUNACTIVITY"]
-    found["sunspots"] = ("sunspots, 11 years", spots, 11, 3, 11, None, ((9, 0, 0), (0, 0, 0, 0)),
+    found["sunspots"] = ("sunspots, 11 years", spots, 11, 3, 11, ((9, 0, 0), (0, 0, 0, 0)),
                          dict(window=22))
     co2 = statsmodels.datasets.co2.load_pandas().data["co2"].resample("MS").mean()
-    found["co2"] = ("CO2 on Mauna Loa, 24 months", co2, 24, 2, 12, None, ((2, 1, 1), (0, 1, 1, 12)), monthly)
+    found["co2"] = ("CO2 on Mauna Loa, 24 months", co2, 24, 2, 12, ((2, 1, 1), (0, 1, 1, 12)), monthly)
     return {name: one for name, one in found.items() if not options.only or name in options.only}
 
 
@@ -356,7 +356,7 @@ def classical(values, steps, season, transform, order):
 def measure_forecasts(options, say):
     """A record of every series: mean absolute errors on each stretch, coverage of 80 % intervals."""
     warnings.simplefilter("ignore")     # of what the others' optimizers say
-    for title, values, steps, stretches, season, transform, order, told in series(options).values():
+    for title, values, steps, stretches, season, order, told in series(options).values():
         values = np.asarray(values, float)
         figures, covered = {}, []
         for stretch in range(1 if options.quick else stretches):
@@ -365,7 +365,7 @@ def measure_forecasts(options, say):
 
             def error(forecast, actual=actual):
                 return round(float(np.nanmean(np.abs(forecast - actual))), 4)
-            for name, forecast in classical(past, steps, season, transform, order).items():
+            for name, forecast in classical(past, steps, season, told.get("transform"), order).items():
                 figures.setdefault(name, []).append([error(forecast)])
             runs, hits = [], []
             for seed in range(options.seeds):

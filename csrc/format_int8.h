@@ -190,7 +190,7 @@ INLINE void F(narrow)(char *row, bits q) {
 /* The largest lane of a, none below zero; nan if a lane of `bad` is, the others of which are zero. */
 INLINE R F(v_most)(vec a, vec bad) {
     R lanes[VECTOR_BYTES / sizeof(R)];
-    EACH(q, 4) {
+    EACH(q, 4) {    /* 16 lanes at most */
         const int by = VL >> (q + 1);
         if (by) a = v_max(a, F(v_rotate)(a, by)), bad += F(v_rotate)(bad, by);
     }

@@ -160,7 +160,7 @@ INLINE vec F(v_load)(const R *p) { return *p; }
 INLINE void F(v_store)(R *p, vec a) { *p = a; }
 INLINE vec F(v_select)(int mask, vec a, vec b) { return mask ? a : b; }
 INLINE vec F(v_interleave)(vec a, vec b, int half) { return half ? b : a; }
-INLINE vec F(v_rotate)(vec a, int by) { return by ? a : a; }
+INLINE vec F(v_rotate)(vec a, int by) { return (void)by, a; }
 INLINE vec F(v_abs)(vec a) { return (vec)fabs(a); }
 INLINE vec F(v_copysign)(vec a, vec s) { return (vec)copysign(a, s); }
 INLINE vec F(v_from_bits)(bits a) { vec v; memcpy(&v, &a, sizeof v); return v; }
