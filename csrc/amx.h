@@ -20,6 +20,8 @@ static const struct {
     if (BY_TILES(n, K)) _tile_loadconfig(&F(tile_shapes));
 #define TILES_END(n, K) \
     if (BY_TILES(n, K)) _tile_release();
+/* The second-level cache has 2 MB on every CPU with tiles. */
+#define STAYS(bytes) ((bytes) <= 1 << 21)
 #define IN_ORDER __asm__ volatile("" ::: "memory")  /* the compiler does not see what tiles read and write */
 
 /* The two sides of a product: left rows, `a_row` bytes from one to the next and `a_block` from a block to
@@ -102,16 +104,17 @@ static void F(times)(ptrdiff_t n, int vectors, int parts, const sides *p, const 
     }
 }
 
+enum { F(MOST) = 16, F(PIECE) = 12 };  /* blocks that need not be cut, and those of a piece */
+
 /* The same by pieces of which both sides stay in the first-level cache: 17 % faster at K = 640 to 1,408,
    no faster at 512, where sums go to memory and back more often than that. */
 static void F(times_long)(ptrdiff_t n, int vectors, int parts, const sides *p, const char *from,
                           ptrdiff_t from_row, F(row4) *sums) {
-    enum { MOST = 16, PIECE = 12 };
-    const int at_once = p[0].blocks + (parts > 1 ? p[1].blocks : 0) <= MOST;
+    const int at_once = p[0].blocks + (parts > 1 ? p[1].blocks : 0) <= F(MOST);
     IN_ORDER;
     if (at_once) F(times)(n, vectors, parts, p, from, from_row, sums);
     for (; !at_once && parts > 0; parts--, p++) {
-        const ptrdiff_t pieces = p->blocks <= MOST ? 1 : (p->blocks + PIECE - 1) / PIECE;
+        const ptrdiff_t pieces = p->blocks <= F(MOST) ? 1 : (p->blocks + F(PIECE) - 1) / F(PIECE);
         for (ptrdiff_t q = 0; q < pieces; q++) {
             const ptrdiff_t first = p->blocks * q / pieces;
             sides s = *p;
@@ -123,6 +126,31 @@ static void F(times_long)(ptrdiff_t n, int vectors, int parts, const sides *p, c
     }
     IN_ORDER;
 }
+
+#if TRAINS
+/* sums += the products of n > GROUP - 16 rows with four vectors, by pieces.  Meanwhile the panel `ahead` comes
+   into the second-level cache: a block is passed over 8 times, each time for 8 lines, a block of that one. */
+static void F(times_ahead)(const sides *p, const char *ahead, F(row4) *sums_) {
+    const ptrdiff_t pieces = (p->blocks + F(PIECE) - 1) / F(PIECE);
+    const ptrdiff_t from_row = sizeof(F(row4));
+    IN_ORDER;
+    for (ptrdiff_t piece = 0; piece < pieces; piece++)
+        for (int pass = 0; pass < 8; pass++) {
+            const ptrdiff_t first = p->blocks * piece / pieces, last = p->blocks * (piece + 1) / pieces;
+            const char *a = p->a + first * p->a_block + 32 * (pass % 4) * p->a_row;
+            const char *b = p->b + first * p->b_block + pass / 4 * p->b_half;
+            F(row4) *sums = (F(row4) *)&sums_[32 * (pass % 4)][2 * (pass / 4)];
+            const char *from = (const char *)sums;
+            FROM(0, 0, 0) FROM(1, 0, 1) FROM(2, 1, 0) FROM(3, 1, 1)
+            for (ptrdiff_t q = first; q < last; q++, a += p->a_block, b += p->b_block) {
+                B(7, 0) A(6, 0) DOT(0, 6, 7) B(5, 1) DOT(1, 6, 5) A(4, 1) DOT(2, 4, 7) DOT(3, 4, 5)
+                for (int line = 0; line < 8; line++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+            }
+            TO(0, 0, 0) TO(1, 0, 1) TO(2, 1, 0) TO(3, 1, 1)
+        }
+    IN_ORDER;
+}
+#endif
 
 #undef A
 #undef B
@@ -153,8 +181,15 @@ static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, con
 /* acc[r] += x[r] · ih + h[r] · hh, one after the other: the sums stay in tiles meanwhile. */
 #define JOINS
 static void F(joined_group)(ptrdiff_t n, ptrdiff_t I, ptrdiff_t K, int nv, const LEFT *const *x,
-                            const LEFT *const *h, const PACKED *ih, const PACKED *hh, F(row4) *acc) {
+                            const LEFT *const *h, const PACKED *ih, const PACKED *hh, const PACKED *next,
+                            F(row4) *acc) {
     sides s[2] = {F(sides_of)(n, x, I, ih, nv), F(sides_of)(n, h, K, hh, nv)};
+    /* -10 % at (50,128,1024,1024); with 64 rows a block would fetch twice as many lines: +10 to 20 % */
+    if (next && n > GROUP - 16 && nv == 4 && MIN(s[0].blocks, s[1].blocks) > F(MOST)) {
+        F(times_ahead)(&s[0], (const char *)hh, acc);
+        F(times_ahead)(&s[1], (const char *)next, acc);
+        return;
+    }
     F(times_long)(n, nv, 2, s, (const char *)acc, sizeof(F(row4)), acc);
 }
 
@@ -173,7 +208,7 @@ static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, con
                      const PACKED *next, F(row4) *acc) {
     F(row4) sums[GROUP];
     if (!BY_TILES(n, K)) {
-        F(register_group)(n, K, nv, a, panel, next, acc);
+        F(register_group)(n, K, nv, a, panel, next ? next : panel, acc);
         return;
     }
     for (ptrdiff_t k0 = 0; k0 < K; k0 += KC) {

@@ -83,6 +83,7 @@ static void F(register_group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *cons
 
 #define TILES_BEGIN(n, K)       /* in a kernel, around all that multiplies n rows of up to K numbers */
 #define TILES_END(n, K)
+#define STAYS(bytes) 0          /* whether panels of so many bytes need not be fetched ahead */
 
 INLINE void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, const PACKED *panel,
                      const PACKED *next, F(row4) *acc) {
@@ -97,7 +98,7 @@ INLINE void F(groups)(ptrdiff_t n, ptrdiff_t I, ptrdiff_t K, int nv_ih, int nv_h
                       F(row4) *acc, F(row4) *acc_h) {
 #ifdef JOINS
     if (I && K && nv_ih == nv_hh && acc == acc_h) {
-        F(joined_group)(n, I, K, nv_ih, x, h, ih, hh, acc);
+        F(joined_group)(n, I, K, nv_ih, x, h, ih, hh, next, acc);
         return;
     }
 #endif

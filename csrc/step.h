@@ -34,11 +34,15 @@ static void CELL(step)(const lstm_weights *weights, int descending, ptrdiff_t n,
     if (n == 0) return;
     TILES_BEGIN(n, MAX(w.I, w.K))
     ptrdiff_t size = F(group_size)(n, w.I + w.K);
+    const int stays = STAYS(panels * (FED * F(vector_bytes)(w.I) + HEARD * F(vector_bytes)(w.K)));
     for (ptrdiff_t q = 0; q < panels; q++) {
         ptrdiff_t p = descending ? panels - 1 - q : q, next = descending ? MAX(p - 1, 0) : p + 1;
         F(panel) g = F(panel_at)(GATES, p, w.H, j0, j1);
         const PACKED *ih = F(packed_panel)(FED, w.ih, w.I, p);
         const PACKED *hh = F(packed_panel)(HEARD, w.hh, w.K, p);
+        const PACKED *ahead = stays ? NULL
+                              : w.I ? F(packed_panel)(FED, w.ih, w.I, next)
+                                    : F(packed_panel)(HEARD, w.hh, w.K, next);
         for (ptrdiff_t r0 = 0; r0 < n; r0 += size) {
             ptrdiff_t m = MIN(size, n - r0);
             const lstm_row *row = rows + r0;
@@ -50,9 +54,8 @@ static void CELL(step)(const lstm_weights *weights, int descending, ptrdiff_t n,
                                       : F(v_set1)(0);
             }
             /* a = start + x W_ihᵀ + h_prev W_hhᵀ       (m,I) (I,nv·VL), (m,K) (K,nv·VL) */
-            F(groups)(m, w.I, w.K, g.nv - APART, g.nv - APART - LATER, x, h, ih, hh,
-                      w.I ? F(packed_panel)(FED, w.ih, w.I, next) : F(packed_panel)(HEARD, w.hh, w.K, next),
-                      acc, (F(row4) *)&acc[0][APART]);
+            F(groups)(m, w.I, w.K, g.nv - APART, g.nv - APART - LATER, x, h, ih, hh, ahead, acc,
+                      (F(row4) *)&acc[0][APART]);
             for (ptrdiff_t r = 0; r < m; r++)
                 for (int u = 0; u < (GATES == 1 ? g.nv : 1); u++) {
                     ptrdiff_t j = g.col + u * VL, lanes = F(lanes)(&g, u);

@@ -4,19 +4,22 @@
 Nothing here knows what the memory is for.
 """
 
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free
 cimport numpy as cnp
 
 import numpy as np
 
 cnp.import_array()
 
+cdef extern from "pages.h" nogil:
+    void *pages_malloc(size_t size)
+
 
 cdef class Workspace:
     """A block of memory."""
 
     def __cinit__(self, size_t size):
-        self.data = <char *>malloc(size + 64)
+        self.data = <char *>pages_malloc(size + 64)
         self.size = size
         if self.data == NULL:
             raise MemoryError(f"no {size} bytes for the workspace")
