@@ -257,7 +257,7 @@ MUTANTS = [
     ("the second vector is the first", AMX, "_tile_loadd(tile, b + 1024 * (v), 64)",
      "_tile_loadd(tile, b, 64)"),
     ("the third vector is the first", AMX, "b + p->b_half + 1024 * (v)", "b + 1024 * (v)"),
-    ("blocks do not go on", AMX, "a += p->a_block, b += p->b_block) {            \\", "b += p->b_block) { \\"),
+    ("blocks do not go on", AMX, "q > 0; q--, a += p->a_block", "q > 0; q--, a += 0"),
     ("fetching: blocks do not go on", AMX, "q++, a += p->a_block, b", "q++, b"),
     ("fetching: rows after the first 32 are the first", AMX, "32 * (pass % 4) * p->a_row", "0 * p->a_row"),
     ("fetching: the second half of a panel is the first", AMX, "+ pass / 4 * p->b_half", ""),
