@@ -79,7 +79,7 @@ class Stream(Generic[State]):
                                "thread needs one of its own")
         try:
             for step, h in zip(self._steps, self._between):
-                x_t = step(x_t, h)
-            return self._steps[-1](x_t, out)
+                x_t = step._fill(h, x_t)
+            return self._steps[-1]._fill(out, x_t)
         finally:
             self._turn.release()
