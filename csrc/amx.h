@@ -184,7 +184,7 @@ static void F(joined_group)(ptrdiff_t n, ptrdiff_t I, ptrdiff_t K, int nv, const
                             const LEFT *const *h, const PACKED *ih, const PACKED *hh, const PACKED *next,
                             F(row4) *acc) {
     sides s[2] = {F(sides_of)(n, x, I, ih, nv), F(sides_of)(n, h, K, hh, nv)};
-    /* -10 % at (50,128,1024,1024); with 64 rows a block would fetch twice as many lines: +10 to 20 % */
+    /* -7 % at (50,128,1024,1024); with 64 rows a block would fetch twice as many lines: +10 to 20 % */
     if (next && n > GROUP - 16 && nv == 4 && MIN(s[0].blocks, s[1].blocks) > F(MOST)) {
         F(times_ahead)(&s[0], (const char *)hh, acc);
         F(times_ahead)(&s[1], (const char *)next, acc);
