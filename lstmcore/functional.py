@@ -27,6 +27,8 @@ __all__ = ["lstm_forward", "lstm_backward", "gru_forward", "gru_backward", "rnn_
            "pack", "Quantized", "Step", "Variant", "Gradients", "GRUGradients", "RNNGradients", "Tape",
            "GRUTape", "RNNTape", "TokenIds", "TokenTable", "Cell", "tape_from", "info"]
 
+_NORMED = {rows: cell for cell, rows in LAYER_NORMS.values()}  # by the rows of norms
+
 
 # ---- a layer -----------------------------------------------------------------------------------------
 
@@ -265,8 +267,7 @@ def _name_of(variant, norms):
     if variant is not None and norms is not None:
         raise ValueError("an LSTM with norms has no variant")
     if norms is not None:       # the cell says what is wrong with those that are of none
-        named = {rows: cell for cell, rows in LAYER_NORMS.values()}
-        return named.get(sum(np.shape(norms)[:1]), "lstm_norm")
+        return _NORMED.get(len(norms) if np.ndim(norms) else 0, "lstm_norm")
     return "lstm" if variant is None else "lstm_varied"
 
 
