@@ -42,6 +42,7 @@ TURN = 0.25  # s
 SLOW, SLOW_ROUNDS = 12.0, 3  # after 12 s three rounds must do, and after 36 s what there is
 SECTIONS = (*report.HEADINGS, "self", "process")
 ONE = ("ncnn", "tract", "mnn", "litert")  # made for one sequence at a time
+FORCE = ("LSTMCORE_ISA", "ONEDNN_MAX_CPU_ISA")  # by which libraries leave instructions aside
 
 
 def contests():
@@ -313,7 +314,8 @@ def main(argv=None):
     options.output.mkdir(parents=True, exist_ok=True)
     source = options.record or options.output / "compare.json"
     if not options.record:
-        found = measure(options, " ".join(["python -m bench.compare", *argv]).strip())
+        forced = [f"{name}={os.environ[name]}" for name in FORCE if os.environ.get(name)]
+        found = measure(options, " ".join([*forced, "python -m bench.compare", *argv]).strip())
         record.write(found, source)
     found = record.read(source)
     try:

@@ -30,6 +30,8 @@ TABLES = {  # name in a page -> the text
     "variants-losses": lambda: variants.losses_table(json.loads((RESULTS / "variants.json").read_text())),
     **{f"accuracy-{name}": partial(accuracy.page_table, name) for name in accuracy.TABLES},
     "below": lambda: report.markdown(record.read(RESULTS / "below.json")),
+    "below-avx512": lambda: report.forced(record.read(RESULTS / "below_avx512.json")),
+    "below-avx2": lambda: report.forced(record.read(RESULTS / "below_avx2.json")),
     "below-short": lambda: report.short_below(record.read(RESULTS / "below.json")),
     "compare-short": lambda: report.short(record.read(RESULTS / "compare.json")),
 }
