@@ -1079,7 +1079,7 @@ MUTANTS = [
     ("norm: dx of da, where gates are normalized", BACKWARD,
      "(f.dah if p.cell.norm_inputs == NULL else p.ax) + token",
      "(p.gates if p.cell.norm_inputs == NULL else p.ax) + token"),
-    ("norm: norms of another kind", CALLS, '_NORMED.get(len(norms) if np.ndim(norms) else 0, "lstm_norm")', '"lstm_norm"'),
+    ("norm: norms of another kind", CALLS, "_NORMED.get(len(norms) if np.ndim(norms) else 0, ", "str("),
     ("norm: a table has the bias", RECURRENT, 'b = None if "norms" in w else w.get("b")', 'b = w.get("b")'),
     ("norm: an int8 LSTM", RECURRENT, "if self.layer_norm and format not in", "if False and format not in"),
     # several processes
