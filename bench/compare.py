@@ -19,6 +19,7 @@ below it ten more where the CPU has no bfloat16, most of them PyTorch's. --quick
 
 import argparse
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -307,6 +308,14 @@ def limits(threads):
         return {}, {}
 
 
+def typed(argv):
+    """What a reader would type for the same figures: where the files go is left out."""
+    forced = [f"{name}={os.environ[name]}" for name in FORCE if os.environ.get(name)]
+    where = {k + further for k, word in enumerate(argv) if word == "--output" for further in (0, 1)}
+    return " ".join([*forced, "python -m bench.compare", shlex.join(
+        word for k, word in enumerate(argv) if k not in where and not word.startswith("--output="))]).strip()
+
+
 def main(argv=None):
     """Measure, write the record and the report, print it."""
     argv = sys.argv[1:] if argv is None else argv
@@ -314,8 +323,7 @@ def main(argv=None):
     options.output.mkdir(parents=True, exist_ok=True)
     source = options.record or options.output / "compare.json"
     if not options.record:
-        forced = [f"{name}={os.environ[name]}" for name in FORCE if os.environ.get(name)]
-        found = measure(options, " ".join([*forced, "python -m bench.compare", *argv]).strip())
+        found = measure(options, typed(argv))
         record.write(found, source)
     found = record.read(source)
     try:

@@ -20,8 +20,6 @@ static const struct {
     if (BY_TILES(n, K)) _tile_loadconfig(&F(tile_shapes));
 #define TILES_END(n, K) \
     if (BY_TILES(n, K)) _tile_release();
-/* The second-level cache has 2 MB on every CPU with tiles. */
-#define STAYS(bytes) ((bytes) <= 1 << 21)
 #define IN_ORDER __asm__ volatile("" ::: "memory")  /* the compiler does not see what tiles read and write */
 
 /* The two sides of a product: left rows, `a_row` bytes from one to the next and `a_block` from a block to
@@ -70,9 +68,10 @@ TIMES(1, 4, FROM(0, 0, 0) FROM(1, 0, 1) FROM(2, 0, 2) FROM(3, 0, 3),
 TIMES(2, 1, FROM(0, 0, 0) FROM(1, 1, 0),
       B(7, 0) A(6, 0) DOT(0, 6, 7) A(5, 1) DOT(1, 5, 7),
       TO(0, 0, 0) TO(1, 1, 0))
-TIMES(2, 2, FROM(0, 0, 0) FROM(1, 0, 1) FROM(2, 1, 0) FROM(3, 1, 1),
-      B(7, 0) A(6, 0) DOT(0, 6, 7) B(5, 1) DOT(1, 6, 5) A(4, 1) DOT(2, 4, 7) DOT(3, 4, 5),
-      TO(0, 0, 0) TO(1, 0, 1) TO(2, 1, 0) TO(3, 1, 1))
+#define FROM_2_2 FROM(0, 0, 0) FROM(1, 0, 1) FROM(2, 1, 0) FROM(3, 1, 1)
+#define BLOCK_2_2 B(7, 0) A(6, 0) DOT(0, 6, 7) B(5, 1) DOT(1, 6, 5) A(4, 1) DOT(2, 4, 7) DOT(3, 4, 5)
+#define TO_2_2 TO(0, 0, 0) TO(1, 0, 1) TO(2, 1, 0) TO(3, 1, 1)
+TIMES(2, 2, FROM_2_2, BLOCK_2_2, TO_2_2)
 TIMES(2, 3, FROM(0, 0, 0) FROM(1, 0, 1) FROM(2, 0, 2) FROM(3, 1, 0) FROM(4, 1, 1) FROM(5, 1, 2),
       A(6, 0) B(7, 0) DOT(0, 6, 7) B(7, 1) DOT(1, 6, 7) B(7, 2) DOT(2, 6, 7)
       A(6, 1) DOT(5, 6, 7) B(7, 1) DOT(4, 6, 7) B(7, 0) DOT(3, 6, 7),
@@ -141,12 +140,12 @@ static void F(times_ahead)(const sides *p, const char *ahead, F(row4) *sums_) {
             const char *b = p->b + first * p->b_block + pass / 4 * p->b_half;
             F(row4) *sums = (F(row4) *)&sums_[32 * (pass % 4)][2 * (pass / 4)];
             const char *from = (const char *)sums;
-            FROM(0, 0, 0) FROM(1, 0, 1) FROM(2, 1, 0) FROM(3, 1, 1)
+            FROM_2_2
             for (ptrdiff_t q = first; q < last; q++, a += p->a_block, b += p->b_block) {
-                B(7, 0) A(6, 0) DOT(0, 6, 7) B(5, 1) DOT(1, 6, 5) A(4, 1) DOT(2, 4, 7) DOT(3, 4, 5)
+                BLOCK_2_2
                 for (int line = 0; line < 8; line++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
             }
-            TO(0, 0, 0) TO(1, 0, 1) TO(2, 1, 0) TO(3, 1, 1)
+            TO_2_2
         }
     IN_ORDER;
 }
@@ -158,6 +157,9 @@ static void F(times_ahead)(const sides *p, const char *ahead, F(row4) *sums_) {
 #undef FROM
 #undef TO
 #undef TIMES
+#undef FROM_2_2
+#undef BLOCK_2_2
+#undef TO_2_2
 
 /* n rows, and a panel of K numbers k. */
 INLINE sides F(sides_of)(ptrdiff_t n, const LEFT *const *a, ptrdiff_t K, const PACKED *panel, int nv) {
@@ -180,6 +182,7 @@ static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, con
 
 /* acc[r] += x[r] · ih + h[r] · hh, one after the other: the sums stay in tiles meanwhile. */
 #define JOINS
+#define STAYS(bytes) ((bytes) <= 1 << 21)  /* the second-level cache has 2 MB on every CPU with tiles */
 static void F(joined_group)(ptrdiff_t n, ptrdiff_t I, ptrdiff_t K, int nv, const LEFT *const *x,
                             const LEFT *const *h, const PACKED *ih, const PACKED *hh, const PACKED *next,
                             F(row4) *acc) {
@@ -208,7 +211,7 @@ static void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, con
                      const PACKED *next, F(row4) *acc) {
     F(row4) sums[GROUP];
     if (!BY_TILES(n, K)) {
-        F(register_group)(n, K, nv, a, panel, next ? next : panel, acc);
+        F(register_group)(n, K, nv, a, panel, next, acc);
         return;
     }
     for (ptrdiff_t k0 = 0; k0 < K; k0 += KC) {

@@ -104,6 +104,7 @@ static const lstm_kernels F(kernels) = {
 #undef BY_TILES
 #undef IN_ORDER
 #undef JOINS
+#undef STAYS
 #undef PACKED
 #undef PACKED_NUMBERS
 #undef STEP

@@ -83,13 +83,16 @@ static void F(register_group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *cons
 
 #define TILES_BEGIN(n, K)       /* in a kernel, around all that multiplies n rows of up to K numbers */
 #define TILES_END(n, K)
-#define STAYS(bytes) 0          /* whether panels of so many bytes need not be fetched ahead */
 
 INLINE void F(group)(ptrdiff_t n, ptrdiff_t K, int nv, const LEFT *const *a, const PACKED *panel,
                      const PACKED *next, F(row4) *acc) {
     F(register_group)(n, K, nv, a, panel, next, acc);
 }
 
+#endif
+
+#ifndef STAYS
+#define STAYS(bytes) 0          /* whether panels of so many bytes need not be fetched ahead */
 #endif
 
 /* acc += x · ih, and acc_h, which is acc or within it, += h · hh. */

@@ -171,7 +171,7 @@ class Step:
         return self._fill(self.room(out), x_t)
 
     def _fill(self, out: Floats, x_t: Array) -> Floats:
-        """A call with `out` of `room`, which is not looked at again: a third of a microsecond."""
+        """A call with `out` of `room`, which is not looked at again: 0.25 µs."""
         table = None
         if not _kernels.fits(x_t, self._x_shape, self._is_double):
             x_t, table = self._checked(x_t)
